@@ -1,0 +1,68 @@
+"""The vocabulary in which a call is described once and carried everywhere: frozen, hashable, and free of Triton."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Window(NamedTuple):
+    """Key k is kept for query position q when ``q - left <= k <= q + right``; None leaves that side open."""
+
+    left: int | None = None
+    right: int | None = None
+
+
+class AttentionSpec(NamedTuple):
+    """Everything about a call that is not a tensor.
+
+    ``bottom_right`` aligns the last query with the last key (query i stands at position i + Nk - Nq); otherwise the first
+    ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None.
+    """
+
+    scale: float
+    window: Window = Window()
+    bottom_right: bool = True
+    softcap: float | None = None
+
+    def offset(self, n_queries: int, n_keys: int) -> int:
+        """Position of query 0 among the keys."""
+        return n_keys - n_queries if self.bottom_right else 0
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel is cut into tiles and compiled for one target."""
+
+    block_m: int  # queries a tile
+    block_n: int  # keys a tile
+    num_warps: int
+    num_stages: int  # depth of the software pipeline
+    wide: bool = False  # 64-bit offsets inside a tile
+    edge_stages: int | None = None  # pipeline depth of the masked loop, where another one saves registers
+    disable_licm: bool = False  # keeps loop-invariant values from being held in registers
+    options: tuple[tuple[str, int], ...] = ()  # further compiler options of the target
+
+
+def kept_pairs(n_queries: int, n_keys: int, window: Window, offset: int) -> int:
+    """How many (query, key) pairs a window keeps: what FLOPs are counted by."""
+    left, right = window
+    stop = n_keys * n_queries if right is None else _clamped_sum(offset + right + 1, n_queries, n_keys)
+    start = 0 if left is None else _clamped_sum(offset - left, n_queries, n_keys)
+    return stop - start
+
+
+def _clamped_sum(first: int, count: int, cap: int) -> int:
+    """Sum of min(max(x, 0), cap) over the ``count`` integers from ``first`` on."""
+
+    def up_to(x: int) -> int:
+        below = max(0, min(x, cap))
+        return below * (below + 1) // 2 + cap * max(0, x - cap)
+
+    return up_to(first + count - 1) - up_to(first - 1)
+
+
+def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, head_dim_v: int, *, products_qk: int, products_v: int) -> int:
+    """FLOPs of matrix products over ``pairs`` kept pairs a head: ``products_qk`` of depth D, ``products_v`` of depth Dv.
+
+    Forward: 1 and 1. Backward, counted as five products whatever a kernel recomputes: 3 (S, dQ, dK) and 2 (dP, dV).
+    """
+    return 2 * batch * heads * pairs * (products_qk * head_dim + products_v * head_dim_v)

@@ -1,0 +1,87 @@
+"""Tile configurations: one shipped choice for every kernel, head dim, element type and target, and no autotuning.
+
+The tables are static findings: the largest tiles that compile for the target without spilling (CONTRIBUTING.md tells how
+to check a change with ``fused-attn compile``). Only a timing on the card can rank them; none has been made yet.
+"""
+
+import functools
+from typing import Literal
+
+import torch
+
+from fused_attn.spec import TileConfig as T
+
+Kernel = Literal["forward", "delta", "dq", "dkv"]
+
+# target -> kernel -> widest head dim of the tile -> configuration (queries, keys, warps, pipeline stages), fp16 and bf16.
+_HALVES: dict[str, dict[str, dict[int, T]]] = {
+    "sm_80": {
+        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3, wide=True), 256: T(64, 64, 8, 2)},
+        "dq": {32: T(64, 64, 4, 3), 64: T(64, 64, 4, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
+        "dkv": {32: T(32, 128, 4, 2), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2), 256: T(64, 64, 8, 1, wide=True)},
+    },
+    "sm_86": {
+        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 2), 128: T(128, 32, 8, 3), 256: T(32, 32, 4, 2)},
+        "dq": {32: T(64, 64, 4, 3), 64: T(128, 64, 8, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
+        "dkv": {32: T(32, 128, 4, 2), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2), 256: T(32, 32, 4, 1, wide=True)},
+    },
+    "sm_90": {
+        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3), 256: T(128, 64, 8, 2)},
+        "dq": {32: T(128, 64, 8, 3), 64: T(128, 64, 8, 3), 128: T(128, 64, 8, 2), 256: T(128, 32, 8, 2)},
+        "dkv": {32: T(64, 128, 8, 2), 64: T(64, 128, 8, 2), 128: T(32, 128, 8, 2), 256: T(64, 64, 8, 1)},
+    },
+    "sm_100": {
+        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 128, 8, 2, edge_stages=1),
+                    256: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
+        "dq": {32: T(128, 64, 8, 2), 64: T(128, 64, 8, 2, edge_stages=1), 128: T(128, 64, 8, 2), 256: T(128, 64, 8, 1)},
+        "dkv": {32: T(64, 128, 8, 2), 64: T(64, 128, 8, 2), 128: T(64, 128, 8, 1, disable_licm=True), 256: T(64, 64, 8, 1)},
+    },
+    "gfx942": {
+        "forward": {32: T(128, 64, 4, 1), 64: T(128, 64, 4, 1), 128: T(64, 64, 4, 1), 256: T(64, 32, 4, 1)},
+        "dq": {32: T(64, 64, 4, 1), 64: T(64, 64, 4, 1), 128: T(64, 32, 4, 1), 256: T(64, 16, 4, 1)},
+        "dkv": {32: T(32, 128, 4, 1), 64: T(64, 64, 4, 1), 128: T(32, 64, 4, 1), 256: T(16, 64, 4, 1)},
+    },
+    "gfx1100": {
+        "forward": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(64, 16, 4, 1), 256: T(32, 16, 4, 1)},
+        "dq": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(32, 16, 4, 1), 256: T(16, 16, 4, 1)},
+        "dkv": {32: T(32, 64, 4, 1), 64: T(16, 32, 4, 1), 128: T(16, 32, 4, 1), 256: T(16, 16, 4, 1)},
+    },
+}
+
+# Targets that share the table of another one.
+_SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86",
+         "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100"}
+
+
+def arch_of(device: torch.device) -> str:
+    """Target name of a device: sm_90, gfx942, ..., or "interpreter" for the CPU."""
+    return _arch(device.type, device.index)
+
+
+@functools.cache
+def _arch(device_type: str, index: int | None) -> str:
+    if device_type == "cpu":
+        return "interpreter"
+    if device_type != "cuda":
+        return device_type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> T:
+    """The shipped configuration of a kernel; head dims between the tables' use the next wider one."""
+    widest = max(head_dim, head_dim_v)
+    if arch == "interpreter":  # small enough that tests cross tile edges, and not square
+        return T(32, 64, 1, 1) if kernel == "dkv" else T(64, 32, 1, 1)
+    if kernel == "delta":
+        return T(64, 64, 4, 1)
+    if dtype == torch.float64:
+        return T(16, 16, 4, 1)
+    if dtype == torch.float32:
+        return T(32, 32, 4, 1) if widest <= 128 else T(16, 16, 4, 1)
+    table = _HALVES.get(_SAME.get(arch, arch)) or _HALVES["gfx1100" if arch.startswith("gfx") else "sm_86"]
+    by_width = table[kernel]
+    return by_width[next(width for width in sorted(by_width) if widest <= width)]
