@@ -1,0 +1,63 @@
+# Everything people type, and nothing else. Each target sets up what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# of `make gpu`
+MINUTES ?= 9
+OUT ?= gpu-output
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+FAST := not slow and not gpu
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.PHONY: help install test lint test-fast test-kernels test-all demo check compile-matrix gpu clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do \
+		printf '  make %-16s %s\n' "$$name" "$$text"; done
+
+$(STAMP): setup.py $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[test,examples,triton,cli]'
+	@touch $@
+
+install: $(STAMP)  ## a virtual environment with the package and its tools
+
+test:  ## install, lint, and the fast tests; needs no GPU
+	@trap 'echo "make test: $$SECONDS s"' EXIT; $(MAKE) --no-print-directory lint test-fast
+
+lint: $(STAMP)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+test-fast: $(STAMP)
+	$(PYTEST) -m "$(FAST)" tests
+
+test-kernels: $(STAMP)
+	$(PYTEST) -m "kernels and $(FAST)" tests
+
+test-all: $(STAMP)  ## every test that needs no GPU; keeps the summary in docs/test-all.txt
+	@log=$$(mktemp); $(PYTEST) -q -m "not gpu" tests | tee "$$log"; \
+		{ git describe --always --dirty; grep -E '^(torch|triton)==' $(CONSTRAINTS); tail -n 1 "$$log"; } > docs/test-all.txt
+
+demo: $(STAMP)  ## a demonstration in demo-output/
+	$(BIN)/fused-attn demo --out demo-output
+
+check: $(STAMP)  ## is the answer right on this machine?
+	$(BIN)/fused-attn check
+
+compile-matrix: $(STAMP)  ## compile every kernel for every target, without a GPU, into docs/compile-matrix.json
+	$(BIN)/python -m fused_attn compile --matrix --out docs/compile-matrix.json
+
+gpu:  ## on a machine with a GPU, installing nothing: tests and timings in OUT=gpu-output, within MINUTES=9
+	python3 -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
+
+clean:  ## remove virtual environments, caches and what was built; gpu-output/ stays
+	rm -rf .venv .venv-* build dist *.egg-info demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
