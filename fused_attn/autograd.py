@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fused_attn import ops
 from fused_attn.spec import AttentionSpec
@@ -50,7 +51,10 @@ class AttentionBackward(torch.autograd.Function):
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) by the kernels; the autograd graph is built only where a gradient is wanted."""
     packed = ops.pack(spec)
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    # Forward AD and torch.func would take the op for a constant; the Function tells them that it is none.
+    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    if not wanted and not transformed:
         return ops.forward(q, k, v, *packed)
     # torch.compile cannot trace a Function that receives one tensor twice; a view is another tensor.
     k = k.view_as(k) if k is q else k

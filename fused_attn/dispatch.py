@@ -7,13 +7,14 @@ reference  the oracle in plain PyTorch: exact everywhere, memory quadratic in th
 
 import functools
 import importlib.util
+import sys
 import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from fused_attn import interpreter, reference, settings
+from fused_attn import reference, settings
 from fused_attn.spec import AttentionSpec
 
 MAX_HEAD_DIM = 256
@@ -38,7 +39,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-@torch.compiler.assume_constant_result
+@settings.constant_when_traced
 def device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     """What stands against the kernels on a device, whatever the call."""
     return _device_reasons(device_type, index)
@@ -49,7 +50,7 @@ def _device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     if importlib.util.find_spec("triton") is None:
         return ("Triton is not installed",)
     if device_type == "cpu":
-        return () if interpreter.active() else ("the tensors are on the CPU and TRITON_INTERPRET is not 1",)
+        return () if settings.interpreted() else ("the tensors are on the CPU and TRITON_INTERPRET is not 1",)
     if device_type not in ("cuda", "xpu"):
         return (f"there are no kernels for device type {device_type!r}",)
     if device_type == "cuda" and torch.version.hip is None:
@@ -74,15 +75,13 @@ def against_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
         reasons += ("torch's fused kernel has no softcap",)
     if return_lse:
         reasons += ("torch's fused kernel gives no differentiable LSE",)
-    if spec.scale <= 0:
-        reasons += (f"torch's fused CPU kernel gives NaN for causal attention with scale {spec.scale}",)
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
         reasons += ("torch's fused kernel takes no empty tensors",)
     return reasons
 
 
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, return_lse: bool,
-           backend: str | None, strict: bool | None) -> str:
+           backend: str | None, strict: bool | None, warn: bool = True) -> str:
     """The backend of a call: the one asked for, else the first that can run it. Raises where neither can."""
     asked = backend or settings.BACKEND
     if asked is None:
@@ -98,11 +97,14 @@ def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpe
         return preferred
     if asked is not None:
         raise ValueError(f"backend: {asked!r} cannot run this call: {'; '.join(reasons)}")
-    return _fall_back(preferred, reasons, q, k, v, spec, return_lse, strict)
+    chosen, message = _fall_back(preferred, reasons, q, k, v, spec, return_lse, strict)
+    if preferred == "triton" and warn:
+        warn_once(f"fused_attn: backend {chosen!r} instead of 'triton': {message}")
+    return chosen
 
 
 def _fall_back(preferred: str, reasons: tuple[str, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               spec: AttentionSpec, return_lse: bool, strict: bool | None) -> str:
+               spec: AttentionSpec, return_lse: bool, strict: bool | None) -> tuple[str, str]:
     on_cpu = preferred == "torch"
     others = () if on_cpu else against_torch(q, k, v, spec, return_lse)
     chosen = "torch" if not on_cpu and not others else "reference"
@@ -110,12 +112,10 @@ def _fall_back(preferred: str, reasons: tuple[str, ...], q: torch.Tensor, k: tor
     quadratic = chosen == "reference" and 0 not in q.shape and 0 not in k.shape
     if quadratic and settings.is_strict(strict):
         raise RuntimeError(f"strict: only the quadratic reference could run this call: {message}")
-    if not on_cpu:
-        warn_once(f"fused_attn: backend {chosen!r} instead of 'triton': {message}")
-    return chosen
+    return chosen, message
 
 
-@torch.compiler.assume_constant_result
+@settings.constant_when_traced
 def warn_once(message: str) -> None:
     """One warning for each distinct message of the process; under torch.compile, while tracing."""
     _warn_once(message)
@@ -123,7 +123,10 @@ def warn_once(message: str) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=6)
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("fused_attn."):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=depth)  # at the caller's line
 
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, return_lse: bool,
@@ -134,9 +137,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
         "torch": against_torch(q, k, v, spec, return_lse),
         "reference": ("memory is quadratic in the sequence length",),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Explanation(choose(q, k, v, spec, return_lse, backend, strict), reasons)
+    return Explanation(choose(q, k, v, spec, return_lse, backend, strict, warn=False), reasons)
 
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -147,7 +148,8 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     # A bound that no query reaches is no bound: decoding with one query is not masked at all.
     left = None if left is None or offset + n_queries - 1 - left <= 0 else left
     right = None if right is None or offset + right >= n_keys - 1 else right
-    causal = left is None and right == 0 and offset == 0
+    # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
+    causal = bool(left is None and right == 0 and offset == 0 and spec.scale > 0)
     mask = None if causal or (left is None and right is None) else reference.window_mask(spec, n_queries, n_keys, q.device)
     if dim != dim_v:  # zero columns change neither scores nor the other outputs
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[3])) for x in (q, k, v))

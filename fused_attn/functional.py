@@ -1,30 +1,40 @@
 """The functions people call: a call is checked once, described once, and handed to one backend."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fused_attn import dispatch, reference
+from fused_attn import dispatch, reference, settings
 from fused_attn.dispatch import Explanation
 from fused_attn.spec import AttentionSpec, Window
 
-_LATER = "fused_attn: {} is part of the API but not built yet"
+# Arguments of the API whose work has not landed, with the value that asks for nothing.
+_UNBUILT: dict[str, Any] = {
+    "bias": None, "mask": None, "key_lengths": None, "alibi_slopes": None, "sinks": None, "dropout_p": 0.0,
+    "score_mod": None, "mask_mod": None, "mod_args": (), "precise": False,
+}
 
 
 def _reject_unbuilt(**arguments: Any) -> None:
     for name, value in arguments.items():
-        if value is not None and value is not False and value != 0.0 and value != ():
-            raise NotImplementedError(_LATER.format(f"argument {name!r}"))
+        if name not in _UNBUILT:
+            raise TypeError(f"unexpected argument {name!r}")
+        nothing = _UNBUILT[name]
+        if value is not nothing and (isinstance(value, torch.Tensor) or value is None or value != nothing):
+            raise NotImplementedError(f"fused_attn: argument {name!r} is part of the API but not built yet")
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors of a call that fit together, in the dtype that autocast asks for."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim]; got shape {tuple(x.shape)}")
+    q, k, v = _autocast(q, k, v)
     if q.dtype not in dispatch.FLOATS:
         raise TypeError(f"q: expected float16, bfloat16, float32 or float64; got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -42,13 +52,21 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"k: expected a number of heads that divides q's {heads}; got {kv_heads}")
     if head_dim == 0 or v.shape[3] == 0:
         raise ValueError(f"q, v: expected head dims of at least 1; got {head_dim} and {v.shape[3]}")
+    return q, k, v
 
 
-def _bound(name: str, value: Any) -> int | None:
+def _bound(name: str, value: Any) -> Any:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0):
         hint = "; None, not -1, leaves a side open" if value == -1 else ""
         raise ValueError(f"window: expected {name} to be a non-negative int or None; got {value!r}{hint}")
     return value
+
+
+def _is_finite(value: Any, name: str, expected: str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected {expected}; got {value!r}")
+    finite: bool = -math.inf < value < math.inf  # type: ignore[operator]  # math.isfinite breaks graphs whose scale varies
+    return finite
 
 
 def _describe(head_dim: int, causal: bool, window: tuple[int | None, int | None] | None, scale: float | None,
@@ -62,19 +80,21 @@ def _describe(head_dim: int, causal: bool, window: tuple[int | None, int | None]
         right = 0
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not math.isfinite(scale):
+    elif not _is_finite(scale, "scale", "a finite float"):
         raise ValueError(f"scale: expected a finite float; got {scale!r}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
         raise ValueError(f"softcap: expected a positive finite float or None; got {softcap!r}")
     return AttentionSpec(float(scale), Window(left, right), True, None if softcap is None else float(softcap))
 
 
 def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What autocast does to torch's own attention: floats other than fp64 become the autocast dtype."""
-    if q.dtype == torch.float64 or not torch.is_autocast_enabled(q.device.type):
+    kind = q.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    dtype = torch.get_autocast_dtype(kind)
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
 
 
 def _run(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
@@ -127,7 +147,8 @@ def attention(
         softcap: scores become softcap * tanh(score / softcap), after the scale and before the window.
         return_lse: also return the natural-log log-sum-exp of every row of scores, [B, H, Nq], fp32 (fp64 for fp64
             inputs), differentiable.
-        deterministic: gradients equal to the bit from run to run. Every backend is, whatever is asked for.
+        deterministic: gradients equal to the bit from run to run. The kernels always are; None, True and False are the
+            same until a faster way that is not has been built.
         strict: raise rather than run the reference, whose memory is quadratic, where no backend was named.
             None follows ``fused_attn.strict()`` and FUSED_ATTN_STRICT.
         backend: "triton", "torch", "reference" or None to choose; ``explain`` tells what would run and why.
@@ -141,9 +162,8 @@ def attention(
     """
     _reject_unbuilt(bias=bias, mask=mask, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks,
                     dropout_p=dropout_p, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, precise=precise)
-    _check(q, k, v)
+    q, k, v = _checked(q, k, v)
     spec = _describe(q.shape[3], causal, window, scale, softcap)
-    q, k, v = _autocast(q, k, v)
     return _run(dispatch.choose(q, k, v, spec, return_lse, backend, strict), q, k, v, spec, return_lse)
 
 
@@ -158,7 +178,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool =
             strict: bool | None = None, backend: str | None = None, **later: Any) -> Explanation:
     """Which backend ``attention`` would run for these arguments, and every reason against the others."""
     _reject_unbuilt(**later)
-    _check(q, k, v)
+    q, k, v = _checked(q, k, v)
     spec = _describe(q.shape[3], causal, window, scale, softcap)
     return dispatch.explain(q, k, v, spec, return_lse, backend, strict)
 
@@ -170,6 +190,7 @@ def scaled_dot_product_attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
@@ -178,9 +199,9 @@ def scaled_dot_product_attention(
     Calls they cannot run yet (a mask, dropout, other than four dimensions, broadcast batch or heads) and calls on CPU
     tensors go to torch's own function. ``is_causal`` aligns the first query with the first key, as torch does.
     """
-    reasons = _against_fused_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    reasons = _against_fused_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reasons:
-        if query.device.type != "cpu":
+        if isinstance(query, torch.Tensor) and query.device.type != "cpu" and settings.BACKEND is None:
             dispatch.warn_once(f"fused_attn: torch's scaled_dot_product_attention instead of the kernels: {'; '.join(reasons)}")
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                               enable_gqa=enable_gqa)
@@ -190,13 +211,18 @@ def scaled_dot_product_attention(
 
 
 def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
-                        dropout_p: float, is_causal: bool, enable_gqa: bool) -> list[str]:
+                        dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> list[str]:
     """Why a call with torch's arguments does not go to the kernels."""
+    if settings.BACKEND not in (None, "triton"):
+        return [f"FUSED_ATTN_BACKEND is {settings.BACKEND}"]
     tensors = (query, key, value)
     if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors):
         return ["a tensor subclass"]
-    if query.device.type == "cpu" and (dispatch.settings.BACKEND != "triton"):
+    if query.device.type == "cpu" and (settings.BACKEND != "triton"):
         return ["the tensors are on the CPU"]
+    loose = type(is_causal) is not bool or type(enable_gqa) is not bool or not isinstance(dropout_p, (int, float))
+    if loose or (scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale))):
+        return ["arguments that torch will refuse"]
     reasons = []
     if attn_mask is not None:
         reasons.append("attn_mask is not built yet")

@@ -2,18 +2,13 @@
 
 Under TRITON_INTERPRET=1 kernels run as NumPy code. Unrepaired, bfloat16 arithmetic works on raw bit patterns, casts to it
 truncate instead of rounding to nearest even, NumPy >= 2.4 breaks loops with run-time bounds on Triton 3.6, and a Python
-float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be converted inside it.
+float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be converted inside it. NumPy also warns of
+infinities and NaN where a GPU computes on in silence (a padded row that is never stored may hold them).
 """
 
-import os
 from typing import Any
 
 import numpy as np
-
-
-def active() -> bool:
-    """Whether kernels of this process run in the interpreter; Triton decides when it decorates them."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -83,6 +78,13 @@ def repair() -> None:
             return tl.tensor(handle(np.array([arg], dtype=np.float64), tl.float64), tl.float64)
         return implicit_cvt(arg)
 
+    call = interpreter.GridExecutor.__call__
+
+    def silent_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return call(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = silent_call
     builder.create_dot = create_dot
     builder.binary_op, builder.unary_op, builder.cast_impl = binary_op_bf16, unary_op_bf16, cast_bf16
     interpreter._patch_lang_tensor, interpreter._implicit_cvt = patch_index, typed_floats

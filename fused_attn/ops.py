@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_attn import interpreter
+from fused_attn import settings
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.score import select
 from fused_attn.spec import AttentionSpec, Window, attention_flops, kept_pairs
 from fused_attn.tuning import arch_of, choose
 
-if interpreter.active():
+if settings.interpreted():
+    from fused_attn import interpreter
+
     interpreter.repair()
 
 _SPEC = "float scale, SymInt? left, SymInt? right, bool bottom_right, float? softcap"
@@ -34,11 +36,13 @@ def pack(spec: AttentionSpec) -> tuple[Any, ...]:
 
 
 def _like(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Empty [B, H, N, head_dim], laid out as [B, N, H, D] in memory where ``x`` is, else as [B, H, N, D]."""
-    batch, heads, length, _ = x.shape
-    if not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
-        return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    return x.new_empty(batch, heads, length, head_dim)
+    """Empty [B, H, N, head_dim] whose batch, heads and length lie in memory in the order they have in ``x``."""
+    size = (*x.shape[:3], head_dim)
+    stride = x.stride()[:3]
+    if x.is_contiguous() or 0 in stride:
+        return x.new_empty(size)
+    order = sorted(range(3), key=lambda dim: stride[dim], reverse=True)
+    return torch.empty_permuted(size, (*order, 3), dtype=x.dtype, device=x.device)
 
 
 def _lse_like(q: torch.Tensor) -> torch.Tensor:
@@ -89,13 +93,15 @@ def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k:
     mods = {"score_mod": score_mod, "score_slope": score_slope, "mod_args": mod_args}
     arguments = _kernel_arguments(q, k, scale, left, right, bottom_right)
 
-    delta = torch.empty_like(lse)
-    dlse = None if dlse is None else dlse.contiguous()
-    launch_delta(out, dout, dlse, delta, config=choose("delta", *sizes, arch))
+    delta = lse  # where only dV is wanted delta is not read
+    if need_dq or need_dk:
+        delta = torch.empty_like(lse)
+        dlse = None if dlse is None else dlse.contiguous()
+        launch_delta(out, dout, dlse, delta, config=choose("delta", *sizes, arch))
     if need_dq:
         launch_dq(q, k, v, dout, lse, delta, dq, config=choose("dq", *sizes, arch), **mods, **arguments)
-    wanted = (dk if need_dk else None, dv if need_dv else None)
-    launch_dkv(q, k, v, dout, lse, delta, *wanted, config=choose("dkv", *sizes, arch), **mods, **arguments)
+    launch_dkv(q, k, v, dout, lse, delta, dk if need_dk else None, dv if need_dv else None,
+               config=choose("dkv", *sizes, arch), **mods, **arguments)
     return dq, dk, dv
 
 
@@ -127,7 +133,7 @@ def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *spec: Any, **_: An
 
 
 @register_flop_formula(torch.ops.fused_attn.backward)
-def _backward_flops(dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, out_shape: Any,
+def _backward_flops(dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, o_shape: Any,
                     lse_shape: Any, *spec_and_needs: Any, **_: Any) -> int:
     need_dq, need_dk, need_dv = spec_and_needs[-3:]
     products_qk = 1 + need_dq + need_dk

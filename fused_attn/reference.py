@@ -36,9 +36,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.masked_fill(~window_mask(spec, q.shape[2], k.shape[2], q.device), float("-inf"))
 
-    if k.shape[2] == 0:
-        return (q.sum(-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3]).clone(), scores.new_full(q.shape[:3], float("-inf"))
-    row_max = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)  # -inf - -inf would be NaN
+    # The pivot of a row with no key is finite, since -inf - -inf would be NaN; with Nk = 0 there is no maximum at all.
+    pivots = scores.detach() if k.shape[2] else scores.new_zeros(*q.shape[:3], 1)
+    row_max = pivots.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
     weights = torch.exp(scores - row_max)
     row_sum = weights.sum(dim=-1, keepdim=True)
     empty = row_sum == 0

@@ -1,16 +1,17 @@
-"""Every environment variable the package reads, in one place. They are read once, at import.
+"""Every environment variable the package reads, in one place; its own are read once, at import.
 
-FUSED_ATTN_BACKEND        backend of calls that name none: triton, torch or reference
-FUSED_ATTN_STRICT         1: raise where the quadratic reference would run unasked
-FUSED_ATTN_DETERMINISTIC  1: deterministic=True for calls that do not say (after torch's own switch)
-TRITON_INTERPRET          1: Triton's own switch; backend "triton" then runs on CPU tensors
+FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch or reference
+FUSED_ATTN_STRICT   1: raise where the quadratic reference would run unasked
+TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU tensors
 """
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _TRUE = ("1", "true", "yes", "on")
 BACKENDS = ("triton", "torch", "reference")
 
@@ -18,11 +19,23 @@ BACKEND = os.environ.get("FUSED_ATTN_BACKEND") or None
 if BACKEND is not None and BACKEND not in BACKENDS:
     raise ValueError(f"FUSED_ATTN_BACKEND: expected one of {', '.join(BACKENDS)}; got {BACKEND!r}")
 
-DETERMINISTIC = os.environ.get("FUSED_ATTN_DETERMINISTIC", "").lower() in _TRUE
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's CPU interpreter; Triton asks once, when it decorates them."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in (*_TRUE, "y")
+
+
+def constant_when_traced(function: _F) -> _F:
+    """Has torch.compile call ``function`` while tracing and keep the result, as ``torch.compiler.assume_constant_result``
+    does; that one imports torch._dynamo and, through it, Triton: over a second that ``import fused_attn`` need not take."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 _strict: ContextVar[bool] = ContextVar("fused_attn_strict", default=os.environ.get("FUSED_ATTN_STRICT", "").lower() in _TRUE)
 
 
+@constant_when_traced
 def is_strict(argument: bool | None) -> bool:
     """Whether a call is strict: its own argument, else the surrounding ``strict()``, else the environment."""
     return _strict.get() if argument is None else argument

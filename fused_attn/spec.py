@@ -39,6 +39,7 @@ class TileConfig:
     wide: bool = False  # 64-bit offsets inside a tile
     edge_stages: int | None = None  # pipeline depth of the masked loop, where another one saves registers
     disable_licm: bool = False  # keeps loop-invariant values from being held in registers
+    split: bool = False  # dK and dV by a launch each, where the sums of both do not fit the registers
     options: tuple[tuple[str, int], ...] = ()  # further compiler options of the target
 
 
@@ -60,7 +61,8 @@ def _clamped_sum(first: int, count: int, cap: int) -> int:
     return up_to(first + count - 1) - up_to(first - 1)
 
 
-def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, head_dim_v: int, *, products_qk: int, products_v: int) -> int:
+def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, head_dim_v: int, *,
+                    products_qk: int, products_v: int) -> int:
     """FLOPs of matrix products over ``pairs`` kept pairs a head: ``products_qk`` of depth D, ``products_v`` of depth Dv.
 
     Forward: 1 and 1. Backward, counted as five products whatever a kernel recomputes: 3 (S, dQ, dK) and 2 (dP, dV).

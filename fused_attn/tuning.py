@@ -13,43 +13,58 @@ from fused_attn.spec import TileConfig as T
 
 Kernel = Literal["forward", "delta", "dq", "dkv"]
 
-# target -> kernel -> widest head dim of the tile -> configuration (queries, keys, warps, pipeline stages), fp16 and bf16.
+_CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
+_CDNA2 = (*_CDNA, ("waves_per_eu", 2))
+
+# target -> kernel -> widest head dim it serves -> T(queries, keys, warps, pipeline stages), for fp16 and bf16.
 _HALVES: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3, wide=True), 256: T(64, 64, 8, 2)},
         "dq": {32: T(64, 64, 4, 3), 64: T(64, 64, 4, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
-        "dkv": {32: T(32, 128, 4, 2), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2), 256: T(64, 64, 8, 1, wide=True)},
+        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1), 128: T(64, 64, 8, 2),
+                256: T(64, 64, 8, 1, wide=True)},
     },
+    # 99 KiB of shared memory
     "sm_86": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 2), 128: T(128, 32, 8, 3), 256: T(32, 32, 4, 2)},
         "dq": {32: T(64, 64, 4, 3), 64: T(128, 64, 8, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
         "dkv": {32: T(32, 128, 4, 2), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2), 256: T(32, 32, 4, 1, wide=True)},
     },
+    # A pipelined edge loop makes ptxas serialise every wgmma (C7515): one stage there.
     "sm_90": {
-        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3), 256: T(128, 64, 8, 2)},
-        "dq": {32: T(128, 64, 8, 3), 64: T(128, 64, 8, 3), 128: T(128, 64, 8, 2), 256: T(128, 32, 8, 2)},
-        "dkv": {32: T(64, 128, 8, 2), 64: T(64, 128, 8, 2), 128: T(32, 128, 8, 2), 256: T(64, 64, 8, 1)},
+        "forward": {32: T(128, 64, 4, 3, edge_stages=1), 64: T(128, 64, 4, 3, edge_stages=1),
+                    128: T(128, 128, 8, 2, edge_stages=1), 256: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
+        "dq": {32: T(128, 64, 8, 3, edge_stages=1), 64: T(128, 64, 8, 3, edge_stages=1),
+               128: T(128, 64, 8, 2, edge_stages=1), 256: T(128, 32, 8, 2, edge_stages=1)},
+        "dkv": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1),
+                128: T(32, 128, 8, 2, edge_stages=1), 256: T(32, 128, 8, 1, disable_licm=True, split=True)},
     },
     "sm_100": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 128, 8, 2, edge_stages=1),
                     256: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
         "dq": {32: T(128, 64, 8, 2), 64: T(128, 64, 8, 2, edge_stages=1), 128: T(128, 64, 8, 2), 256: T(128, 64, 8, 1)},
-        "dkv": {32: T(64, 128, 8, 2), 64: T(64, 128, 8, 2), 128: T(64, 128, 8, 1, disable_licm=True), 256: T(64, 64, 8, 1)},
+        "dkv": {32: T(64, 128, 8, 2), 64: T(64, 128, 8, 2), 128: T(64, 128, 8, 1, disable_licm=True),
+                256: T(64, 64, 8, 1, disable_licm=True)},
     },
     "gfx942": {
-        "forward": {32: T(128, 64, 4, 1), 64: T(128, 64, 4, 1), 128: T(64, 64, 4, 1), 256: T(64, 32, 4, 1)},
-        "dq": {32: T(64, 64, 4, 1), 64: T(64, 64, 4, 1), 128: T(64, 32, 4, 1), 256: T(64, 16, 4, 1)},
-        "dkv": {32: T(32, 128, 4, 1), 64: T(64, 64, 4, 1), 128: T(32, 64, 4, 1), 256: T(16, 64, 4, 1)},
+        "forward": {32: T(128, 64, 4, 1, options=_CDNA), 64: T(128, 64, 4, 1, options=_CDNA),
+                    128: T(64, 64, 4, 1, options=_CDNA), 256: T(64, 32, 4, 1, options=_CDNA2)},
+        "dq": {32: T(64, 64, 4, 1, options=_CDNA), 64: T(64, 64, 4, 1, options=_CDNA),
+               128: T(64, 32, 4, 1, options=_CDNA), 256: T(64, 16, 4, 1, options=_CDNA)},
+        "dkv": {32: T(32, 128, 4, 1, options=_CDNA), 64: T(64, 64, 4, 1, options=_CDNA2),
+                128: T(32, 64, 4, 1, options=_CDNA2), 256: T(16, 64, 4, 1, options=_CDNA)},
     },
     "gfx1100": {
-        "forward": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(64, 16, 4, 1), 256: T(32, 16, 4, 1)},
-        "dq": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(32, 16, 4, 1), 256: T(16, 16, 4, 1)},
+        "forward": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(64, 16, 4, 1), 256: T(32, 16, 4, 1, wide=True)},
+        "dq": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(32, 16, 4, 1), 256: T(16, 16, 4, 1, wide=True)},
         "dkv": {32: T(32, 64, 4, 1), 64: T(16, 32, 4, 1), 128: T(16, 32, 4, 1), 256: T(16, 16, 4, 1)},
     },
 }
 
+_HALVES["sm_120"] = {**_HALVES["sm_86"], "forward": {**_HALVES["sm_86"]["forward"], 64: T(64, 64, 4, 3)}}
+
 # Targets that share the table of another one.
-_SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86",
+_SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
          "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100"}
 
 
@@ -77,7 +92,7 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     if arch == "interpreter":  # small enough that tests cross tile edges, and not square
         return T(32, 64, 1, 1) if kernel == "dkv" else T(64, 32, 1, 1)
     if kernel == "delta":
-        return T(64, 64, 4, 1)
+        return T(64 if widest <= 128 else 32, 64, 4, 1)
     if dtype == torch.float64:
         return T(16, 16, 4, 1)
     if dtype == torch.float32:

@@ -122,8 +122,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
 def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, start, offset, k_idx, n_keys, head, batch,
              left, right, scale, mod_args,
              SCORE_MOD: tl.constexpr, SCORE_SLOPE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-             PRECISION: tl.constexpr, TILE: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-             MASKED: tl.constexpr):
+             ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, NEED_DK: tl.constexpr,
+             NEED_DV: tl.constexpr, MASKED: tl.constexpr):
     """Adds what the queries start ... start + BLOCK_M - 1 of one head give to dK and dV.
 
     Tiles are transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands straight from registers.
@@ -137,16 +137,16 @@ def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, start, offse
     # Queries past the end have LSE -inf, so their weights are 0, like those of a row with no key.
     lse2 = lse_to_log2(load_rows(lse_view, start, float("-inf"), BLOCK_M, MASKED))
     dout = load_tile(dout_view, start, DV, BLOCK_M, BLOCK_DV, MASKED, TILE.wide)
-    products = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dv.dtype)
+    products = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
     p, sloped = weights(products, lse2[None, :], q_pos[None, :], k_idx[:, None], n_keys, head, batch, left, right,
                        scale, mod_args, SCORE_MOD, SCORE_SLOPE, MASKED)
     if NEED_DV:
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=dv.dtype)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
     if NEED_DK:
         delta = load_rows(delta_view, start, 0.0, BLOCK_M, MASKED)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=dv.dtype)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
         ds = sloped * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv
 
 
@@ -185,8 +185,9 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
     k = load_tile(head_view(k_ptr, k_strides, batch, kv_head, Nk), first, D, BLOCK_N, BLOCK_D, True, TILE.wide)
     v = load_tile(head_view(v_ptr, v_strides, batch, kv_head, Nk), first, DV, BLOCK_N, BLOCK_DV, True, TILE.wide)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+    # A sum that nobody asked for is a plain 0, which takes no registers.
+    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC) if NEED_DK else 0
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC) if NEED_DV else 0
 
     # Key k sees the queries whose position lies in [k - right, k + left]: the same window with its sides swapped.
     # Keys past the end make rows of their own, which are never stored, so inner tiles need no mask for them.
@@ -199,7 +200,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
                           head_view(dout_ptr, dout_strides, batch, head, Nq),
                           row_view(lse_ptr, rows, Nq), row_view(delta_ptr, rows, Nq),
                           bounds[1] + tile * BLOCK_M, offset, k_idx, Nk, head, batch, left, right, scale, mod_args,
-                          SCORE_MOD, SCORE_SLOPE, D, DV, PRECISION, TILE, NEED_DK, NEED_DV, False)
+                          SCORE_MOD, SCORE_SLOPE, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, False)
     n_edge = edge_count(bounds, BLOCK_M)
     for i in tl.range(0, GROUP * n_edge, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         head, tile = folded(n_edge, i, kv_head, GROUP)
@@ -208,7 +209,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
                           head_view(dout_ptr, dout_strides, batch, head, Nq),
                           row_view(lse_ptr, rows, Nq), row_view(delta_ptr, rows, Nq),
                           edge_start(bounds, tile, BLOCK_M), offset, k_idx, Nk, head, batch, left, right, scale,
-                          mod_args, SCORE_MOD, SCORE_SLOPE, D, DV, PRECISION, TILE, NEED_DK, NEED_DV, True)
+                          mod_args, SCORE_MOD, SCORE_SLOPE, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, True)
 
     if NEED_DK:
         dk_view = head_view(dk_ptr, dk_strides, batch, kv_head, Nk)
@@ -252,6 +253,12 @@ def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
     batch, kv_heads, n_keys, head_dim = k.shape
     wanted = [grad for grad in (dk, dv) if grad is not None]
     if k.numel() == 0 or not wanted:
+        return
+    if config.split and len(wanted) == 2:
+        call = {"scale": scale, "left": left, "right": right, "offset": offset, "score_mod": score_mod,
+                "score_slope": score_slope, "mod_args": mod_args, "precision": precision, "config": config, "launch": launch}
+        launch_dkv(q, k, v, dout, lse, delta, dk, None, **call)
+        launch_dkv(q, k, v, dout, lse, delta, None, dv, **call)
         return
     strides = tuple(t.stride() for t in (q, k, v, dout, k if dk is None else dk, v if dv is None else dv))
     args = (

@@ -1,7 +1,9 @@
 """Launching: the one place where a kernel meets its device, its options and its tile configuration."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +20,20 @@ Launcher: TypeAlias = Callable[[Any, int, tuple[Any, ...], TileConfig], None]
 WIDEST_STRIDE = 2**31 // 512
 
 
+_counters: list[Counter[str]] = []
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts the launches made within it, by kernel name."""
+    counter: Counter[str] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
 def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
     """Launches on the device of the first argument, a tensor, and on that device's current stream."""
     device = args[0].device
@@ -29,6 +45,8 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
 
 
 def _launch(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
+    for counter in _counters:
+        counter[kernel.fn.__name__] += 1
     kernel[(programs,)](*args, config, num_warps=config.num_warps, num_stages=config.num_stages, **dict(config.options))
 
 

@@ -1,0 +1,88 @@
+"""``fused-attn check``: the kernels against the fp64 reference on this machine, on the GPU or in the interpreter.
+
+The measure is the error ratio R = |x - ref64| / |round(ref64) - ref64| in Frobenius norm: 1 is perfect rounding.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+import fused_attn
+from fused_attn.kernels import launch
+from fused_attn.report import conditions, print_table
+from fused_attn.tuning import arch_of
+
+# (what, attention's arguments, heads, key heads, queries, keys, head dim, head dim of v)
+CASES: tuple[tuple[str, dict[str, Any], int, int, int, int, int, int], ...] = (
+    ("full", {}, 2, 2, 256, 256, 64, 64),
+    ("causal", {"causal": True}, 2, 2, 256, 256, 64, 64),
+    ("causal, grouped heads, lengths differ", {"causal": True}, 4, 2, 257, 300, 64, 64),
+    ("window, head dims differ", {"window": (64, 16)}, 2, 1, 256, 256, 80, 40),
+    ("softcap", {"causal": True, "softcap": 5.0}, 2, 2, 256, 256, 64, 64),
+)
+# Highest R of out and of the gradients.
+LIMITS = {torch.float16: (1.5, 2.0), torch.bfloat16: (1.5, 2.0), torch.float32: (20.0, 20.0)}
+
+
+def error_ratio(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """R of ``x`` against the fp64 result ``exact``."""
+    rounding = (exact.to(x.dtype).double() - exact).norm()
+    return float((x.double() - exact).norm() / rounding)
+
+
+def run() -> dict[str, Any]:
+    """Runs every case; returns a JSON-able summary whose ``passed`` also demands that our kernels ran."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    with launch.counted() as launches:
+        for dtype, (limit_out, limit_grad) in LIMITS.items():
+            for case in CASES:
+                rows.append(_row(device, dtype, case, limit_out, limit_grad))
+    count = sum(launches.values())
+    return {
+        "backend": "triton",
+        "where": "interpreter" if device.type == "cpu" else arch_of(device),
+        "device": str(device),
+        "conditions": conditions(),
+        "kernel_launches": count,
+        "kernels": dict(launches),
+        "rows": rows,
+        "passed": count > 0 and all(row["ok"] for row in rows),
+    }
+
+
+def _row(device: torch.device, dtype: torch.dtype, case: tuple[str, dict[str, Any], int, int, int, int, int, int],
+         limit_out: float, limit_grad: float) -> dict[str, Any]:
+    name, arguments, heads, kv_heads, n_queries, n_keys, dim, dim_v = case
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((heads, n_queries, dim), (kv_heads, n_keys, dim), (kv_heads, n_keys, dim_v), (heads, n_queries, dim_v))
+    *inputs, dout = (torch.randn(1, *shape, generator=generator, device=device).to(dtype) for shape in shapes)
+    start = time.perf_counter()
+    got = _with_gradients(inputs, dout, {**arguments, "backend": "triton"})
+    seconds = time.perf_counter() - start
+    exact = _with_gradients([x.double() for x in inputs], dout.double(), {**arguments, "backend": "reference"})
+    ratios = [error_ratio(x, y) for x, y in zip(got, exact, strict=True)]
+    ok = ratios[0] <= limit_out and max(ratios[1:]) <= limit_grad
+    return {
+        "case": name, "dtype": str(dtype).removeprefix("torch."),
+        **{key: round(ratio, 2) for key, ratio in zip(("R_out", "R_dq", "R_dk", "R_dv"), ratios, strict=True)},
+        "limits": f"{limit_out:g} / {limit_grad:g}", "seconds": round(seconds, 2), "ok": ok,
+    }
+
+
+def _with_gradients(inputs: list[torch.Tensor], dout: torch.Tensor, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = fused_attn.attention(*leaves, **arguments)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints what ``run`` found."""
+    versions = result["conditions"]
+    print_table(result["rows"], f"kernels against fp64 on {result['device']} ({result['where']}), torch {versions['torch']}, "
+                                f"Triton {versions['triton']}; R = 1 is perfect rounding")
+    launches = ", ".join(f"{name} {count}" for name, count in result["kernels"].items()) or "none"
+    print(f"kernel launches: {launches}")
+    reason = "see the table" if result["kernel_launches"] else "no kernel of ours ran"
+    print("passed" if result["passed"] else f"FAILED: {reason}")

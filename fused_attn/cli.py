@@ -1,0 +1,105 @@
+"""The command line: ``fused-attn`` or ``python -m fused_attn``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="fused-attn", description="Fused attention in Triton: look, check, compile, try.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    info = commands.add_parser("info", help="versions, devices and what would run where")
+    info.set_defaults(run=_info)
+
+    check = commands.add_parser("check", help="kernels against the reference on this machine")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_check)
+
+    compile_ = commands.add_parser("compile", help="compile the kernels for any target, no GPU needed")
+    compile_.add_argument("--target", help="sm_80, sm_90, gfx942, ...")
+    compile_.add_argument("--head-dim", type=int, nargs="+", default=[128])
+    compile_.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "fp64"), nargs="+", default=["bf16"])
+    compile_.add_argument("--causal", action="store_true")
+    compile_.add_argument("--softcap", type=float, help="with this score cap")
+    compile_.add_argument("--pass", dest="which", choices=("forward", "backward", "all"), default="all")
+    compile_.add_argument("--json", action="store_true", help="print one JSON object a kernel")
+    compile_.add_argument("--gate", action="store_true", help="fail when a kernel breaks the rules for defaults")
+    compile_.add_argument("--matrix", action="store_true", help="every target, head dim and dtype")
+    compile_.add_argument("--out", type=Path, help="with --matrix: write the rows to this JSON file")
+    compile_.set_defaults(run=_compile)
+
+    demo = commands.add_parser("demo", help="check, then train a small GPT on real text and look at it")
+    demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for pictures, sample and summary")
+    demo.add_argument("--quick", action="store_true", help="a shortened run")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _interpret_without_gpu() -> None:
+    """Has the kernels run in Triton's interpreter where there is no GPU; must precede their import."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fused_attn import dispatch, report, settings
+
+    for name, value in report.conditions().items():
+        print(f"{name:12} {value}")
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        reasons = dispatch.device_reasons(torch.device(device).type, torch.device(device).index)
+        default = "torch" if device == "cpu" or reasons else "triton"
+        print(f"{device:12} default backend {default}; kernels: {'; '.join(reasons) or 'yes'}")
+    print(f"{'environment':12} backend {settings.BACKEND}, strict {settings.is_strict(None)}, "
+          f"interpreter {settings.interpreted()}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    _interpret_without_gpu()
+    from fused_attn import check
+
+    result = check.run()
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        check.show(result)
+    return 0 if result["passed"] else 1
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _interpret_without_gpu()
+    from fused_attn import check, demo
+
+    def checked() -> dict[str, Any]:
+        result = check.run()
+        check.show(result)
+        return result
+
+    return demo.run(arguments.out, arguments.quick, arguments.seed, checked)
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    os.environ["TRITON_INTERPRET"] = "0"  # compiled, whatever the surroundings interpret
+    from fused_attn import matrix
+
+    if arguments.matrix:
+        return matrix.run(arguments.out)
+    if arguments.target is None:
+        print("fused-attn compile: --target or --matrix is needed", file=sys.stderr)
+        return 2
+    return matrix.compile_one(arguments)

@@ -1,0 +1,105 @@
+"""``fused-attn compile``: one report a kernel, for one target or for all of them."""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fused_attn import offline
+from fused_attn.report import print_table
+
+# Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
+GATED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+GATED_HEAD_DIMS = (32, 64, 128)
+
+
+def gated(row: dict[str, Any]) -> bool:
+    """Whether a default configuration is held to no local memory in a main loop and at most 64 bytes of spill."""
+    return row["target"] in GATED_TARGETS and row["head_dim"] in GATED_HEAD_DIMS and row["dtype"] in ("fp16", "bf16")
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row: the full rules where it is gated, else only what would not launch at all."""
+    report = offline.Report(**row)
+    return report.problems() if gated(row) else report.problems(max_spill=sys.maxsize, local_in_loops=True)
+
+
+def compile_one(arguments: argparse.Namespace) -> int:
+    """Compiles for one target and prints the reports; the status says whether ``--gate`` found a problem."""
+    passes = ("forward", "backward") if arguments.which == "all" else (arguments.which,)
+    rows = []
+    for dtype, head_dim, which in product(arguments.dtype, arguments.head_dim, passes):
+        for kernel in offline.KERNELS[which]:
+            report = offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
+                                            softcap=arguments.softcap)
+            rows.append(dataclasses.asdict(report))
+            if arguments.json:
+                print(json.dumps(rows[-1]), flush=True)
+    if not arguments.json:
+        shown = ("kernel", "dtype", "head_dim", "config", "registers", "spill_bytes", "local_in_loops", "shared_bytes",
+         "matrix", "loop_instructions", "warnings", "compile_seconds")
+        window = "causal" if arguments.causal else "full"
+        print_table([{**{key: row[key] for key in shown}, "matrix": sum(row["matrix"].values())} for row in rows],
+                    f"{arguments.target}, {window}, Triton {rows[0]['triton']}")
+    broken = {f"{row['kernel']} {row['dtype']} D{row['head_dim']}": offline.Report(**row).problems() for row in rows}
+    for name, found in broken.items():
+        if found:
+            print(f"{arguments.target} {name}: {'; '.join(found)}", file=sys.stderr)
+    return 1 if arguments.gate and any(broken.values()) else 0
+
+
+def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool]]:
+    """(target, dtype, head dims, causal) of the whole matrix: halves everywhere, fp32 and fp64 on three targets."""
+    for causal, dtype, target in product((False, True), ("bf16", "fp16"), offline.TARGETS):
+        yield target, dtype, (32, 64, 128, 256), causal
+    for dtype, target in product(("fp32", "fp64"), ("sm_80", "sm_90", "gfx942")):
+        yield target, dtype, (64,), True
+
+
+def run(out: Path | None) -> int:
+    """Compiles the whole matrix, a process a job, writes the rows and fails where a rule is broken."""
+    from rich.progress import Progress
+
+    work = list(jobs())
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress() as progress:
+        task = progress.add_task("compiling", total=len(work))
+        futures = {pool.submit(_subprocess, *job): job for job in work}
+        for future in as_completed(futures):
+            target, dtype, head_dims, causal = futures[future]
+            done, error = future.result()
+            rows += done
+            if error:
+                failures.append(f"{target} {dtype} D{head_dims} causal={causal}: {error}")
+            progress.advance(task)
+    rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["causal"], row["kernel"]))
+    for row in rows:
+        if found := problems(row):
+            failures.append(f"{row['target']} {row['kernel']} {row['dtype']} D{row['head_dim']} causal={row['causal']}: "
+                            + "; ".join(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        out.write_text(f"[\n{lines}\n]\n")
+        print(f"{len(rows)} rows in {out}")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    print(f"{len(rows)} kernels compiled, {len(failures)} problems")
+    return 1 if failures else 0
+
+
+def _subprocess(target: str, dtype: str, head_dims: tuple[int, ...], causal: bool) -> tuple[list[dict[str, Any]], str]:
+    """Rows of one job, in a process of its own: a compiler that crashes takes only its job along."""
+    command = [sys.executable, "-m", "fused_attn", "compile", "--target", target, "--dtype", dtype, "--json",
+               "--head-dim", *map(str, head_dims), *(["--causal"] if causal else [])]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return rows, "" if result.returncode == 0 else f"exit status {result.returncode}: {result.stderr[-400:]}"

@@ -1,0 +1,236 @@
+"""Compiling the kernels for a GPU that is not there, and reading the machine code.
+
+The real launchers run on meta tensors with a launcher that only compiles, so that signatures, specialisations and tile
+configurations are those of a real launch. Registers, spills, shared memory and the instruction mix are read from the
+binary: for NVIDIA from ptxas and nvdisasm, which ship with Triton, for AMD from the assembly.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
+from fused_attn.kernels.forward import launch_forward
+from fused_attn.kernels.score import select
+from fused_attn.spec import TileConfig
+from fused_attn.tuning import Kernel, choose
+
+# Shared memory that one block may have, in bytes.
+SHARED_LIMIT = {
+    **dict.fromkeys(("sm_80", "sm_87"), 163 * 1024),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 64 * 1024),
+    "gfx950": 160 * 1024,
+}
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
+KERNELS: dict[str, tuple[Kernel, ...]] = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+_MATRIX = re.compile(r"^(HGMMA|HMMA|DMMA|UTCHMMA|UTCQMMA|v_mfma|v_wmma)")
+_FMA = re.compile(r"^(FFMA|DFMA|v_fma_f32|v_fmac_f32|v_pk_fma_f32|v_dot2|v_fma_f64)")
+_LOCAL = re.compile(r"^(LDL|STL|scratch_)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the binary of one kernel says. ``spill_bytes`` is local memory written; ``local_in_loops`` counts instructions
+    that touch local memory inside an innermost loop over matrix products; ``matrix`` counts matrix instructions."""
+
+    target: str
+    kernel: str
+    dtype: str
+    head_dim: int
+    causal: bool
+    config: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    local_in_loops: int
+    matrix: dict[str, int]
+    loop_instructions: list[int]
+    warnings: list[str]
+    tensor_memory: int
+    compile_seconds: float
+    triton: str
+
+    def problems(self, max_spill: int = 64, local_in_loops: bool = False, max_seconds: float = 10.0) -> list[str]:
+        """What breaks the rules that default configurations are held to; empty if nothing does."""
+        found = []
+        if self.spill_bytes > max_spill:
+            found.append(f"{self.spill_bytes} bytes of spill")
+        if self.local_in_loops and not local_in_loops:
+            found.append(f"{self.local_in_loops} local-memory accesses in a main loop")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory of {self.shared_limit}")
+        if self.kernel != "delta" and self.dtype in ("fp16", "bf16") and not self.matrix:
+            found.append("no matrix instruction")
+        if self.warnings:
+            found.append("serialised matrix instructions: " + ", ".join(self.warnings))
+        if self.tensor_memory > 512:
+            found.append(f"{self.tensor_memory} columns of tensor memory of 512")
+        if self.compile_seconds > max_seconds:
+            found.append(f"{self.compile_seconds} s to compile")
+        return found
+
+
+class _NoDriver:
+    """What Triton asks of a GPU driver while compiling."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def _cpu_seconds() -> float:
+    """Time this process and its children (ptxas) have computed: other than the clock, it does not depend on who else does."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Triton's target for "sm_90", "gfx942" and the like."""
+    if re.fullmatch(r"sm_\d+", name):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    if re.fullmatch(r"gfx\w+", name):
+        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+    raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(TARGETS)}; got {name!r}")
+
+
+def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, *, group: int = 4,
+                   softcap: float | None = None, config: TileConfig | None = None) -> Report:
+    """Compiles one kernel for ``target`` as ``attention`` would launch it on long sequences, and reads the binary.
+
+    One target a process: Triton keeps compiled kernels by device, not by target.
+    """
+    element = DTYPES[dtype]
+    config = config or choose(kernel, head_dim, head_dim, element, target)
+    driver.set_active(_NoDriver(gpu_target(target)))
+    batch, heads, length = 2, 8, 4096
+
+    def tensor(n_heads: int, *last: int, dtype: torch.dtype = element) -> torch.Tensor:
+        return torch.empty(batch, n_heads, length, *last, dtype=dtype, device="meta")
+
+    q, k = tensor(heads, head_dim), tensor(heads // group, head_dim)
+    lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
+    compiled: list[tuple[Any, str, float]] = []
+
+    def compile_only(function: Any, programs: int, args: tuple[Any, ...], tile: TileConfig) -> None:
+        log, start = io.StringIO(), _cpu_seconds()
+        with contextlib.redirect_stdout(log):
+            binary = function.warmup(*args, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages,
+                                     **dict(tile.options))
+        compiled.append((binary, log.getvalue(), _cpu_seconds() - start))
+
+    scale = head_dim**-0.5
+    score_mod, score_slope, mod_args = select(scale, softcap, element)
+    call: dict[str, Any] = {
+        "scale": scale, "left": None, "right": 0 if causal else None, "offset": 0, "precision": "ieee",
+        "score_mod": score_mod, "mod_args": mod_args, "config": config, "launch": compile_only,
+    }
+    knobs = triton.knobs
+    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.cache.dir = cache
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        if kernel == "forward":
+            launch_forward(q, k, k, q, lse, **call)
+        elif kernel == "delta":
+            launch_delta(q, q, None, lse, config=config, launch=compile_only)
+        elif kernel == "dq":
+            launch_dq(q, k, k, q, lse, lse, q, score_slope=score_slope, **call)
+        else:
+            launch_dkv(q, k, k, q, lse, lse, k, k, score_slope=score_slope, **call)
+    binary, log, seconds = compiled[0]
+    read = _read_amd(binary) if target.startswith("gfx") else _read_nvidia(binary, log)
+    return Report(
+        target=target, kernel=kernel, dtype=dtype, head_dim=head_dim, causal=causal, config=describe(config),
+        shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
+        tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
+        compile_seconds=round(seconds, 2), triton=triton.__version__, **read,
+    )
+
+
+def describe(config: TileConfig) -> str:
+    """A configuration in one word: ``128x64 w8 s2 edge1 wide nolicm``."""
+    words = [f"{config.block_m}x{config.block_n}", f"w{config.num_warps}", f"s{config.num_stages}"]
+    if config.edge_stages is not None:
+        words.append(f"edge{config.edge_stages}")
+    words += ["wide"] * config.wide + ["nolicm"] * config.disable_licm + [f"{name}={value}" for name, value in config.options]
+    return " ".join(words)
+
+
+def _read_nvidia(binary: Any, log: str) -> dict[str, Any]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(binary.asm["cubin"])
+        cubin.flush()
+        sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    line = re.compile(r"^(?:(\.L_\w+):|\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*))", re.M)
+    listing = [(label, op, rest) for label, op, rest in line.findall(sass)]
+    branch = [re.search(r"`\((\.L_\w+)\)", rest) if op.startswith("BRA") else None for _, op, rest in listing]
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", log)[-1]),
+        "spill_bytes": int(re.findall(r"(\d+) bytes spill stores", log)[-1]),
+        "warnings": sorted(set(re.findall(r"C75\d\d", log))),
+        **_loops([(label, op, jump.group(1) if jump else None) for (label, op, _), jump in zip(listing, branch, strict=True)]),
+    }
+
+
+def _read_amd(binary: Any) -> dict[str, Any]:
+    assembly = binary.asm["amdgcn"]
+    listing = []
+    for label, op, rest in re.findall(r"^(?:(\.LBB\w+):|\s+([a-z]\w+)(?:\s+([^;\n]*))?)", assembly, re.M):
+        jump = rest.strip() if op.startswith(("s_cbranch", "s_branch")) else None
+        listing.append((label, op, jump))
+
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[-1])
+
+    return {
+        "registers": field("vgpr_count"),
+        "spill_bytes": field("private_segment_fixed_size"),
+        "warnings": [],
+        **_loops(listing),
+    }
+
+
+def _loops(listing: list[tuple[str, str, str | None]]) -> dict[str, Any]:
+    """Instruction counts of the innermost loops that multiply matrices; ``listing`` holds (label, opcode, jump target)."""
+    position = {label: index for index, (label, _, _) in enumerate(listing) if label}
+    loops = [(position[jump], index) for index, (_, _, jump) in enumerate(listing)
+             if jump is not None and position.get(jump, index) < index]
+
+    def count(pattern: re.Pattern[str], first: int, last: int) -> int:
+        return sum(1 for _, op, _ in listing[first : last + 1] if pattern.match(op))
+
+    whole = (0, len(listing) - 1)
+    pattern = _MATRIX if count(_MATRIX, *whole) else _FMA
+    busy = [loop for loop in loops if count(pattern, *loop)]
+    inner = [a for a in busy if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in busy)]
+    return {
+        "matrix": dict(Counter(op for _, op, _ in listing if _MATRIX.match(op))),
+        "local_in_loops": sum(count(_LOCAL, *loop) for loop in inner),
+        "loop_instructions": [sum(1 for _, op, _ in listing[a : b + 1] if op) for a, b in sorted(inner)],
+    }
