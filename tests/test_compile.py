@@ -1,0 +1,131 @@
+"""Offline compilation: the default kernels for real targets, read from their machine code, with no GPU."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_attn.spec import TileConfig
+from fused_attn.tuning import choose
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+
+
+def compiled(*arguments: str) -> list[dict]:
+    result = python("-m", "fused_attn", "compile", *arguments, "--json", "--gate")
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+SOME = [("sm_80", "64", "bf16"), ("sm_90", "128", "bf16"), ("sm_86", "128", "fp16"), ("gfx942", "64", "bf16")]
+MOST = [(target, dim, dtype) for target in ("sm_80", "sm_90", "sm_100", "gfx942") for dim in ("32", "64", "128")
+        for dtype in ("bf16", "fp16") if (target, dim, dtype) not in SOME]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("target", "dim", "dtype"), [*SOME, *(pytest.param(*job, marks=pytest.mark.slow) for job in MOST)])
+def test_default_kernels_neither_spill_nor_miss_the_matrix_units(target, dim, dtype):
+    """--gate fails on local memory in a main loop, over 64 bytes of spill, shared memory that does not fit, wgmma that
+    ptxas serialises, missing matrix instructions and over ten seconds of compilation."""
+    rows = compiled("--target", target, "--head-dim", dim, "--dtype", dtype, "--causal")
+    assert [row["kernel"] for row in rows] == ["forward", "delta", "dq", "dkv"]
+    instruction = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}.get(target, "HMMA")
+    for row in rows:
+        assert row["spill_bytes"] <= 64
+        assert row["local_in_loops"] == 0
+        assert row["registers"] > 0
+        if row["kernel"] != "delta":
+            assert any(name.startswith(instruction) for name in row["matrix"]), row["matrix"]
+            assert row["loop_instructions"]
+
+
+def test_full_precision_compiles():
+    for row in compiled("--target", "sm_80", "--head-dim", "64", "--dtype", "fp64", "--pass", "forward"):
+        assert any(name.startswith("DMMA") for name in row["matrix"])
+
+
+def test_the_gate_sees_a_kernel_that_spills():
+    script = """if True:
+        from fused_attn import offline
+        from fused_attn.spec import TileConfig
+        report = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
+        print(report.problems())
+    """
+    result = python("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert "bytes of spill" in result.stdout
+    assert "in a main loop" in result.stdout
+
+
+def test_a_new_length_never_compiles_again():
+    """Lengths, offsets, windows and scales are run-time values; a new head dim is not."""
+    script = """if True:
+        import torch
+        from triton.runtime import driver
+        from fused_attn import offline
+        from fused_attn.kernels import forward
+        from fused_attn.tuning import choose
+        driver.set_active(offline._NoDriver(offline.gpu_target("sm_80")))
+        kernels = set()
+        def launch(kernel, programs, args, tile):
+            kernels.add(id(kernel.warmup(*args, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages)))
+        def call(n_queries, n_keys, dim, right, scale):
+            q, k = (torch.empty(1, 2, n, dim, dtype=torch.bfloat16, device="meta") for n in (n_queries, n_keys))
+            lse = torch.empty(1, 2, n_queries, device="meta")
+            forward.launch_forward(q, k, k, q, lse, scale=scale, left=None, right=right, offset=n_keys - n_queries,
+                                   score_mod=None, mod_args=(), precision="ieee",
+                                   config=choose("forward", dim, dim, torch.bfloat16, "sm_80"))
+        for n_queries, n_keys, right, scale in ((1, 1, 0, .1), (1, 16, 1, .2), (16, 1000, 0, .1), (1001, 17, 16, 1.)):
+            call(n_queries, n_keys, 64, right, scale)
+        print(len(kernels))
+        call(64, 64, 32, 0, .1)
+        print(len(kernels))
+    """.replace("precision=\"ieee\",\n", "precision=\"ieee\", launch=launch,\n")
+    result = python("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["1", "2"]
+
+
+@pytest.mark.parametrize("arguments", [("--target", "sm90"), ("--target", "sm_90", "--dtype", "int8"), ()])
+def test_bad_arguments_are_told(arguments):
+    result = python("-m", "fused_attn", "compile", *arguments)
+    assert result.returncode != 0
+    assert "target" in result.stderr or "dtype" in result.stderr
+
+
+# (queries, keys) that a shipped tile must have at least: smaller ones would compile cleanly and run slowly.
+FLOOR = {
+    "sm_80": {"forward": (128, 64), "dq": (64, 32), "dkv": (32, 64)},
+    "sm_90": {"forward": (128, 64), "dq": (128, 64), "dkv": (32, 128)},
+    "sm_100": {"forward": (128, 64), "dq": (128, 64), "dkv": (64, 128)},
+    "gfx942": {"forward": (64, 64), "dq": (64, 32), "dkv": (32, 64)},
+}
+
+
+@pytest.mark.parametrize("target", FLOOR)
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+def test_tiles_are_no_smaller_than_their_floor(target, dim):
+    for kernel, (queries, keys) in FLOOR[target].items():
+        config = choose(kernel, dim, dim, torch.bfloat16, target)
+        assert config.block_m >= queries, (kernel, config)
+        assert config.block_n >= keys, (kernel, config)
+
+
+def test_every_target_has_a_configuration_for_every_call():
+    for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_999", "gfx90a", "gfx950", "gfx1201", "xpu"):
+        for kernel in ("forward", "delta", "dq", "dkv"):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                for dim in (1, 16, 33, 64, 128, 129, 256):
+                    config = choose(kernel, dim, 64, dtype, target)
+                    assert isinstance(config, TileConfig)
+                    assert dataclasses.astuple(config)[:2] == (config.block_m, config.block_n)

@@ -1,0 +1,221 @@
+"""The default on CPU tensors is torch's own fused kernel: exactly this call, really that kernel, no quadratic tensor."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fused_attn
+from fused_attn import attention, explain, reference_attention
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Recorder(TorchDispatchMode):
+    """The ops that ran, and the shape of every floating-point tensor that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.shapes = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.ops.append(func)
+        self.shapes += [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        return result
+
+
+def qkv(n_queries=37, n_keys=37, *, heads=2, kv_heads=2, dim=8, dim_v=8, batch=2, dtype=torch.float64):
+    shapes = (batch, heads, n_queries, dim), (batch, kv_heads, n_keys, dim), (batch, kv_heads, n_keys, dim_v)
+    return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+
+
+def against_reference(inputs, tolerance=1e-12, **arguments):
+    """Values and gradients of the default path and of the oracle in fp64; returns what ran."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with Recorder() as recorder:
+        out = attention(*inputs, **arguments)
+        dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        grads = torch.autograd.grad(out, inputs, dout)
+    expected = reference_attention(*exact, **arguments)
+    for actual, wanted in zip((out, *grads), (expected, *torch.autograd.grad(expected, exact, dout.double())), strict=True):
+        assert actual.dtype == inputs[0].dtype
+        torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=tolerance)
+    return recorder
+
+
+CALLS = {  # shapes, arguments
+    "full": ({}, {}),
+    "causal": ({}, {"causal": True}),
+    "causal, more keys": ({"n_queries": 20}, {"causal": True}),
+    "causal, fewer keys": ({"n_keys": 20}, {"causal": True}),
+    "decoding": ({"n_queries": 1}, {"causal": True}),
+    "decoding in a window": ({"n_queries": 1}, {"causal": True, "window": (5, 0)}),
+    "one key": ({"n_keys": 1}, {"causal": True}),
+    "window": ({}, {"window": (3, 2)}),
+    "left window": ({}, {"window": (3, None)}),
+    "right window": ({}, {"window": (None, 2)}),
+    "left window that masks one pair": ({}, {"window": (35, None)}),
+    "right window that masks one pair": ({}, {"window": (None, 35)}),
+    "the narrowest window that does not": ({}, {"window": (36, 36)}),
+    "causal in a window that does not mask": ({}, {"causal": True, "window": (36, 5)}),
+    "window, fewer keys": ({"n_keys": 20}, {"window": (1, 1)}),
+    "full, other length": ({"n_queries": 11}, {}),
+    "scale": ({}, {"scale": 1.5}),
+    "grouped": ({"heads": 6}, {"causal": True}),
+    "one key head": ({"heads": 3, "kv_heads": 1}, {"window": (4, 4)}),
+    "wider values": ({"dim_v": 13}, {"causal": True}),
+    "narrower values": ({"dim": 13, "dim_v": 3}, {}),
+    "head dim 1": ({"dim": 1, "dim_v": 1}, {}),
+    "head dim 300": ({"dim": 300, "dim_v": 300, "n_queries": 5, "n_keys": 5}, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_default_is_torchs_fused_kernel_and_right(case):
+    shape, arguments = CALLS[case]
+    recorder = against_reference(qkv(**shape), **arguments)
+    assert recorder.ops.count(FORWARD) == 1
+    assert recorder.ops.count(BACKWARD) == 1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    (torch.float32, 2e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)], ids=str)
+def test_dtypes(dtype, tolerance):
+    recorder = against_reference(qkv(dtype=dtype), tolerance, causal=True)
+    assert recorder.ops.count(FORWARD) == 1
+
+
+LAYOUTS = {
+    "length before heads": lambda n: torch.randn(2, n, 3, 8).transpose(1, 2),
+    "head dim before length": lambda n: torch.randn(2, 3, 8, n).transpose(2, 3),
+    "every second column": lambda n: torch.randn(2, 3, n, 16)[..., ::2],
+    "every second row, from the third": lambda n: torch.randn(2, 3, 2 * n + 2, 8)[:, :, 2::2],
+    "expanded batch": lambda n: torch.randn(1, 3, n, 8).expand(2, 3, n, 8),
+    "expanded heads": lambda n: torch.randn(2, 1, n, 8).expand(2, 3, n, 8),
+    "expanded head dim": lambda n: torch.randn(2, 3, n, 1).expand(2, 3, n, 8),
+    "offset 1": lambda n: torch.randn(2 * 3 * n * 8 + 1)[1:].view(2, 3, n, 8),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(layout):
+    inputs = [LAYOUTS[layout](n).requires_grad_() for n in (9, 12, 12)]
+    recorder = against_reference(inputs, 1e-5, causal=True)
+    assert recorder.ops.count(FORWARD) == 1
+
+
+def test_empty_rows_are_zero_with_finite_gradients():
+    inputs = qkv(30, 12)
+    out = attention(*inputs, causal=True)
+    assert (out[:, :, :18] == 0).all()
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][:, :, :18] == 0).all()
+    against_reference(inputs, causal=True)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": (3, 1)}], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_scale_that_is_not_positive(scale, arguments):
+    against_reference(qkv(11, 11), scale=scale, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [
+    {"softcap": 2.0}, {"softcap": 2.0, "causal": True, "scale": -1.0}, {"return_lse": True}], ids=str)
+def test_what_torch_lacks_is_answered_by_the_reference(arguments):
+    inputs = qkv(11, 11)
+    assert explain(*inputs, **arguments).backend == "reference"
+    with Recorder() as recorder:
+        results = attention(*inputs, **arguments)
+    assert FORWARD not in recorder.ops
+    for a, b in zip(results, reference_attention(*inputs, **arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [{"n_queries": 0}, {"n_keys": 0}, {"batch": 0}], ids=str)
+def test_empty_tensors(shape):
+    against_reference(qkv(**shape))
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_queries": 1}, {"heads": 4}, {"dim": 5, "dim_v": 9}], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_memory_is_not_quadratic(shape, causal):
+    inputs = qkv(n_keys=67, **{"n_queries": 67, **shape})
+    with Recorder() as recorder, fused_attn.strict():
+        torch.autograd.grad(attention(*inputs, causal=causal).sum(), inputs)
+    assert recorder.shapes
+    pairs = inputs[0].shape[2] * 67
+    square = [s for s in recorder.shapes if len(s) >= 2 and s[-2] * s[-1] == pairs and s[-1] == 67]
+    assert square == []
+
+
+@pytest.mark.parametrize("arguments", [{"window": (3, 1)}, {"causal": True}], ids=str)
+def test_a_mask_that_torch_needs_is_shared_by_batch_and_heads(arguments):
+    # torch's kernel has no window and aligns causality with the first key: both need a mask, one for the whole call.
+    inputs = qkv(33, 67, heads=4)
+    with Recorder() as recorder:
+        attention(*inputs, **arguments)
+    assert recorder.ops.count(FORWARD) == 1
+    assert all(s[:-2].count(1) == len(s) - 2 for s in recorder.shapes if s[-2:] == (33, 67))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": (4, 1)}, {"softcap": 2.0}, {"scale": -1.0}], ids=str)
+def test_compile_without_graph_breaks_at_every_length(arguments):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, **arguments), fullgraph=True, backend=counter)
+    compiles = []
+    for n_queries, n_keys in ((8, 12), (9, 16), (16, 16), (33, 40), (17, 7)):
+        inputs = qkv(n_queries, n_keys)
+        out = compiled(*inputs)
+        grads = torch.autograd.grad(out.sin().sum(), inputs)
+        eager = attention(*inputs, **arguments)
+        wanted = torch.autograd.grad(eager.sin().sum(), inputs)
+        for a, b in zip((out, *grads), (eager, *wanted), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        compiles.append(counter.frame_count)
+    assert compiles[-1] <= 4  # static, dynamic, and where torch is called in another way: as many keys, fewer keys
+
+
+def test_strict_holds_under_compile():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, softcap=2.0), backend="eager")
+    with fused_attn.strict(), pytest.raises(RuntimeError, match="strict"):
+        compiled(*qkv())
+    assert torch.equal(compiled(*(inputs := qkv())), attention(*inputs, softcap=2.0))
+
+
+def test_autocast_like_torch():
+    inputs = qkv(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*inputs, causal=True)
+        expected = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    assert [grad.dtype for grad in torch.autograd.grad(out.sum(), inputs)] == [torch.float32] * 3
+
+
+def test_forward_mode_and_second_derivatives_are_no_silent_constants():
+    q, k, v = qkv(5, 5)
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.autograd.grad(dq.sum(), q)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(lambda q: attention(q, k, v), (q.detach(),), (torch.ones_like(q),))
+
+
+def test_importing_and_calling_on_a_cpu_load_no_compiler():
+    code = ("import sys, torch, fused_attn; q = torch.randn(1, 1, 4, 8); fused_attn.attention(q, q, q, causal=True)\n"
+            "print([name for name in ('triton', 'torch._dynamo', 'fused_attn.ops') if name in sys.modules])")
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": root, "FUSED_ATTN_BACKEND": ""})
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
