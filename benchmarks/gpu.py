@@ -1,0 +1,273 @@
+"""The whole proof on a card, in stages and within a time budget: python -m benchmarks.gpu --minutes 9 --out gpu-output
+
+compile      fills Triton's and Inductor's caches on disk, on every core at once
+correctness  gates R and E on every case, and the checks that only a GPU can make
+determinism  equal to the bit, run after run
+timing       ours beside every peer present, the most informative cases first
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import correctness, peers, plots, report, timing
+from benchmarks.cases import Case, correctness_cases, determinism_cases, timing_cases
+from benchmarks.conditions import clocks, conditions
+
+Row = dict[str, Any]
+
+# Most of the whole budget that a stage may take; the last one takes what is left.
+SHARES = {"compile": 0.28, "correctness": 0.22, "determinism": 0.05, "timing": 1.0}
+REPORT_SECONDS = 15.0
+MAX_WORKERS = 16
+WORKER_GIB = 3.0  # memory of the card that a worker may need
+STALL_SECONDS = 60.0  # a worker that died never answers
+
+
+class PoisonedError(Exception):
+    """The CUDA context is lost, as after an illegal access: only a new process can go on."""
+
+
+class Job(NamedTuple):
+    """A case of a stage: its rows, one for each of ``passes``, as they are measured."""
+
+    name: str
+    rows: Callable[[], Iterable[Row]]
+    passes: tuple[str | None, ...] = (None,)
+
+
+class Rows:
+    """rows.jsonl: every result of every run, appended and flushed as it is made. Only rows of these conditions count."""
+
+    def __init__(self, path: Path, common: Row) -> None:
+        self.path, self.common = path, common
+        self.rows: list[Row] = []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):  # a run was killed while it wrote
+            path.write_text(text + "\n", encoding="utf-8")
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if row["conditions"] == common["conditions"]:
+                    self.rows.append(row)
+
+    def add(self, row: Row) -> None:
+        row = _finite({**row, **self.common})
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def of(self, *stages: str) -> list[Row]:
+        """Rows of some stages; of a pass measured twice, the later one."""
+        return list({(r["stage"], r["case"], r.get("pass")): r for r in self.rows if r["stage"] in stages}.values())
+
+    def done(self, stage: str, job: Job) -> bool:
+        passes = {row.get("pass") for row in self.rows if (row["stage"], row["case"]) == (stage, job.name)}
+        return None in passes or passes >= set(job.passes)
+
+
+def _finite(x: Any) -> Any:
+    """``x`` as strict JSON can hold it."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+
+@dataclass
+class Run:
+    """One run of the command: where results go, and how much time is left."""
+
+    device: str
+    smoke: bool
+    deadline: float
+    conditions: Row
+    rows: Rows
+    budget: float
+    stages: dict[str, Row] = field(default_factory=dict)
+
+    def until(self, stage: str) -> float:
+        return min(self.deadline - REPORT_SECONDS, time.monotonic() + SHARES[stage] * self.budget)
+
+    def work(self, stage: str, jobs: list[Job]) -> None:
+        """Runs jobs one after another until the stage's time is up, and says how many that left."""
+        until, start, left = self.until(stage), time.monotonic(), list(jobs)
+        try:
+            while left and time.monotonic() < until:
+                if not self.rows.done(stage, left[0]):
+                    self.attempt(stage, left[0])
+                left.pop(0)
+        finally:
+            self.stages[stage] = {"seconds": round(time.monotonic() - start, 1), "truncated": len(left)}
+
+    def attempt(self, stage: str, job: Job) -> None:
+        """Adds the rows of a job; one that raises gets a row that says so."""
+        try:
+            for row in job.rows():
+                self.add(stage, job.name, row)
+        except correctness.Skipped as reason:
+            self.add(stage, job.name, {"ok": None, "skipped": str(reason)})
+        except torch.OutOfMemoryError as error:
+            self.add(stage, job.name, {"ok": None, "skipped": f"out of memory: {str(error)[:200]}"})
+        except Exception as error:
+            self.add(stage, job.name, {"ok": False, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+        if self.device != "cpu":
+            try:
+                torch.cuda.synchronize()
+            except Exception as error:
+                raise PoisonedError(str(error)[:200]) from error
+
+    def add(self, stage: str, case: str, row: Row) -> None:
+        self.rows.add({"stage": stage, "case": case, **row})
+        print(report.line(self.rows.rows[-1]), flush=True)
+
+
+def _compile(task: tuple[str, Case, bool, str]) -> tuple[str, float, str | None]:
+    """One task of a worker process: (what it compiled, seconds, error)."""
+    what, case, with_dlse, device = task
+    start, error = time.monotonic(), None
+    torch.set_num_threads(1)
+    try:
+        if what == "ours":
+            inputs = case.shrunk().inputs(device)
+            correctness.run(case.shrunk(), *inputs[:4], inputs[4] if with_dlse else None)
+        else:
+            peer = next(peer for peer in peers.found(device) if peer.name == what)
+            q, k, v, dout, _ = case.inputs(device)
+            leaves = [x.requires_grad_("backward" in case.passes) for x in (q, k, v)]
+            out = peer.prepare(case, device)(*leaves)
+            if out.requires_grad:
+                torch.autograd.grad(out, leaves, dout)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {str(raised)[:300]}"
+    return f"{what}: {case.name}", round(time.monotonic() - start, 2), error
+
+
+def compile_tasks(device: str, smoke: bool) -> list[tuple[str, Case, bool, str]]:
+    """One task for each set of binaries, the slowest ones first: FlexAttention's, then what is timed."""
+    timed, checked = timing_cases(smoke), [*determinism_cases(smoke), *correctness_cases(smoke)]
+    flex = [peer for peer in peers.found(device) if peer.name == "flex"]
+    tasks = [(peer.name, case, False, device) for peer in flex for case in timed if peer.against(case) is None]
+    ours = {(case.compiles_as(), with_dlse): ("ours", case, with_dlse, device)
+            for cases, with_dlse in ((checked, True), (timed, False)) for case in cases if case.n_queries and case.n_keys}
+    tasks += reversed(ours.values())
+    return tasks[:2] if smoke else tasks
+
+
+def compile_stage(run: Run) -> None:
+    tasks = compile_tasks(run.device, run.smoke)
+    workers = 1 if run.smoke else min(MAX_WORKERS, os.cpu_count() or 1, int(run.conditions["memory_gib"] / WORKER_GIB))
+    until = run.until("compile")
+
+    def rows() -> Iterable[Row]:
+        done: list[tuple[str, float, str | None]] = []
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each worker
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving it ends workers still at work
+            results = pool.imap_unordered(_compile, tasks)
+            with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
+                while True:
+                    done.append(results.next(min(STALL_SECONDS, max(0.0, until - time.monotonic()))))
+        del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+        yield {"tasks": len(tasks), "done": len(done), "workers": workers, "cpu_seconds": round(sum(d[1] for d in done), 1),
+               "slowest": sorted(done, key=lambda d: -d[1])[:8], "errors": [d for d in done if d[2]]}
+
+    run.work("compile", [Job("caches on disk", rows)])
+
+
+def _one(check: Callable[..., Row], *arguments: Any) -> Iterable[Row]:
+    yield check(*arguments)
+
+
+def correctness_stage(run: Run) -> None:
+    jobs = [Job(name, partial(_one, check, run.device)) for name, check in correctness.SPECIAL.items()]
+    jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
+    run.work("correctness", jobs)
+
+
+def determinism_stage(run: Run) -> None:
+    runs = 2 if run.smoke else 20
+    run.work("determinism", [Job(case.name, partial(_one, correctness.determinism, case, run.device, runs))
+                             for case in determinism_cases(run.smoke)])
+
+
+def timing_stage(run: Run) -> None:
+    present = peers.found(run.device)
+    jobs = [Job("host overhead", partial(_one, timing.overhead, run.device, 2 if run.smoke else 200), ("forward",))]
+    jobs += [Job(case.name, partial(timing.time_case, case, run.device, present), case.passes)
+             for case in timing_cases(run.smoke)]
+    run.work("timing", jobs)
+    if run.device != "cpu":
+        run.conditions["clocks_after"] = clocks()
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "compile": compile_stage, "correctness": correctness_stage, "determinism": determinism_stage, "timing": timing_stage,
+}
+
+
+def finish(run: Run, out: Path) -> int:
+    """Writes what the run found, prints it, and returns the exit status."""
+    checked, timed = run.rows.of("correctness", "determinism"), run.rows.of("timing")
+    failed = sum(row.get("ok") is False for row in checked + timed)
+    found = {"conditions": run.conditions, "stages": run.stages, "failed": failed}
+    for name, rows in (("summary", run.rows.of(*STAGES, "restart")), ("correctness", checked)):
+        (out / f"{name}.json").write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    text = report.summary(run.conditions, run.stages, checked, timed, plots.draw(timed, run.conditions, out))
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    report.show(text)
+    return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="time budget of the whole command (9)")
+    parser.add_argument("--out", type=Path, default=Path("gpu-output"), help="directory of the results; rows there are kept")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="run this stage alone; may be given again")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU in Triton's interpreter; proves no speed")
+    parser.add_argument("--commit", help="commit of the checkout, where git is not at hand")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    if options.smoke:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        print("No GPU that torch can use. --smoke runs tiny shapes on the CPU.", file=sys.stderr)
+        return 2
+    device = "cpu" if options.smoke else "cuda"
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = conditions(device, options.commit)
+    print(json.dumps(found), flush=True)
+    common = {"conditions": found["key"], "commit": found["commit"]} | ({"interpreter": True} if options.smoke else {})
+    run = Run(device, options.smoke, deadline, found, Rows(options.out / "rows.jsonl", common), 60 * options.minutes)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run cut short still writes its report
+    try:
+        for stage in options.stage or STAGES:
+            STAGES[stage](run)
+    except PoisonedError as error:
+        run.add("restart", f"restart {len(run.rows.of('restart')) + 1}", {"error": str(error)})
+        left = max(0.5, (deadline - time.monotonic()) / 60)
+        sys.stdout.flush()
+        again = [*(arguments or sys.argv[1:]), "--minutes", f"{left:.2f}"]
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *again])
+    except (SystemExit, KeyboardInterrupt):
+        finish(run, options.out)
+        raise
+    return finish(run, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
