@@ -149,7 +149,8 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     left = None if left is None or offset + n_queries - 1 - left <= 0 else left
     right = None if right is None or offset + right >= n_keys - 1 else right
     # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
-    causal = bool(left is None and right == 0 and offset == 0 and spec.scale > 0)
+    # torch.compile leaves bool() of a comparison of lengths symbolic, and torch takes a plain bool only.
+    causal = True if left is None and right == 0 and offset == 0 and spec.scale > 0 else False  # noqa: SIM210
     mask = None if causal or (left is None and right is None) else reference.window_mask(spec, n_queries, n_keys, q.device)
     if dim != dim_v:  # zero columns change neither scores nor the other outputs
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[3])) for x in (q, k, v))
