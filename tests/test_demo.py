@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 
@@ -92,13 +93,14 @@ def test_split_cuts_once():
 
 
 def test_load_reads_in_order_of_name_up_to_the_limit_and_skips_what_it_cannot_read(tmp_path):
-    (tmp_path / "c.py").write_bytes(b"c" * 50_000)
-    (tmp_path / "a.py").write_bytes(b"a" * 30_000)
-    (tmp_path / "b.py").mkdir()
+    for letter in "gdbfaec":  # no file system is likely to list these in order of name by itself
+        (tmp_path / f"{letter}.py").write_bytes(letter.encode() * 9_000)
+    (tmp_path / "aa.py").mkdir()
     (tmp_path / "a.txt").write_bytes(b"x" * 50_000)
     corpus = data.load(60_000, tmp_path)
-    assert bytes(torch.cat((corpus.train, corpus.validation)).tolist()) == b"a" * 30_000 + b"c" * 30_000
-    assert corpus.files == 2
+    text = bytes(torch.cat((corpus.train, corpus.validation)).tolist())
+    assert text == b"".join(letter * 9_000 for letter in (b"a", b"b", b"c", b"d", b"e", b"f")) + b"g" * 6_000
+    assert corpus.files == 7
 
 
 def test_too_little_text_is_an_error(tmp_path):
@@ -208,6 +210,19 @@ def test_a_second_run_says_what_it_overwrites_and_leaves_the_rest(tiny, tmp_path
     assert "will overwrite loss.png\n" in capsys.readouterr().out
     assert (tmp_path / "loss.png").read_bytes() != b"old"
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"mine.txt"}
+
+
+def test_a_write_that_does_not_finish_keeps_the_old_file(tmp_path, monkeypatch):
+    pipeline = pytest.importorskip("fused_attn.demo.pipeline")
+    (tmp_path / "checkpoint.pt").write_bytes(b"old")
+
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline._write(tmp_path / "checkpoint.pt", b"new")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"old"
 
 
 def test_a_failing_check_ends_the_run_and_keeps_earlier_results(tiny, tmp_path, capsys):

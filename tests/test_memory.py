@@ -16,6 +16,7 @@ from support.guard import is_poison, memory_guard
 
 import fused_attn
 from fused_attn import ops
+from fused_attn.kernels.launch import WIDEST_STRIDE
 from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
@@ -217,21 +218,21 @@ def test_gradient_of_a_sum():
 
 # --- offsets beyond 32 bits ---
 
-# which stride is far, its value, length (queries and keys)
+# which dimension is far, its stride, length (queries and keys), which tensors
 FAR = [
-    ("batch", 2**30, 35), ("batch", 2**31 + 16, 35),
-    ("head", 2**30, 35), ("head", 2**31 + 16, 35),
-    ("row", 2**22 - 1, 600),  # the largest that 32-bit offsets inside a tile can carry, far below 2**31 times the length
-    ("row", 2**22, 70),
-    ("row", 2**26, 70),  # the stride fits, but not times a tile
-    ("row", 2**31 - 1, 70), ("row", 2**31 + 16, 70),
-    ("column", 2**28, 35), ("column", 2**31 + 16, 35),
+    ("batch", 2**30, 35, "all"), ("batch", 2**31 + 16, 35, "all"),
+    ("head", 2**30, 35, "all"), ("head", 2**31 + 16, 35, "all"),
+    ("row", WIDEST_STRIDE - 1, 600, "all"),  # 32-bit offsets inside a tile just fit; times the length they would not
+    ("row", WIDEST_STRIDE, 70, "all"),
+    *(("row", 2**26, 70, which) for which in ("all", "q", "k", "v", "dout", "outputs")),  # fits, but not times a tile
+    ("row", 2**31 - 1, 70, "all"), ("row", 2**31 + 16, 70, "all"),
+    ("column", 2**28, 35, "all"), ("column", 2**31 + 16, 35, "all"),
 ]
 
 
-def far_strides(shape, which, stride):
+def far_strides(shape, dimension, stride):
     """Strides of a tensor that is compact but for one dimension."""
-    far = ("batch", "head", "row", "column").index(which)
+    far = ("batch", "head", "row", "column").index(dimension)
     strides, next_stride = [0] * 4, 1
     for dim in (3, 2, 1, 0):
         strides[dim] = stride if dim == far else next_stride
@@ -239,24 +240,28 @@ def far_strides(shape, which, stride):
     return tuple(strides)
 
 
-@pytest.mark.parametrize(("which", "stride", "length"), FAR, ids=lambda x: str(x))
-def test_offsets_beyond_32_bits(which, stride, length, address_space, monkeypatch):
-    """Inputs, outputs and gradients far apart give, bit for bit, what compact ones give."""
-    batch, heads = 3 if which == "batch" else 1, 3 if which == "head" else 1
+@pytest.mark.parametrize(("dimension", "stride", "length", "which"), FAR, ids=str)
+def test_offsets_beyond_32_bits(dimension, stride, length, which, address_space, monkeypatch):
+    """Tensors whose elements lie far apart give, bit for bit, what compact ones give."""
+    batch, heads = 3 if dimension == "batch" else 1, 3 if dimension == "head" else 1
     tensors = draw(batch, heads, heads, length, length, 16, 16, torch.float16)
     compact = run(*tensors, backend="triton", window=(20, 0))
-    outputs = []
+    made = []
+
+    def far_apart(x):
+        return address_space(x, far_strides(x.shape, dimension, stride))
 
     def far_like(x, head_dim):
-        shape = (*x.shape[:3], head_dim)
-        outputs.append(address_space(torch.full(shape, torch.nan, dtype=x.dtype), far_strides(shape, which, stride)))
-        return outputs[-1]
+        made.append(far_apart(torch.full((*x.shape[:3], head_dim), torch.nan, dtype=x.dtype)))
+        return made[-1]
 
-    monkeypatch.setattr(ops, "_like", far_like)
-    placed = [address_space(x, far_strides(x.shape, which, stride)) for x in tensors]
+    if which in ("all", "outputs"):
+        monkeypatch.setattr(ops, "_like", far_like)
+    placed = [far_apart(x) if which in ("all", name) else x
+              for name, x in zip(("q", "k", "v", "dout"), tensors, strict=True)]
     for name, x, expected in zip(NAMES, guarded(*placed, window=(20, 0)), compact, strict=True):
         assert torch.equal(x, expected), name
-    assert len(outputs) == 4
+    assert len(made) == (4 if which in ("all", "outputs") else 0)
 
 
 # --- many programs ---
