@@ -37,11 +37,11 @@ def compile_one(arguments: argparse.Namespace) -> int:
     rows = []
     for dtype, head_dim, which in product(arguments.dtype, arguments.head_dim, passes):
         for kernel in offline.KERNELS[which]:
-            report = offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
-                                            softcap=arguments.softcap)
-            rows.append(dataclasses.asdict(report))
-            if arguments.json:
-                print(json.dumps(rows[-1]), flush=True)
+            for report in offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
+                                                 softcap=arguments.softcap):
+                rows.append(dataclasses.asdict(report))
+                if arguments.json:
+                    print(json.dumps(rows[-1]), flush=True)
     if not arguments.json:
         shown = ("kernel", "dtype", "head_dim", "config", "registers", "spill_bytes", "local_in_loops", "shared_bytes",
          "matrix", "loop_instructions", "warnings", "compile_seconds")

@@ -119,8 +119,10 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, *, group: int = 4,
-                   softcap: float | None = None, config: TileConfig | None = None) -> Report:
+                   softcap: float | None = None, config: TileConfig | None = None) -> list[Report]:
     """Compiles one kernel for ``target`` as ``attention`` would launch it on long sequences, and reads the binary.
+
+    One report, or two, "dk" and "dv", where the configuration gives each a launch of its own.
 
     One target a process: Triton keeps compiled kernels by device, not by target.
     """
@@ -162,14 +164,17 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
             launch_dq(q, k, k, q, lse, lse, q, score_slope=score_slope, **call)
         else:
             launch_dkv(q, k, k, q, lse, lse, k, k, score_slope=score_slope, **call)
-    binary, log, seconds = compiled[0]
-    read = _read_amd(binary) if target.startswith("gfx") else _read_nvidia(binary, log)
-    return Report(
-        target=target, kernel=kernel, dtype=dtype, head_dim=head_dim, causal=causal, config=describe(config),
-        shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
-        tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
-        compile_seconds=round(seconds, 2), triton=triton.__version__, **read,
-    )
+    names = (kernel,) if len(compiled) == 1 else ("dk", "dv")
+    return [
+        Report(
+            target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, config=describe(config),
+            shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
+            tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
+            compile_seconds=round(seconds, 2), triton=triton.__version__,
+            **(_read_amd(binary) if target.startswith("gfx") else _read_nvidia(binary, log)),
+        )
+        for name, (binary, log, seconds) in zip(names, compiled, strict=True)
+    ]
 
 
 def describe(config: TileConfig) -> str:
@@ -177,8 +182,8 @@ def describe(config: TileConfig) -> str:
     words = [f"{config.block_m}x{config.block_n}", f"w{config.num_warps}", f"s{config.num_stages}"]
     if config.edge_stages is not None:
         words.append(f"edge{config.edge_stages}")
-    words += ["wide"] * config.wide + ["nolicm"] * config.disable_licm + [f"{name}={value}" for name, value in config.options]
-    return " ".join(words)
+    words += ["wide"] * config.wide + ["nolicm"] * config.disable_licm + ["split"] * config.split
+    return " ".join([*words, *(f"{name}={value}" for name, value in config.options)])
 
 
 def _read_nvidia(binary: Any, log: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
     },
     # 99 KiB of shared memory
     "sm_86": {
-        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 2), 128: T(128, 32, 8, 3), 256: T(32, 32, 4, 2)},
+        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 2, wide=True), 128: T(128, 32, 8, 3), 256: T(32, 32, 4, 2)},
         "dq": {32: T(64, 64, 4, 3), 64: T(128, 64, 8, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
         "dkv": {32: T(32, 128, 4, 2), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2), 256: T(32, 32, 4, 1, wide=True)},
     },
@@ -55,9 +55,9 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
                 128: T(32, 64, 4, 1, options=_CDNA2), 256: T(16, 64, 4, 1, options=_CDNA)},
     },
     "gfx1100": {
-        "forward": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(64, 16, 4, 1), 256: T(32, 16, 4, 1, wide=True)},
+        "forward": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(64, 16, 4, 1), 256: T(32, 16, 8, 1)},
         "dq": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(32, 16, 4, 1), 256: T(16, 16, 4, 1, wide=True)},
-        "dkv": {32: T(32, 64, 4, 1), 64: T(16, 32, 4, 1), 128: T(16, 32, 4, 1), 256: T(16, 16, 4, 1)},
+        "dkv": {32: T(32, 64, 4, 1), 64: T(16, 32, 4, 1), 128: T(16, 32, 4, 1, split=True), 256: T(16, 16, 4, 1, split=True)},
     },
 }
 
@@ -96,7 +96,9 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     if dtype == torch.float64:
         return T(16, 16, 4, 1)
     if dtype == torch.float32:
-        return T(32, 32, 4, 1) if widest <= 128 else T(16, 16, 4, 1)
+        if widest > 128:
+            return T(16, 16, 4, 1)
+        return T(32, 32, 8 if kernel == "dkv" else 4, 1)
     table = _HALVES.get(_SAME.get(arch, arch)) or _HALVES["gfx1100" if arch.startswith("gfx") else "sm_86"]
     by_width = table[kernel]
     return by_width[next(width for width in sorted(by_width) if widest <= width)]

@@ -58,7 +58,7 @@ def test_the_gate_sees_a_kernel_that_spills():
     script = """if True:
         from fused_attn import offline
         from fused_attn.spec import TileConfig
-        report = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
+        report, = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
         print(report.problems())
     """
     result = python("-c", script)

@@ -224,7 +224,7 @@ FAR = [
     ("head", 2**30, 35, "all"), ("head", 2**31 + 16, 35, "all"),
     ("row", WIDEST_STRIDE - 1, 600, "all"),  # 32-bit offsets inside a tile just fit; times the length they would not
     ("row", WIDEST_STRIDE, 70, "all"),
-    *(("row", 2**26, 70, which) for which in ("all", "q", "k", "v", "dout", "outputs")),  # fits, but not times a tile
+    *(("row", 2**27, 70, which) for which in ("all", "q", "k", "v", "dout", "outputs")),  # fits, but not times a tile
     ("row", 2**31 - 1, 70, "all"), ("row", 2**31 + 16, 70, "all"),
     ("column", 2**28, 35, "all"), ("column", 2**31 + 16, 35, "all"),
 ]
