@@ -15,7 +15,7 @@ STAMP := $(VENV)/installed
 FAST := not slow and not gpu
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help install test lint test-fast test-kernels test-all demo check compile-matrix gpu clean
+.PHONY: help install test lint test-fast test-all demo check compile-matrix gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do \
@@ -38,9 +38,6 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 
 test-fast: $(STAMP)
 	$(PYTEST) -m "$(FAST)" tests
-
-test-kernels: $(STAMP)
-	$(PYTEST) -m "kernels and $(FAST)" tests
 
 test-all: $(STAMP)  ## every test that needs no GPU; keeps the summary in docs/test-all.txt
 	@log=$$(mktemp); $(PYTEST) -q -m "not gpu" tests | tee "$$log"; \

@@ -1,4 +1,4 @@
-"""Fused attention in Triton: every feature forward and backward, on every GPU, proven against a plain PyTorch reference."""
+"""Fused attention in Triton, forward and backward, proven against a plain PyTorch reference."""
 
 from fused_attn.dispatch import Explanation
 from fused_attn.functional import attention, explain, reference_attention, scaled_dot_product_attention

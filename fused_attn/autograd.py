@@ -52,7 +52,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     """(out, lse) by the kernels; the autograd graph is built only where a gradient is wanted."""
     packed = ops.pack(spec)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    # Forward AD and torch.func would take the op for a constant; the Function tells them that it is none.
+    # Forward AD and torch.func get torch's own clear errors from the Function, before the op's guard would raise.
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     if not wanted and not transformed:
         return ops.forward(q, k, v, *packed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import fused_attn
+from fused_attn.dispatch import kernel_device
 from fused_attn.kernels import launch
 from fused_attn.report import conditions, print_table
 from fused_attn.tuning import arch_of
@@ -33,7 +34,7 @@ def error_ratio(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 def run() -> dict[str, Any]:
     """Runs every case; returns a JSON-able summary whose ``passed`` also demands that our kernels ran."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = kernel_device()
     rows = []
     with launch.counted() as launches:
         for dtype, (limit_out, limit_grad) in LIMITS.items():

@@ -1,6 +1,7 @@
 """The command line: ``fused-attn`` or ``python -m fused_attn``."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     compile_ = commands.add_parser("compile", help="compile the kernels for any target, no GPU needed")
     compile_.add_argument("--target", help="sm_80, sm_90, gfx942, ...")
-    compile_.add_argument("--head-dim", type=int, nargs="+", default=[128])
+    compile_.add_argument("--head-dim", type=int, choices=range(1, 257), metavar="D", nargs="+", default=[128],
+                          help="1 to 256")
     compile_.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "fp64"), nargs="+", default=["bf16"])
     compile_.add_argument("--causal", action="store_true")
     compile_.add_argument("--softcap", type=float, help="with this score cap")
@@ -45,12 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _interpret_without_gpu() -> None:
-    """Has the kernels run in Triton's interpreter where there is no GPU; must precede their import."""
-    import torch
+def _prepare_kernels() -> None:
+    """Has the kernels run in Triton's interpreter where no GPU can run them; must precede their import."""
+    from fused_attn import dispatch
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("fused-attn: the kernels need Triton: pip install 'fused-attn[triton]'")
+    if dispatch.kernel_device().type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -70,7 +74,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    _interpret_without_gpu()
+    _prepare_kernels()
     from fused_attn import check
 
     result = check.run()
@@ -82,7 +86,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    _interpret_without_gpu()
+    _prepare_kernels()
     from fused_attn import check, demo
 
     def checked() -> dict[str, Any]:

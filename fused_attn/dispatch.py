@@ -53,11 +53,23 @@ def _device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
         return () if settings.interpreted() else ("the tensors are on the CPU and TRITON_INTERPRET is not 1",)
     if device_type not in ("cuda", "xpu"):
         return (f"there are no kernels for device type {device_type!r}",)
-    if device_type == "cuda" and torch.version.hip is None:
+    if device_type == "cuda" and torch.version.hip is not None:
+        from fused_attn.tuning import arch_of, has_tiles
+
+        arch = arch_of(torch.device(device_type, index or 0))
+        return () if has_tiles(arch) else (f"the card is {arch}; there are no tiles for it",)
+    if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             return (f"the card is sm_{major}{minor}; the kernels need sm_80 or later",)
     return ()
+
+
+def kernel_device() -> torch.device:
+    """Where the kernels can run on this machine: a GPU they support, else the CPU, in the interpreter."""
+    if torch.cuda.is_available() and not _device_reasons("cuda", torch.cuda.current_device()):
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def against_triton(q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
@@ -83,7 +95,7 @@ def against_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, return_lse: bool,
            backend: str | None, strict: bool | None, warn: bool = True) -> str:
     """The backend of a call: the one asked for, else the first that can run it. Raises where neither can."""
-    asked = backend or settings.BACKEND
+    asked = settings.BACKEND if backend is None else backend
     if asked is None:
         preferred = "torch" if q.device.type == "cpu" else "triton"
     elif asked in settings.BACKENDS:
@@ -96,7 +108,8 @@ def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpe
     if not reasons:
         return preferred
     if asked is not None:
-        raise ValueError(f"backend: {asked!r} cannot run this call: {'; '.join(reasons)}")
+        source = "backend" if backend is not None else "FUSED_ATTN_BACKEND"
+        raise ValueError(f"{source}: {asked!r} cannot run this call: {'; '.join(reasons)}")
     chosen, message = _fall_back(preferred, reasons, q, k, v, spec, return_lse, strict)
     if preferred == "triton" and warn:
         warn_once(f"fused_attn: backend {chosen!r} instead of 'triton': {message}")

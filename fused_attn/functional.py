@@ -23,6 +23,7 @@ def _reject_unbuilt(**arguments: Any) -> None:
         if name not in _UNBUILT:
             raise TypeError(f"unexpected argument {name!r}")
         nothing = _UNBUILT[name]
+        value = () if name == "mod_args" and value == [] else value
         if value is not nothing and (isinstance(value, torch.Tensor) or value is None or value != nothing):
             raise NotImplementedError(f"fused_attn: argument {name!r} is part of the API but not built yet")
 
@@ -55,11 +56,17 @@ def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
     return q, k, v
 
 
+def _check_switches(deterministic: bool | None, strict: bool | None) -> None:
+    for name, value in (("deterministic", deterministic), ("strict", strict)):
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool or None; got {value!r}")
+
+
 def _bound(name: str, value: Any) -> Any:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0):
         hint = "; None, not -1, leaves a side open" if value == -1 else ""
         raise ValueError(f"window: expected {name} to be a non-negative int or None; got {value!r}{hint}")
-    return value
+    return min(value, 2**62) if isinstance(value, int) else value
 
 
 def _is_finite(value: Any, name: str, expected: str) -> bool:
@@ -71,6 +78,8 @@ def _is_finite(value: Any, name: str, expected: str) -> bool:
 
 def _describe(head_dim: int, causal: bool, window: tuple[int | None, int | None] | None, scale: float | None,
               softcap: float | None) -> AttentionSpec:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool; got {causal!r}")
     left = right = None
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -162,6 +171,7 @@ def attention(
     """
     _reject_unbuilt(bias=bias, mask=mask, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks,
                     dropout_p=dropout_p, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, precise=precise)
+    _check_switches(deterministic, strict)
     q, k, v = _checked(q, k, v)
     spec = _describe(q.shape[3], causal, window, scale, softcap)
     return _run(dispatch.choose(q, k, v, spec, return_lse, backend, strict), q, k, v, spec, return_lse)
@@ -178,6 +188,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool =
             strict: bool | None = None, backend: str | None = None, **later: Any) -> Explanation:
     """Which backend ``attention`` would run for these arguments, and every reason against the others."""
     _reject_unbuilt(**later)
+    _check_switches(deterministic, strict)
     q, k, v = _checked(q, k, v)
     spec = _describe(q.shape[3], causal, window, scale, softcap)
     return dispatch.explain(q, k, v, spec, return_lse, backend, strict)

@@ -159,7 +159,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         if kernel == "forward":
             launch_forward(q, k, k, q, lse, **call)
         elif kernel == "delta":
-            launch_delta(q, q, None, lse, config=config, launch=compile_only)
+            launch_delta(q, q, lse, None, lse, config=config, launch=compile_only)
         elif kernel == "dq":
             launch_dq(q, k, k, q, lse, lse, q, score_slope=score_slope, **call)
         else:

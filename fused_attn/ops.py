@@ -4,6 +4,7 @@
 are the business of ``fused_attn.autograd``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.score import select
 from fused_attn.spec import AttentionSpec, Window, attention_flops, kept_pairs
-from fused_attn.tuning import arch_of, choose
+from fused_attn.tuning import arch_of, choose, has_tf32
 
 if settings.interpreted():
     from fused_attn import interpreter
@@ -51,8 +52,9 @@ def _lse_like(q: torch.Tensor) -> torch.Tensor:
 
 def _precision(q: torch.Tensor) -> str:
     """How fp32 products are computed: IEEE unless torch's own setting for matmuls on GPUs says TF32."""
-    tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    if q.dtype != torch.float32 or not q.is_cuda or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if has_tf32(arch_of(q.device)) else "ieee"
 
 
 def _kernel_arguments(q: torch.Tensor, k: torch.Tensor, scale: float, left: int | None, right: int | None,
@@ -97,7 +99,7 @@ def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k:
     if need_dq or need_dk:
         delta = torch.empty_like(lse)
         dlse = None if dlse is None else dlse.contiguous()
-        launch_delta(out, dout, dlse, delta, config=choose("delta", *sizes, arch))
+        launch_delta(out, dout, lse, dlse, delta, config=choose("delta", *sizes, arch))
     if need_dq:
         launch_dq(q, k, v, dout, lse, delta, dq, config=choose("dq", *sizes, arch), **mods, **arguments)
     launch_dkv(q, k, v, dout, lse, delta, dk if need_dk else None, dv if need_dv else None,
@@ -113,7 +115,24 @@ def _backward_fake(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tenso
     return dq, dk, dv
 
 
+def _guard(name: str) -> Callable[..., Any]:
+    """What the op does where autograd reaches it past ``fused_attn.autograd``: raise, where torch would see a constant."""
+
+    def guard(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if wanted or any(torch._VF._unpack_dual(x, level=0).tangent is not None for x in tensors):
+            raise RuntimeError(f"fused_attn::{name} carries no gradient of its own: call fused_attn.attention; torch.func and "
+                               "forward AD over backend 'triton' are not built yet, backend='reference' has them")
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.fused_attn, name).default(*args)
+
+    return guard
+
+
 torch.library.impl(_LIBRARY, "forward", "CompositeExplicitAutograd")(_forward)
+torch.library.impl(_LIBRARY, "forward", "Autograd")(_guard("forward"))
+torch.library.impl(_LIBRARY, "backward", "Autograd")(_guard("backward"))
 torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")(_backward)
 torch.library.register_fake("fused_attn::forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("fused_attn::backward", _backward_fake, lib=_LIBRARY)

@@ -22,6 +22,14 @@ def window_mask(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """``exact`` whatever autocast would make of its matrix products."""
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return exact(q, k, v, spec)
+    return exact(q, k, v, spec)
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its natural-log LSE, for q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv].
 
     Returns out [B, H, Nq, Dv] in q's dtype and lse [B, H, Nq] in fp32 (fp64 for fp64). A row with no key gives 0 and -inf.

@@ -8,7 +8,6 @@ TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU te
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -32,20 +31,23 @@ def constant_when_traced(function: _F) -> _F:
     return function
 
 
-_strict: ContextVar[bool] = ContextVar("fused_attn_strict", default=os.environ.get("FUSED_ATTN_STRICT", "").lower() in _TRUE)
+_strict = os.environ.get("FUSED_ATTN_STRICT", "").lower() in _TRUE
 
 
-@constant_when_traced
 def is_strict(argument: bool | None) -> bool:
     """Whether a call is strict: its own argument, else the surrounding ``strict()``, else the environment."""
-    return _strict.get() if argument is None else argument
+    return _strict if argument is None else argument
 
 
 @contextlib.contextmanager
 def strict(enabled: bool = True) -> Iterator[None]:
-    """Within it, a call that only the quadratic reference could answer raises instead; ``strict=`` of a call wins."""
-    token = _strict.set(enabled)
+    """Within it, a call that only the quadratic reference could answer raises instead; ``strict=`` of a call wins.
+
+    It holds for the whole process, threads included: a plain global is what torch.compile guards compiled calls on.
+    """
+    global _strict
+    before, _strict = _strict, enabled
     try:
         yield
     finally:
-        _strict.reset(token)
+        _strict = before

@@ -85,10 +85,22 @@ def _arch(device_type: str, index: int | None) -> str:
     return f"sm_{major}{minor}"
 
 
+def has_tf32(arch: str) -> bool:
+    """Whether Triton multiplies in TF32 on a target: NVIDIA's from sm_80, and of AMD's gfx942 alone."""
+    return arch.startswith("sm_") or arch == "gfx942"
+
+
+def has_tiles(arch: str) -> bool:
+    """Whether the tables know a target, itself or as one that shares another's."""
+    return _SAME.get(arch, arch) in _HALVES
+
+
 @functools.cache
 def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> T:
     """The shipped configuration of a kernel; head dims between the tables' use the next wider one."""
     widest = max(head_dim, head_dim_v)
+    if not 1 <= widest <= 256:
+        raise ValueError(f"head_dim: expected 1 to 256; got {widest}")
     if arch == "interpreter":  # small enough that tests cross tile edges, and not square
         return T(32, 64, 1, 1) if kernel == "dkv" else T(64, 32, 1, 1)
     if kernel == "delta":

@@ -20,7 +20,7 @@ from fused_attn.spec import TileConfig
 
 
 @triton.jit(do_not_specialize=["H", "Nq"])
-def delta_kernel(out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_strides, dout_strides, H, Nq,
+def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, out_strides, dout_strides, H, Nq,
                  DV: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr):
     """delta [B, H, Nq] = rowsum(dO * O) - dLSE, for BLOCK_M rows of one head; ``dlse_ptr`` may be None."""
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -33,7 +33,9 @@ def delta_kernel(out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_strides, dout_strid
     dout = load_tile(head_view(dout_ptr, dout_strides, batch, head, Nq), first, DV, BLOCK_M, BLOCK_DV, True, TILE.wide)
     delta = tl.sum(out.to(ACC) * dout.to(ACC), 1)
     if dlse_ptr is not None:
-        delta -= load_rows(row_view(dlse_ptr, bh, Nq), first, 0.0, BLOCK_M, True)
+        # The LSE of a row with no key is constant, whatever gradient comes (logaddexp(-inf, -inf) sends NaN).
+        empty = load_rows(row_view(lse_ptr, bh, Nq), first, 0.0, BLOCK_M, True) == float("-inf")
+        delta -= tl.where(empty, 0.0, load_rows(row_view(dlse_ptr, bh, Nq), first, 0.0, BLOCK_M, True))
     store_rows(row_view(delta_ptr, bh, Nq), first, delta, BLOCK_M)
 
 
@@ -159,6 +161,7 @@ def folded(n_tiles, i, kv_head, GROUP: tl.constexpr):
     if GROUP == 1:
         return kv_head, i
     else:
+        n_tiles = tl.maximum(n_tiles, 1)  # a deep pipeline divides before it knows whether the loop runs at all
         return kv_head * GROUP + i // n_tiles, i % n_tiles
 
 
@@ -219,13 +222,13 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
         store_tile(dv_view, first, dv, DV, BLOCK_N, BLOCK_DV, TILE.wide)
 
 
-def launch_delta(out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, delta: torch.Tensor, *,
-                 config: TileConfig, launch: Launcher = run) -> None:
+def launch_delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None,
+                 delta: torch.Tensor, *, config: TileConfig, launch: Launcher = run) -> None:
     """Fills ``delta`` [B, H, Nq]; ``dlse`` [B, H, Nq] must be contiguous."""
     batch, heads, n_queries, head_dim_v = out.shape
     if delta.numel() == 0:
         return
-    args = (out, dout, dlse, delta, out.stride(), dout.stride(), heads, n_queries, head_dim_v, accumulator(out.dtype))
+    args = (out, dout, lse, dlse, delta, out.stride(), dout.stride(), heads, n_queries, head_dim_v, accumulator(out.dtype))
     launch(delta_kernel, programs(n_queries, config.block_m, batch * heads), args, fit_offsets(config, out, dout))
 
 

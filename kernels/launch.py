@@ -31,23 +31,17 @@ def counted() -> Iterator[Counter[str]]:
     try:
         yield counter
     finally:
-        _counters.remove(counter)
+        _counters[:] = [other for other in _counters if other is not counter]  # remove() would compare counts
 
 
 def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
     """Launches on the device of the first argument, a tensor, and on that device's current stream."""
     device = args[0].device
-    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
-        _launch(kernel, programs, args, config)
-    else:
-        with torch.accelerator.device_index(device.index):
-            _launch(kernel, programs, args, config)
-
-
-def _launch(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
+    here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
         counter[kernel.fn.__name__] += 1
-    kernel[(programs,)](*args, config, num_warps=config.num_warps, num_stages=config.num_stages, **dict(config.options))
+    with contextlib.nullcontext() if here else torch.accelerator.device_index(device.index):
+        kernel[(programs,)](*args, config, num_warps=config.num_warps, num_stages=config.num_stages, **dict(config.options))
 
 
 def fit_offsets(config: TileConfig, *tensors: torch.Tensor) -> TileConfig:
