@@ -71,7 +71,8 @@ def main() -> int:
     print_table(rows, f"attention(causal=True) beside torch's own, {torch.get_num_threads()} threads, medians")
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"conditions": {**conditions("cpu", None), "threads": torch.get_num_threads()}, "rows": rows}
+        result = {"conditions": {**conditions("cpu", None), "gpu": None, "interpreter": False,
+                                 "threads": torch.get_num_threads()}, "rows": rows}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
