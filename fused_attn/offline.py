@@ -47,7 +47,8 @@ _LOCAL = re.compile(r"^(LDL|STL|scratch_)")
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What the binary of one kernel says. ``spill_bytes`` is local memory written; ``local_in_loops`` counts instructions
-    that touch local memory inside an innermost loop over matrix products; ``matrix`` counts matrix instructions."""
+    that touch local memory inside a main loop, an innermost one with matrix products (fp32: with fused multiply-adds);
+    ``matrix`` counts matrix instructions by opcode, ``loop_mix`` all instructions of the main loops by opcode family."""
 
     target: str
     kernel: str
@@ -61,7 +62,9 @@ class Report:
     shared_limit: int
     local_in_loops: int
     matrix: dict[str, int]
+    instructions: int
     loop_instructions: list[int]
+    loop_mix: dict[str, int]
     warnings: list[str]
     tensor_memory: int
     compile_seconds: float
@@ -236,6 +239,8 @@ def _loops(listing: list[tuple[str, str, str | None]]) -> dict[str, Any]:
     inner = [a for a in busy if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in busy)]
     return {
         "matrix": dict(Counter(op for _, op, _ in listing if _MATRIX.match(op))),
+        "instructions": sum(1 for _, op, _ in listing if op),
+        "loop_mix": dict(Counter(op.split(".")[0] for a, b in inner for _, op, _ in listing[a : b + 1] if op).most_common()),
         "local_in_loops": sum(count(_LOCAL, *loop) for loop in inner),
         "loop_instructions": [sum(1 for _, op, _ in listing[a : b + 1] if op) for a, b in sorted(inner)],
     }
