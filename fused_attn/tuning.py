@@ -28,7 +28,8 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
     "sm_86": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 2, wide=True), 128: T(128, 32, 8, 3), 256: T(32, 32, 4, 2)},
         "dq": {32: T(64, 64, 4, 3), 64: T(128, 64, 8, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
-        "dkv": {32: T(32, 128, 4, 2), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2), 256: T(32, 32, 4, 1, wide=True)},
+        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2),
+                256: T(32, 32, 4, 1, wide=True)},
     },
     # A pipelined edge loop makes ptxas serialise every wgmma (C7515): one stage there.
     "sm_90": {

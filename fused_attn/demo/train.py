@@ -38,7 +38,7 @@ class Recipe:
 
 
 FULL = Recipe(steps=800, evaluations=8, margin=0.5, sample_bytes=500)
-QUICK = Recipe(steps=200, evaluations=4, margin=0.2, sample_bytes=200)
+QUICK = Recipe(steps=120, evaluations=3, margin=0.2, sample_bytes=200)
 
 
 @dataclass
