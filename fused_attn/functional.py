@@ -106,19 +106,6 @@ def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.
     return q, k, v
 
 
-def _run(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-         return_lse: bool) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    if backend == "torch":
-        return dispatch.torch_attention(q, k, v, spec)
-    if backend == "triton":
-        from fused_attn import autograd  # here, so that the package imports without Triton
-
-        out, lse = autograd.attention(q, k, v, spec)
-    else:
-        out, lse = reference.attention(q, k, v, spec)
-    return (out, lse) if return_lse else out
-
-
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -174,7 +161,16 @@ def attention(
     _check_switches(deterministic, strict)
     q, k, v = _checked(q, k, v)
     spec = _describe(q.shape[3], causal, window, scale, softcap)
-    return _run(dispatch.choose(q, k, v, spec, return_lse, backend, strict), q, k, v, spec, return_lse)
+    chosen = dispatch.choose(q, k, v, spec, return_lse, backend, strict)
+    if chosen == "torch":
+        return dispatch.torch_attention(q, k, v, spec)
+    if chosen == "triton":
+        from fused_attn import autograd  # here, so that the package imports without Triton
+
+        out, lse = autograd.attention(q, k, v, spec)
+    else:
+        out, lse = reference.attention(q, k, v, spec)
+    return (out, lse) if return_lse else out
 
 
 def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Any:
@@ -218,7 +214,9 @@ def scaled_dot_product_attention(
                                               enable_gqa=enable_gqa)
     spec = _describe(query.shape[3], is_causal, None, scale, None)._replace(bottom_right=False)
     query, key, value = _autocast(query, key, value)
-    return _run("triton", query, key, value, spec, False)  # type: ignore[return-value]
+    from fused_attn import autograd  # here, so that the package imports without Triton
+
+    return autograd.attention(query, key, value, spec)[0]
 
 
 def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
