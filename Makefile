@@ -40,8 +40,8 @@ test-fast: $(STAMP)
 	$(PYTEST) -m "$(FAST)" tests
 
 test-all: $(STAMP)  ## every test that needs no GPU; keeps the summary in docs/test-all.txt
-	@log=$$(mktemp); $(PYTEST) -q -m "not gpu" tests | tee "$$log"; \
-		{ git describe --always --dirty; grep -E '^(torch|triton)==' $(CONSTRAINTS); tail -n 1 "$$log"; } > docs/test-all.txt
+	@log=$$(mktemp); commit=$$(git describe --always --dirty); $(PYTEST) -q -m "not gpu" tests | tee "$$log"; \
+		{ echo "$$commit"; grep -E '^(torch|triton)==' $(CONSTRAINTS); tail -n 1 "$$log"; } > docs/test-all.txt
 
 demo: $(STAMP)  ## a demonstration in demo-output/
 	$(BIN)/fused-attn demo --out demo-output
