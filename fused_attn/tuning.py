@@ -1,7 +1,8 @@
 """Tile configurations: one shipped choice for every kernel, head dim, element type and target, and no autotuning.
 
-The tables are static findings: the largest tiles that compile for the target without spilling (CONTRIBUTING.md tells how
-to check a change with ``fused-attn compile``). Only a timing on the card can rank them; none has been made yet.
+The tables are static findings: large tiles that compile for the target with little or no spilling (docs/compile-matrix.json
+holds what each gives; CONTRIBUTING.md tells how to check a change). Only a timing on the card can rank them; none has been
+made yet.
 """
 
 import functools
