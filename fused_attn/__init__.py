@@ -1,9 +1,41 @@
 """Fused attention in Triton, forward and backward, proven against a plain PyTorch reference."""
 
 from fused_attn.dispatch import Explanation
-from fused_attn.functional import attention, explain, reference_attention, scaled_dot_product_attention
+from fused_attn.functional import attention, attention_varlen, explain, reference_attention, scaled_dot_product_attention
+from fused_attn.inspection import AttentionStats, attention_stats, attention_weights
+from fused_attn.mods import (
+    MaskMod,
+    RelativeBias,
+    ScoreMod,
+    document_mask,
+    prefix_lm_mask,
+    soft_tree_mask,
+    t5_bias,
+    tree_intervals,
+    tree_mask,
+)
 from fused_attn.settings import strict
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "attention", "explain", "reference_attention", "scaled_dot_product_attention", "strict"]
+__all__ = [
+    "AttentionStats",
+    "Explanation",
+    "MaskMod",
+    "RelativeBias",
+    "ScoreMod",
+    "attention",
+    "attention_stats",
+    "attention_varlen",
+    "attention_weights",
+    "document_mask",
+    "explain",
+    "prefix_lm_mask",
+    "reference_attention",
+    "scaled_dot_product_attention",
+    "soft_tree_mask",
+    "strict",
+    "t5_bias",
+    "tree_intervals",
+    "tree_mask",
+]

@@ -6,39 +6,59 @@ import torch
 from torch.autograd import forward_ad
 
 from fused_attn import ops
-from fused_attn.spec import AttentionSpec
+from fused_attn.lowering import pack
+from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
+
+# The arguments of Attention: q, k, v, the single companions, the fields of the packed spec, then the operands.
+_SINGLE = ops.N_COMPANIONS - 1
+_OPERANDS = 3 + _SINGLE + ops.N_SPEC
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) of fused attention, differentiable once in q, k and v through both."""
+    """(out, lse) of fused attention, differentiable once in q, k, v, sinks and operands, through both."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *spec: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = ops.forward(q, k, v, *spec)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        (q, k, v), single = arguments[:3], arguments[3 : 3 + _SINGLE]
+        spec, operands = arguments[3 + _SINGLE : _OPERANDS], arguments[_OPERANDS:]
+        out, lse, centred = ops.forward(q, k, v, *single, operands, *spec)
+        ctx.save_for_backward(q, k, v, centred if centred.numel() else out, lse, *single, *operands)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *companions = ctx.saved_tensors
         if dout is None:
             dout = out.new_zeros(()).expand_as(out)
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad
         # With create_graph=True the gradients must not pass for constants: a second derivative raises.
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = AttentionBackward.apply if differentiable else ops.backward
-        grads = backward(dout, dlse, q, k, v, out, lse, *ctx.spec, *needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None for _ in ctx.spec)
+        backward = AttentionBackward.apply if differentiable else run_backward
+        dq, dk, dv, dsinks, *doperands = backward(
+            dout, dlse, q, k, v, out, lse, *companions, *ctx.spec, *needs[:4], *needs[_OPERANDS:])
+        grads = (dq, dk, dv, dsinks, *(None for _ in range(_OPERANDS - 4)), *doperands)
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def run_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """The backward op with its lists of operands taken apart, as a Function's arguments and outputs must be."""
+    n_operands = (len(arguments) - 7 - _SINGLE - ops.N_SPEC - 4) // 2
+    spec_at = 7 + _SINGLE + n_operands
+    single, operands = arguments[7 : 7 + _SINGLE], arguments[7 + _SINGLE : spec_at]
+    spec_and_needs = arguments[spec_at : len(arguments) - n_operands]
+    need_operands = arguments[len(arguments) - n_operands :]
+    *grads, doperands = ops.backward(*arguments[:7], *single, operands, *spec_and_needs, need_operands)
+    return *grads, *doperands
 
 
 class AttentionBackward(torch.autograd.Function):
     """The backward as a node of its own, so that differentiating it again is a clear error."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return ops.backward(*args)
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        return run_backward(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -48,15 +68,24 @@ class AttentionBackward(torch.autograd.Function):
         )
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+              companions: Companions = NO_COMPANIONS) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) by the kernels; the autograd graph is built only where a gradient is wanted."""
-    packed = ops.pack(spec)
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    packed = pack(spec)
+    *single, operands = companions
+    sources = (q, k, v, companions.sinks, *operands)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # Forward AD and torch.func get torch's own clear errors from the Function, before the op's guard would raise.
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     if not wanted and not transformed:
-        return ops.forward(q, k, v, *packed)
+        out, lse, _ = ops.forward(q, k, v, *companions, *packed)
+        return out, lse
     # torch.compile cannot trace a Function that receives one tensor twice; a view is another tensor.
-    k = k.view_as(k) if k is q else k
-    v = v.view_as(v) if v is q or v is k else v
-    return Attention.apply(q, k, v, *packed)
+    tensors: list[Any] = []
+    for x in (q, k, v, *single):
+        tensors.append(x.view_as(x) if x is not None and any(x is y for y in tensors) else x)
+    distinct: list[Any] = []
+    for x in operands:
+        distinct.append(x.view_as(x) if any(x is y for y in (*tensors, *distinct)) else x)
+    out, lse = Attention.apply(*tensors, *packed, *distinct)
+    return out, lse

@@ -4,7 +4,8 @@ The measure is the error ratio R = |x - ref64| / |round(ref64) - ref64| in Frobe
 """
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,13 +15,28 @@ from fused_attn.kernels import launch
 from fused_attn.report import conditions, print_table
 from fused_attn.tuning import arch_of
 
-# (what, attention's arguments, heads, key heads, queries, keys, head dim, head dim of v)
-CASES: tuple[tuple[str, dict[str, Any], int, int, int, int, int, int], ...] = (
+Draw: TypeAlias = Callable[..., torch.Tensor]
+
+
+def _biased(draw: Draw) -> dict[str, Any]:
+    return {"causal": True, "bias": draw(1, 2, 256, 256), "alibi_slopes": draw(2).abs() * 0.1, "sinks": draw(2)}
+
+
+def _masked(draw: Draw) -> dict[str, Any]:
+    documents = (draw(1, 256) > 2).cumsum(1)
+    return {"causal": True, "mask_mod": fused_attn.document_mask(documents), "dropout_p": 0.1}
+
+
+# (what, attention's arguments, or what draws them, heads, key heads, queries, keys, head dim, head dim of v)
+Case: TypeAlias = tuple[str, dict[str, Any] | Callable[[Draw], dict[str, Any]], int, int, int, int, int, int]
+CASES: tuple[Case, ...] = (
     ("full", {}, 2, 2, 256, 256, 64, 64),
     ("causal", {"causal": True}, 2, 2, 256, 256, 64, 64),
     ("causal, grouped heads, lengths differ", {"causal": True}, 4, 2, 257, 300, 64, 64),
     ("window, head dims differ", {"window": (64, 16)}, 2, 1, 256, 256, 80, 40),
     ("softcap", {"causal": True, "softcap": 5.0}, 2, 2, 256, 256, 64, 64),
+    ("bias, ALiBi, sinks", _biased, 2, 2, 256, 256, 64, 64),
+    ("document mask, dropout", _masked, 2, 2, 256, 256, 64, 64),
 )
 # Highest R of out and of the gradients.
 LIMITS = {torch.float16: (1.5, 2.0), torch.bfloat16: (1.5, 2.0), torch.float32: (20.0, 20.0)}
@@ -53,10 +69,11 @@ def run() -> dict[str, Any]:
     }
 
 
-def _row(device: torch.device, dtype: torch.dtype, case: tuple[str, dict[str, Any], int, int, int, int, int, int],
-         limit_out: float, limit_grad: float) -> dict[str, Any]:
+def _row(device: torch.device, dtype: torch.dtype, case: Case, limit_out: float, limit_grad: float) -> dict[str, Any]:
     name, arguments, heads, kv_heads, n_queries, n_keys, dim, dim_v = case
     generator = torch.Generator(device).manual_seed(0)
+    if callable(arguments):
+        arguments = arguments(lambda *size: torch.randn(size, generator=generator, device=device))
     shapes = ((heads, n_queries, dim), (kv_heads, n_keys, dim), (kv_heads, n_keys, dim_v), (heads, n_queries, dim_v))
     *inputs, dout = (torch.randn(1, *shape, generator=generator, device=device).to(dtype) for shape in shapes)
     start = time.perf_counter()
@@ -74,6 +91,7 @@ def _row(device: torch.device, dtype: torch.dtype, case: tuple[str, dict[str, An
 
 def _with_gradients(inputs: list[torch.Tensor], dout: torch.Tensor, arguments: dict[str, Any]) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
+    torch.manual_seed(0)  # of dropout: both draw one mask
     out = fused_attn.attention(*leaves, **arguments)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 

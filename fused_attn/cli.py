@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+FEATURES = ("plain", "softcap", "bias", "alibi", "relative", "mask", "sinks", "dropout", "packed")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
@@ -24,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     compile_ = commands.add_parser("compile", help="compile the kernels for any target, no GPU needed")
     compile_.add_argument("--target", help="sm_80, sm_90, gfx942, ...")
-    compile_.add_argument("--head-dim", type=int, choices=range(1, 257), metavar="D", nargs="+", default=[128],
-                          help="1 to 256")
+    compile_.add_argument("--head-dim", type=int, choices=range(1, 577), metavar="D", nargs="+", default=[128],
+                          help="1 to 576")
     compile_.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "fp64"), nargs="+", default=["bf16"])
     compile_.add_argument("--causal", action="store_true")
-    compile_.add_argument("--softcap", type=float, help="with this score cap")
+    compile_.add_argument("--feature", choices=FEATURES, default="plain", help="what the kernels do beside plain attention")
     compile_.add_argument("--pass", dest="which", choices=("forward", "backward", "all"), default="all")
     compile_.add_argument("--json", action="store_true", help="print one JSON object a kernel")
     compile_.add_argument("--gate", action="store_true", help="fail when a kernel breaks the rules for defaults")

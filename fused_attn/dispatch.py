@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fused_attn import reference, settings
-from fused_attn.spec import AttentionSpec
+from fused_attn import mods, reference, settings, tuning
+from fused_attn.describe import Described
+from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions
 
-MAX_HEAD_DIM = 256
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 576  # of keys and queries; the tables of tuning.py end there
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,8 @@ def _device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     if device_type not in ("cuda", "xpu"):
         return (f"there are no kernels for device type {device_type!r}",)
     if device_type == "cuda" and torch.version.hip is not None:
-        from fused_attn.tuning import arch_of, has_tiles
-
-        arch = arch_of(torch.device(device_type, index or 0))
-        return () if has_tiles(arch) else (f"the card is {arch}; there are no tiles for it",)
+        arch = tuning.arch_of(torch.device(device_type, index or 0))
+        return () if tuning.has_tiles(arch) else (f"the card is {arch}; there are no tiles for it",)
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
@@ -72,57 +70,97 @@ def kernel_device() -> torch.device:
     return torch.device("cpu")
 
 
-def against_triton(q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
+def against_triton(call: Described) -> tuple[str, ...]:
     """Reasons why the kernels cannot run a call."""
+    q, v = call.q, call.v
     reasons = device_reasons(q.device.type, q.device.index)
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         reasons += (f"head dims {q.shape[3]} and {v.shape[3]}: the kernels carry up to {MAX_HEAD_DIM}",)
+    if q.is_cuda and not reasons and (reason := tuning.against(q.shape[3], v.shape[3], q.dtype, tuning.arch_of(q.device))):
+        reasons += (reason,)
+    for member in call.spec.score_mods + call.spec.mask_mods:
+        mod = mods.registered(member.key)
+        if mod.function is None and mod not in mods.SHIPPED:
+            reasons += (f"{mod.name} has no jit function",)
+    return reasons + _missing_slopes(call) if call.spec.score_mods and torch.is_grad_enabled() else reasons
+
+
+def _missing_slopes(call: Described) -> tuple[str, ...]:
+    """Slopes that the gradients of a call need and its mods lack."""
+    reasons: tuple[str, ...] = ()
+    operands = iter(call.companions.operands)
+    through = call.q.requires_grad or call.k.requires_grad  # whether a gradient passes through the mods to come
+    for member in call.spec.score_mods:
+        mod = mods.registered(member.key)
+        slopes = mod.arg_slopes + (None,) * len(member.args)
+        if mod.function is not None and through and mod.slope is None:
+            reasons += (f"{mod.name} has no slope, which gradients need",)
+        for i, kind in enumerate(member.args):
+            if kind in (TENSOR, RELATIVE) and next(operands).requires_grad:
+                through = True
+                if mod.function is not None and slopes[i] is None:
+                    reasons += (f"{mod.name} has no slope for argument {i}, which its gradient needs",)
     return reasons
 
 
-def against_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, return_lse: bool) -> tuple[str, ...]:
+def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
     """Reasons why torch's fused kernel does not compute exactly this call."""
+    q, spec, companions = call.q, call.spec, call.companions
     reasons: tuple[str, ...] = ()
     if spec.softcap is not None:
         reasons += ("torch's fused kernel has no softcap",)
     if return_lse:
         reasons += ("torch's fused kernel gives no differentiable LSE",)
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+    if companions.sinks is not None:
+        reasons += ("torch's fused kernel has no sinks",)
+    if spec.precise and any(x.requires_grad for x in (q, call.k, call.v)):
+        reasons += ("torch's fused kernel has no backward with centred values",)
+    if spec.dropout_p > 0:
+        reasons += ("torch's fused kernel draws no dropout mask of ours",)
+    for member in spec.score_mods:
+        if member.key != mods.BIAS.key:
+            reasons += (f"torch's fused kernel has no score mod {mods.registered(member.key).name}",)
+        elif companions.operands[-1 - len(spec.mask_mods)].requires_grad or "relative" in member.args:
+            reasons += ("torch's fused kernel gives no bias gradient and takes no relative bias",)
+    if any(member.key != mods.MASK.key for member in spec.mask_mods):
+        reasons += ("torch's fused kernel has no mask functions",)
+    if spec.longest is not None and (q.device.type != "cpu" or companions.operands):
+        reasons += ("torch's fused kernel takes no packed sequences with masks, and on a GPU none at all",)
+    if 0 in q.shape or 0 in call.k.shape or 0 in call.v.shape:
         reasons += ("torch's fused kernel takes no empty tensors",)
     return reasons
 
 
-def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, return_lse: bool,
-           backend: str | None, strict: bool | None, warn: bool = True) -> str:
+def choose(call: Described, return_lse: bool, backend: str | None, strict: bool | None, warn: bool = True) -> str:
     """The backend of a call: the one asked for, else the first that can run it. Raises where neither can."""
     asked = settings.BACKEND if backend is None else backend
     if asked is None:
-        preferred = "torch" if q.device.type == "cpu" else "triton"
+        preferred = "torch" if call.q.device.type == "cpu" else "triton"
     elif asked in settings.BACKENDS:
         preferred = asked
     else:
         raise ValueError(f"backend: expected one of {', '.join(settings.BACKENDS)} or None; got {asked!r}")
     if preferred == "reference":
         return preferred
-    reasons = against_triton(q, v) if preferred == "triton" else against_torch(q, k, v, spec, return_lse)
+    reasons = against_triton(call) if preferred == "triton" else against_torch(call, return_lse)
     if not reasons:
         return preferred
     if asked is not None:
         source = "backend" if backend is not None else "FUSED_ATTN_BACKEND"
         raise ValueError(f"{source}: {asked!r} cannot run this call: {'; '.join(reasons)}")
-    chosen, message = _fall_back(preferred, reasons, q, k, v, spec, return_lse, strict)
+    chosen, message = _fall_back(preferred, reasons, call, return_lse, strict)
     if preferred == "triton" and warn:
         warn_once(f"fused_attn: backend {chosen!r} instead of 'triton': {message}")
     return chosen
 
 
-def _fall_back(preferred: str, reasons: tuple[str, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               spec: AttentionSpec, return_lse: bool, strict: bool | None) -> tuple[str, str]:
+def _fall_back(preferred: str, reasons: tuple[str, ...], call: Described, return_lse: bool,
+               strict: bool | None) -> tuple[str, str]:
     on_cpu = preferred == "torch"
-    others = () if on_cpu else against_torch(q, k, v, spec, return_lse)
+    others = () if on_cpu else against_torch(call, return_lse)
     chosen = "torch" if not on_cpu and not others else "reference"
     message = "; ".join(dict.fromkeys((*reasons, *others)))
-    quadratic = chosen == "reference" and 0 not in q.shape and 0 not in k.shape
+    quadratic = chosen == "reference" and 0 not in call.q.shape and 0 not in call.k.shape
     if quadratic and settings.is_strict(strict):
         raise RuntimeError(f"strict: only the quadratic reference could run this call: {message}")
     return chosen, message
@@ -142,29 +180,39 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=depth)  # at the caller's line
 
 
-def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, return_lse: bool,
-            backend: str | None, strict: bool | None) -> Explanation:
+def explain(call: Described, return_lse: bool, backend: str | None, strict: bool | None) -> Explanation:
     """The backend that ``choose`` takes, with the reasons of all three."""
     reasons = {
-        "triton": against_triton(q, v),
-        "torch": against_torch(q, k, v, spec, return_lse),
+        "triton": against_triton(call),
+        "torch": against_torch(call, return_lse),
         "reference": ("memory is quadratic in the sequence length",),
     }
-    return Explanation(choose(q, k, v, spec, return_lse, backend, strict, warn=False), reasons)
+    return Explanation(choose(call, return_lse, backend, strict, warn=False), reasons)
 
 
-def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+                    companions: Companions) -> torch.Tensor:
     """The call by torch's own scaled_dot_product_attention, arranged so that its fused kernel takes it."""
+    if spec.longest is not None:
+        return _torch_packed(q, k, v, spec, companions)
     n_queries, n_keys, dim, dim_v = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     left, right = spec.window
     offset = spec.offset(n_queries, n_keys)
     # A bound that no query reaches is no bound: decoding with one query is not masked at all.
     left = None if left is None or offset + n_queries - 1 - left <= 0 else left
     right = None if right is None or offset + right >= n_keys - 1 else right
+    masked = bool(companions.operands) or companions.used_k is not None
     # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
     # torch.compile leaves bool() of a comparison of lengths symbolic, and torch takes a plain bool only.
-    causal = True if left is None and right == 0 and offset == 0 and spec.scale > 0 else False  # noqa: SIM210
-    mask = None if causal or (left is None and right is None) else reference.window_mask(spec, n_queries, n_keys, q.device)
+    causal = True if left is None and right == 0 and offset == 0 and spec.scale > 0 and not masked else False  # noqa: SIM210
+    windowed = not causal and (left is not None or right is not None)
+    mask = reference.window_mask(spec, n_queries, n_keys, q.device) if windowed else None
+    if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
+        counted = torch.arange(n_keys, device=q.device) < companions.used_k[:, None]
+        k, v = (x.masked_fill(~counted[:, None, :, None], 0) for x in (k, v))
+        mask = counted[:, None, None, :] if mask is None else mask & counted[:, None, None, :]
+    if masked:
+        mask = _joined_mask(mask, q, spec, companions)
     if dim != dim_v:  # zero columns change neither scores nor the other outputs
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[3])) for x in (q, k, v))
     if q.device.type == "cpu":  # with another stride torch would leave its fused kernel for a quadratic one
@@ -172,3 +220,32 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=spec.scale,
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out if dim <= dim_v else out[..., :dim_v]
+
+
+def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec,
+                 companions: Companions) -> torch.Tensor | None:
+    """One mask or bias for torch, of the masks and the bias of a call."""
+    operands = list(companions.operands)
+    bias = operands.pop(0) if spec.score_mods else None
+    for operand in operands:
+        mask = operand if mask is None else mask & operand
+    if bias is None:
+        return mask
+    # fp16 and bf16 would cost a bias of another type its digits; torch takes fp32 beside them.
+    bias = bias.to(q.dtype if bias.dtype == q.dtype or q.dtype in (torch.float32, torch.float64) else torch.float32)
+    return bias if mask is None else torch.where(mask, bias, float("-inf"))
+
+
+def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+                  companions: Companions) -> torch.Tensor:
+    """One sequence after the other; rows that belong to none give 0."""
+    one, outs, at = spec._replace(longest=None), [], 0
+    spans = zip(reference.spans(companions.cu_q, companions.used_q), reference.spans(companions.cu_k, companions.used_k),
+                strict=True)
+    for (q0, q1), (k0, k1) in spans:
+        parts = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
+        empty = q.new_zeros(1, q.shape[1], q1 - q0, v.shape[3])
+        outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]),
+                 empty if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
+        at = q1
+    return torch.cat((*outs, q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3])), 2)

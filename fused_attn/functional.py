@@ -7,53 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import dispatch, reference, settings
+from fused_attn import describe, dispatch, reference, settings
+from fused_attn.describe import Described
 from fused_attn.dispatch import Explanation
-from fused_attn.spec import AttentionSpec, Window
-
-# Arguments of the API whose work has not landed, with the value that asks for nothing.
-_UNBUILT: dict[str, Any] = {
-    "bias": None, "mask": None, "key_lengths": None, "alibi_slopes": None, "sinks": None, "dropout_p": 0.0,
-    "score_mod": None, "mask_mod": None, "mod_args": (), "precise": False,
-}
-
-
-def _reject_unbuilt(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if name not in _UNBUILT:
-            raise TypeError(f"unexpected argument {name!r}")
-        nothing = _UNBUILT[name]
-        value = () if name == "mod_args" and value == [] else value
-        if value is not nothing and (isinstance(value, torch.Tensor) or value is None or value != nothing):
-            raise NotImplementedError(f"fused_attn: argument {name!r} is part of the API but not built yet")
-
-
-def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors of a call that fit together, in the dtype that autocast asks for."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim]; got shape {tuple(x.shape)}")
-    q, k, v = _autocast(q, k, v)
-    if q.dtype not in dispatch.FLOATS:
-        raise TypeError(f"q: expected float16, bfloat16, float32 or float64; got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected q's dtype {q.dtype}; got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected q's device {q.device}; got {x.device}")
-    batch, heads, _, head_dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"k: expected batch {batch} and head_dim {head_dim} as in q; got shape {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: expected k's batch, heads and length {tuple(k.shape[:3])}; got shape {tuple(v.shape)}")
-    kv_heads = k.shape[1]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"k: expected a number of heads that divides q's {heads}; got {kv_heads}")
-    if head_dim == 0 or v.shape[3] == 0:
-        raise ValueError(f"q, v: expected head dims of at least 1; got {head_dim} and {v.shape[3]}")
-    return q, k, v
+from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
 
 
 def _check_switches(deterministic: bool | None, strict: bool | None) -> None:
@@ -62,48 +19,17 @@ def _check_switches(deterministic: bool | None, strict: bool | None) -> None:
             raise TypeError(f"{name}: expected a bool or None; got {value!r}")
 
 
-def _bound(name: str, value: Any) -> Any:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0):
-        hint = "; None, not -1, leaves a side open" if value == -1 else ""
-        raise ValueError(f"window: expected {name} to be a non-negative int or None; got {value!r}{hint}")
-    return min(value, 2**62) if isinstance(value, int) else value
+def _run(call: Described, return_lse: bool, backend: str | None, strict: bool | None) -> tuple[torch.Tensor, Any]:
+    """(out, lse or None) of a described call, on the backend that runs it."""
+    chosen = dispatch.choose(call, return_lse, backend, strict)
+    call = describe.seeded(call)
+    if chosen == "torch":
+        return dispatch.torch_attention(*call), None
+    if chosen == "triton":
+        from fused_attn import autograd  # here, so that the package imports without Triton
 
-
-def _is_finite(value: Any, name: str, expected: str) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected {expected}; got {value!r}")
-    finite: bool = -math.inf < value < math.inf  # type: ignore[operator]  # math.isfinite breaks graphs whose scale varies
-    return finite
-
-
-def _describe(head_dim: int, causal: bool, window: tuple[int | None, int | None] | None, scale: float | None,
-              softcap: float | None) -> AttentionSpec:
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected a bool; got {causal!r}")
-    left = right = None
-    if window is not None:
-        if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise ValueError(f"window: expected a pair (left, right); got {window!r}")
-        left, right = _bound("left", window[0]), _bound("right", window[1])
-    if causal:
-        right = 0
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    elif not _is_finite(scale, "scale", "a finite float"):
-        raise ValueError(f"scale: expected a finite float; got {scale!r}")
-    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
-        raise ValueError(f"softcap: expected a positive finite float or None; got {softcap!r}")
-    return AttentionSpec(float(scale), Window(left, right), True, None if softcap is None else float(softcap))
-
-
-def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What autocast does to torch's own attention: floats other than fp64 become the autocast dtype."""
-    kind = q.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
-    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    return q, k, v
+        return autograd.attention(*call)
+    return reference.attention(*call)
 
 
 def attention(
@@ -115,62 +41,133 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | RelativeBias | None = None,
     mask: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    score_mod: Any = None,
-    mask_mod: Any = None,
+    score_mod: ScoreMod | Bound | None = None,
+    mask_mod: MaskMod | Bound | None = None,
     mod_args: tuple[Any, ...] = (),
     return_lse: bool = False,
     deterministic: bool | None = None,
     precise: bool = False,
+    fp32_precision: str | None = None,
     strict: bool | None = None,
     backend: str | None = None,
 ) -> Any:
     """Fused softmax(scale * Q K^T) V with its gradients.
 
+    Scores are scaled, capped, passed through ``score_mod``, then ``bias`` and ALiBi are added, then masks apply. "Position"
+    of query i is i + Nk - Nq: the last query stands at the last key.
+
     Args:
-        q: queries [B, H, Nq, D]; fp16, bf16, fp32 or fp64, any strides.
+        q: queries [B, H, Nq, D]; fp16, bf16, fp32 or fp64, any strides; or a jagged nested tensor [B, H, j, D].
         k: keys [B, Hkv, Nk, D] with Hkv dividing H: query head h uses key head h // (H // Hkv).
         v: values [B, Hkv, Nk, Dv].
-        causal: query i sees keys up to i + Nk - Nq, so that the last query sees every key.
-        window: (left, right), inclusive: query i sees keys from i + Nk - Nq - left to i + Nk - Nq + right. None leaves a
+        causal: a query sees the keys up to its position.
+        window: (left, right), inclusive: a query sees keys from its position - left to its position + right. None leaves a
             side open; ``causal`` caps right at 0.
         scale: factor of the scores; 1 / sqrt(D) by default.
-        softcap: scores become softcap * tanh(score / softcap), after the scale and before the window.
+        softcap: scores become softcap * tanh(score / softcap). A new value compiles once.
+        bias: added to the scores; any float dtype, broadcastable to [B, H, Nq, Nk]; its gradient is summed over what it
+            broadcasts along. Or a ``RelativeBias``, values by k - q.
+        mask: bool, True where a query attends, broadcastable to [B, H, Nq, Nk]. Tiles of scores that it empties are skipped.
+        key_lengths: int [B]: how many keys of each batch entry count. The rest is never read; positions do not move.
+        alibi_slopes: [H] or [B, H]: scores lose slope * |position - key|. They have a gradient.
+        sinks: [H]: a logit per head that takes part in the softmax and has no value. They have a gradient.
+        dropout_p: probability that a weight becomes 0, while those that stay grow by 1 / (1 - p). Drawn from torch's
+            generator, one seed a call; a new value compiles once.
+        score_mod, mask_mod, mod_args: a ``ScoreMod`` and a ``MaskMod``, bound to their arguments or given these.
         return_lse: also return the natural-log log-sum-exp of every row of scores, [B, H, Nq], fp32 (fp64 for fp64
-            inputs), differentiable.
+            inputs), differentiable; sinks are in it, dropout is not.
         deterministic: gradients equal to the bit from run to run. The kernels always are; None, True and False are the
             same until a faster way that is not has been built.
+        precise: subtract the mean of V before the backward is computed, which gives it back the digits that a large mean
+            costs; one more output is kept. Dropout switches it off.
+        fp32_precision: how fp32 products are computed on a GPU: "ieee", "tf32", "tf32x3" (NVIDIA), or None for torch's
+            own setting. On targets without TF32, IEEE.
         strict: raise rather than run the reference, whose memory is quadratic, where no backend was named.
             None follows ``fused_attn.strict()`` and FUSED_ATTN_STRICT.
         backend: "triton", "torch", "reference" or None to choose; ``explain`` tells what would run and why.
-        bias, mask, key_lengths, alibi_slopes, sinks, dropout_p, score_mod, mask_mod, mod_args, precise: not built yet.
 
     Returns:
         out [B, H, Nq, Dv] in q's dtype, or (out, lse). A query that sees no key gives 0, LSE -inf and zero gradients.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name. NotImplementedError: one that is not built yet.
+        TypeError, ValueError: an argument that does not fit, by name.
     """
-    _reject_unbuilt(bias=bias, mask=mask, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks,
-                    dropout_p=dropout_p, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, precise=precise)
     _check_switches(deterministic, strict)
-    q, k, v = _checked(q, k, v)
-    spec = _describe(q.shape[3], causal, window, scale, softcap)
-    chosen = dispatch.choose(q, k, v, spec, return_lse, backend, strict)
-    if chosen == "torch":
-        return dispatch.torch_attention(q, k, v, spec)
-    if chosen == "triton":
-        from fused_attn import autograd  # here, so that the package imports without Triton
-
-        out, lse = autograd.attention(q, k, v, spec)
-    else:
-        out, lse = reference.attention(q, k, v, spec)
+    if getattr(q, "is_nested", False):
+        arguments = {
+            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p, "score_mod": score_mod, "mask_mod": mask_mod,
+            "mod_args": mod_args, "precise": precise, "fp32_precision": fp32_precision,
+        }
+        if key_lengths is not None:
+            raise ValueError("key_lengths: expected None with nested tensors, which have lengths of their own")
+        return _nested(q, k, v, return_lse, strict, backend, arguments)
+    call = describe.describe(
+        q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, fp32_precision=fp32_precision, precise=precise,
+        key_lengths=key_lengths, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
+        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
+    )
+    out, lse = _run(call, return_lse, backend, strict)
     return (out, lse) if return_lse else out
+
+
+def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
+                     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+                     seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None, return_lse: bool = False,
+                     deterministic: bool | None = None, strict: bool | None = None, backend: str | None = None,
+                     **arguments: Any) -> Any:
+    """``attention`` of sequences packed one after the other, without padding and without waiting for the device.
+
+    Args:
+        q: [Tq, H, D], k: [Tk, Hkv, D], v: [Tk, Hkv, Dv]: the tokens of all sequences.
+        cu_seqlens_q, cu_seqlens_k: int32 [S + 1]: sequence s owns the rows from its entry up to the next one. Lengths of 0,
+            and of queries other than of keys, are fine. Rows past the last entry are not read, their results are 0.
+        max_seqlen_q, max_seqlen_k: at least the longest lengths; on a GPU a longer sequence is cut there.
+        seqused_q, seqused_k: int [S]: how many rows of each sequence count, from its first on.
+        arguments: those of ``attention``, apart from ``key_lengths``; positions are per sequence (its last query stands at
+            its last key), and bias, mask and the like broadcast to [S, H, max_seqlen_q, max_seqlen_k].
+
+    Returns:
+        out [Tq, H, Dv], or (out, lse [H, Tq]).
+    """
+    _check_switches(deterministic, strict)
+    call = describe.describe_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
+                                    **arguments)
+    out, lse = _run(call, return_lse, backend, strict)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
+def _nested(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool, strict: bool | None, backend: str | None,
+            arguments: dict[str, Any]) -> Any:
+    """``attention`` of jagged nested tensors [B, H, j, D], as [B, j, H, D] transposed."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not (isinstance(x, torch.Tensor) and x.is_nested and x.layout == torch.jagged and x.dim() == 4):
+            got = f"{x.layout} of {x.dim()} dimensions" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected a jagged nested tensor [batch, heads, j, head_dim], as q is nested; got {got}")
+        if not x.transpose(1, 2).is_contiguous():
+            raise ValueError(f"{name}: expected the transpose(1, 2) of a contiguous nested tensor [batch, j, heads, head_dim]")
+    tokens: list[Any] = [x.transpose(1, 2) for x in (q, k, v)]
+    offsets_q, offsets_k, offsets_v = (x.offsets() for x in tokens)
+    if len(offsets_k) != len(offsets_q):
+        raise ValueError(f"k: expected q's batch {len(offsets_q) - 1}; got {len(offsets_k) - 1}")
+    if offsets_v is not offsets_k and not torch.equal(offsets_v, offsets_k):
+        raise ValueError(f"v: expected k's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
+    packed = attention_varlen(
+        tokens[0].values(), tokens[1].values(), tokens[2].values(), offsets_q.to(torch.int32), offsets_k.to(torch.int32),
+        tokens[0]._get_max_seqlen(), tokens[1]._get_max_seqlen(), return_lse=return_lse, strict=strict, backend=backend,
+        **arguments)
+    out, lse = packed if return_lse else (packed, None)
+    nested = torch.nested.nested_tensor_from_jagged(out, offsets_q).transpose(1, 2)
+    if lse is None:
+        return nested
+    return nested, torch.nested.nested_tensor_from_jagged(lse.T, offsets_q).transpose(1, 2)
 
 
 def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Any:
@@ -178,16 +175,13 @@ def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arg
     return attention(q, k, v, **{**arguments, "backend": "reference"})
 
 
-def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False,
-            window: tuple[int | None, int | None] | None = None, scale: float | None = None,
-            softcap: float | None = None, return_lse: bool = False, deterministic: bool | None = None,
-            strict: bool | None = None, backend: str | None = None, **later: Any) -> Explanation:
+def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False,
+            deterministic: bool | None = None, strict: bool | None = None, backend: str | None = None,
+            **arguments: Any) -> Explanation:
     """Which backend ``attention`` would run for these arguments, and every reason against the others."""
-    _reject_unbuilt(**later)
     _check_switches(deterministic, strict)
-    q, k, v = _checked(q, k, v)
-    spec = _describe(q.shape[3], causal, window, scale, softcap)
-    return dispatch.explain(q, k, v, spec, return_lse, backend, strict)
+    call = describe.describe(q, k, v, **arguments)
+    return dispatch.explain(call, return_lse, backend, strict)
 
 
 def scaled_dot_product_attention(
@@ -203,47 +197,90 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """torch.nn.functional.scaled_dot_product_attention, argument for argument, on the kernels where they can run it.
 
-    Calls they cannot run yet (a mask, dropout, other than four dimensions, broadcast batch or heads) and calls on CPU
-    tensors go to torch's own function. ``is_causal`` aligns the first query with the first key, as torch does.
+    Everything that torch accepts runs there: any rank, broadcast batch and heads, masks and their gradients, dropout, grouped
+    heads. Calls on CPU tensors go to torch's own function, and so do those that it will refuse, for its own errors.
+    ``is_causal`` aligns the first query with the first key, as torch does.
     """
     reasons = _against_fused_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if reasons:
+    call = None if reasons else _sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if call is not None:
+        reasons = list(dispatch.against_triton(call))
+    if call is None or reasons:
         if isinstance(query, torch.Tensor) and query.device.type != "cpu" and settings.BACKEND is None:
-            dispatch.warn_once(f"fused_attn: torch's scaled_dot_product_attention instead of the kernels: {'; '.join(reasons)}")
+            dispatch.warn_once("fused_attn: torch's scaled_dot_product_attention instead of the kernels: "
+                               + ("; ".join(reasons) or "arguments that torch will refuse"))
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                               enable_gqa=enable_gqa)
-    spec = _describe(query.shape[3], is_causal, None, scale, None)._replace(bottom_right=False)
-    query, key, value = _autocast(query, key, value)
     from fused_attn import autograd  # here, so that the package imports without Triton
 
-    return autograd.attention(query, key, value, spec)[0]
+    out = autograd.attention(*describe.seeded(call))[0]
+    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    heads = (call.q.shape[1],) if max(query.dim(), key.dim(), value.dim()) > 2 else ()
+    return out if query.dim() == 4 and out.shape[0] == query.shape[0] else out.reshape(*lead, *heads, *out.shape[2:])
 
 
 def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
                         dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> list[str]:
-    """Why a call with torch's arguments does not go to the kernels."""
+    """Why a call with torch's arguments does not go to the kernels, whatever its shapes."""
     if settings.BACKEND not in (None, "triton"):
         return [f"FUSED_ATTN_BACKEND is {settings.BACKEND}"]
-    tensors = (query, key, value)
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors):
         return ["a tensor subclass"]
-    if query.device.type == "cpu" and (settings.BACKEND != "triton"):
+    if query.device.type == "cpu" and settings.BACKEND != "triton":
         return ["the tensors are on the CPU"]
     loose = type(is_causal) is not bool or type(enable_gqa) is not bool or not isinstance(dropout_p, (int, float))
     if loose or (scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale))):
         return ["arguments that torch will refuse"]
-    reasons = []
+    if not 0 <= dropout_p <= 1 or (attn_mask is not None and is_causal) or any(x.dim() < 2 for x in tensors):
+        return ["arguments that torch will refuse"]
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return ["arguments that torch will refuse"]
+    if any(x.dtype != query.dtype or x.device != query.device for x in (key, value)):
+        return ["arguments that torch will refuse"]
+    if isinstance(scale, bool) or isinstance(dropout_p, bool):
+        return ["a bool that stands for a number"]
+    if any(x.dim() > 2 and x.shape[-3] == 0 for x in (query, key, value)):
+        return ["there are no heads"]
+    if query.dtype not in describe.FLOATS or 0 in (query.shape[-1], value.shape[-1]):
+        return [f"dtype {query.dtype} with head dims {query.shape[-1]} and {value.shape[-1]}"]
+    return []
+
+
+def _sdpa_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
+               dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> Described | None:
+    """torch's arguments as a described call, or None for shapes that torch will refuse.
+
+    All leading dimensions but the last, the heads, are the batch. Batch entries broadcast as views, key heads as groups.
+    """
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        return None
+    q, k, v = (x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value))
+    q, k, v = (x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:]) if x.shape[:-3] != batch or len(batch) != 1 else x
+               for x in (q, k, v))
+    heads, k_heads, v_heads = q.shape[1], k.shape[1], v.shape[1]
+    most = max(heads, k_heads, v_heads)
+    if enable_gqa and (0 in (k_heads, v_heads) or heads % k_heads or heads % v_heads):
+        return None
+    if not enable_gqa and any(n not in (1, most) for n in (heads, k_heads, v_heads)):
+        return None
+    q = q.expand(-1, most, -1, -1)
+    shared = math.lcm(k_heads, v_heads)  # a key head serves a group of query heads; keys and values need as many
+    k, v = (x if x.shape[1] == shared else x.repeat_interleave(shared // x.shape[1], 1) for x in (k, v))
+    if k.shape[2] != v.shape[2] or q.shape[3] != k.shape[3]:
+        return None
+    mask: dict[str, Any] = {}
     if attn_mask is not None:
-        reasons.append("attn_mask is not built yet")
-    if dropout_p:
-        reasons.append("dropout is not built yet")
-    if any(x.dim() != 4 for x in tensors):
-        return [*reasons, "other than four dimensions are not built yet"]
-    batch, heads, _, head_dim = query.shape
-    fits = key.shape[0] == batch and key.shape[3] == head_dim and value.shape[:3] == key.shape[:3]
-    fits = fits and (key.shape[1] == heads or (enable_gqa and key.shape[1] > 0 and heads % key.shape[1] == 0))
-    if not fits or any(x.dtype != query.dtype or x.device != query.device for x in tensors):
-        return [*reasons, "shapes that broadcast, or that torch will refuse"]
-    if query.dtype not in dispatch.FLOATS or 0 in (head_dim, value.shape[3]):
-        return [*reasons, f"dtype {query.dtype} with head dims {head_dim} and {value.shape[3]}"]
-    return [*reasons, *dispatch.against_triton(query, value)]
+        pairs = (*batch, *((most,) if max(query.dim(), key.dim(), value.dim()) > 2 else ()), q.shape[2], k.shape[2])
+        if attn_mask.dim() > len(pairs) or any(n not in (1, full) for n, full in zip(
+                reversed(attn_mask.shape), reversed(pairs), strict=False)):
+            return None
+        if attn_mask.dim() > 4 or (len(batch) > 1 and attn_mask.dim() > 3):
+            leading = (1,) * (len(batch) + 3 - attn_mask.dim()) + attn_mask.shape[:-3]
+            attn_mask = attn_mask.reshape(*leading, *attn_mask.shape[-3:]).expand(*batch, *attn_mask.shape[-3:])
+            attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
+        mask = {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
+    call = describe.describe(q, k, v, causal=is_causal, scale=scale, dropout_p=float(dropout_p), **mask)
+    return call._replace(spec=call.spec._replace(bottom_right=False))

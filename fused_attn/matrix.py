@@ -16,13 +16,16 @@ from fused_attn import offline
 from fused_attn.report import print_table
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
-GATED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+GATED_TARGETS = {"plain": ("sm_80", "sm_90", "sm_100", "gfx942"),
+                 **dict.fromkeys(("softcap", "bias", "alibi", "mask"), ("sm_80", "sm_90"))}
 GATED_HEAD_DIMS = (32, 64, 128)
+ATTENTION = ("forward", "delta", "dq", "dkv", "dk", "dv")
 
 
 def gated(row: dict[str, Any]) -> bool:
     """Whether a default configuration is held to no local memory in a main loop and at most 64 bytes of spill."""
-    return row["target"] in GATED_TARGETS and row["head_dim"] in GATED_HEAD_DIMS and row["dtype"] in ("fp16", "bf16")
+    return (row["target"] in GATED_TARGETS.get(row["feature"], ()) and row["head_dim"] in GATED_HEAD_DIMS
+            and row["dtype"] in ("fp16", "bf16") and row["kernel"] in ATTENTION)
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -36,9 +39,9 @@ def compile_one(arguments: argparse.Namespace) -> int:
     passes = ("forward", "backward") if arguments.which == "all" else (arguments.which,)
     rows = []
     for dtype, head_dim, which in product(arguments.dtype, arguments.head_dim, passes):
-        for kernel in offline.KERNELS[which]:
+        for kernel in offline.kernels(which, arguments.feature):
             for report in offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
-                                                 softcap=arguments.softcap):
+                                                 feature=arguments.feature):
                 rows.append(dataclasses.asdict(report))
                 if arguments.json:
                     print(json.dumps(rows[-1]), flush=True)
@@ -47,7 +50,7 @@ def compile_one(arguments: argparse.Namespace) -> int:
          "matrix", "loop_instructions", "warnings", "compile_seconds")
         window = "causal" if arguments.causal else "full"
         print_table([{**{key: row[key] for key in shown}, "matrix": sum(row["matrix"].values())} for row in rows],
-                    f"{arguments.target}, {window}, Triton {rows[0]['triton']}")
+                    f"{arguments.target}, {window}, {arguments.feature}, Triton {rows[0]['triton']}")
     broken = {f"{row['kernel']} {row['dtype']} D{row['head_dim']}": offline.Report(**row).problems() for row in rows}
     for name, found in broken.items():
         if found:
@@ -55,12 +58,19 @@ def compile_one(arguments: argparse.Namespace) -> int:
     return 1 if arguments.gate and any(broken.values()) else 0
 
 
-def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool]]:
-    """(target, dtype, head dims, causal) of the whole matrix: halves everywhere, fp32 and fp64 on three targets."""
+def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
+    """(target, dtype, head dims, causal, feature) of the whole matrix.
+
+    Plain attention: halves everywhere, fp32 and fp64 on three targets. Every feature: bf16, causal, sm_80, sm_90, gfx942.
+    """
     for causal, dtype, target in product((False, True), ("bf16", "fp16"), offline.TARGETS):
-        yield target, dtype, (32, 64, 128, 256), causal
+        yield target, dtype, (32, 64, 128, 256), causal, "plain"
     for dtype, target in product(("fp32", "fp64"), ("sm_80", "sm_90", "gfx942")):
-        yield target, dtype, (64,), True
+        yield target, dtype, (64,), True, "plain"
+    for feature, target in product(offline.FEATURES[1:], ("sm_80", "sm_90", "gfx942")):
+        yield target, "bf16", (64, 128), True, feature
+    for target in ("sm_80", "sm_90"):
+        yield target, "bf16", (192, 576), True, "plain"
 
 
 def run(out: Path | None) -> int:
@@ -74,16 +84,17 @@ def run(out: Path | None) -> int:
         task = progress.add_task("compiling", total=len(work))
         futures = {pool.submit(_subprocess, *job): job for job in work}
         for future in as_completed(futures):
-            target, dtype, head_dims, causal = futures[future]
+            target, dtype, head_dims, causal, feature = futures[future]
             done, error = future.result()
             rows += done
             if error:
-                failures.append(f"{target} {dtype} D{head_dims} causal={causal}: {error}")
+                failures.append(f"{target} {dtype} D{head_dims} causal={causal} {feature}: {error}")
             progress.advance(task)
-    rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["causal"], row["kernel"]))
+    rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["feature"], row["causal"], row["kernel"]))
     for row in rows:
         if found := problems(row):
-            failures.append(f"{row['target']} {row['kernel']} {row['dtype']} D{row['head_dim']} causal={row['causal']}: "
+            failures.append(f"{row['target']} {row['kernel']} {row['dtype']} D{row['head_dim']} causal={row['causal']} "
+                            f"{row['feature']}: "
                             + "; ".join(found))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,9 +107,11 @@ def run(out: Path | None) -> int:
     return 1 if failures else 0
 
 
-def _subprocess(target: str, dtype: str, head_dims: tuple[int, ...], causal: bool) -> tuple[list[dict[str, Any]], str]:
+def _subprocess(target: str, dtype: str, head_dims: tuple[int, ...], causal: bool, feature: str,
+                ) -> tuple[list[dict[str, Any]], str]:
     """Rows of one job, in a process of its own: a compiler that crashes takes only its job along."""
     command = [sys.executable, "-m", "fused_attn", "compile", "--target", target, "--dtype", dtype, "--json",
+               "--feature", feature,
                "--head-dim", *map(str, head_dims), *(["--causal"] if causal else [])]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]

@@ -23,25 +23,26 @@ from triton.runtime import driver
 
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
-from fused_attn.kernels.score import select
-from fused_attn.spec import TileConfig
-from fused_attn.tuning import Kernel, choose
+from fused_attn.kernels.mask import list_tiles
+from fused_attn.kernels.operand_grad import launch_operand_grad
+from fused_attn.lowering import lower
+from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
+from fused_attn.tuning import SHARED_LIMIT, Kernel, choose
 
-# Shared memory that one block may have, in bytes.
-SHARED_LIMIT = {
-    **dict.fromkeys(("sm_80", "sm_87"), 163 * 1024),
-    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
-    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024),
-    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 64 * 1024),
-    "gfx950": 160 * 1024,
-}
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
-KERNELS: dict[str, tuple[Kernel, ...]] = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
+FEATURES = ("plain", "softcap", "bias", "alibi", "relative", "mask", "sinks", "dropout", "packed")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 _MATRIX = re.compile(r"^(HGMMA|HMMA|DMMA|UTCHMMA|UTCQMMA|v_mfma|v_wmma)")
 _FMA = re.compile(r"^(FFMA|DFMA|v_fma_f32|v_fmac_f32|v_pk_fma_f32|v_dot2|v_fma_f64)")
 _LOCAL = re.compile(r"^(LDL|STL|scratch_)")
+
+
+def kernels(which: str, feature: str) -> tuple[Kernel, ...]:
+    """The kernels of a pass, "forward" or "backward"."""
+    if which == "forward":
+        return ("list", "forward") if feature == "mask" else ("forward",)
+    return ("delta", "dq", "dkv", "operand_grad") if feature in ("bias", "alibi", "relative") else ("delta", "dq", "dkv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Report:
     dtype: str
     head_dim: int
     causal: bool
+    feature: str
     config: str
     registers: int
     spill_bytes: int
@@ -79,7 +81,7 @@ class Report:
             found.append(f"{self.local_in_loops} local-memory accesses in a main loop")
         if self.shared_bytes > self.shared_limit:
             found.append(f"{self.shared_bytes} bytes of shared memory of {self.shared_limit}")
-        if self.kernel != "delta" and self.dtype in ("fp16", "bf16") and not self.matrix:
+        if self.kernel not in ("delta", "list") and self.dtype in ("fp16", "bf16") and not self.matrix:
             found.append("no matrix instruction")
         if self.warnings:
             found.append("serialised matrix instructions: " + ", ".join(self.warnings))
@@ -121,24 +123,52 @@ def gpu_target(name: str) -> GPUTarget:
     raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(TARGETS)}; got {name!r}")
 
 
+def _feature(name: str, length: int, heads: int, element: torch.dtype) -> tuple[dict[str, Any], Companions]:
+    """A feature of ``FEATURES`` as fields of the spec, and its tensors."""
+
+    def meta(*shape: int, dtype: torch.dtype = element) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    member, empty = Member, Companions()
+    cu = meta(3, dtype=torch.int32)
+    found: dict[str, tuple[dict[str, Any], Companions]] = {
+        "plain": ({}, empty),
+        "softcap": ({"softcap": 30.0}, empty),
+        "bias": ({"score_mods": (member("bias", (TENSOR,)),)}, Companions(operands=(meta(1, heads, length, length),))),
+        "alibi": ({"score_mods": (member("alibi", (TENSOR,)),)}, Companions(operands=(meta(1, heads, 1, 1),))),
+        "relative": ({"score_mods": (member("bias", (RELATIVE,)),)}, Companions(operands=(meta(1, heads, 2 * length - 1),))),
+        "mask": ({"mask_mods": (member("mask", (TENSOR,)),)},
+                 Companions(operands=(meta(1, 1, length, length, dtype=torch.bool),))),
+        "sinks": ({}, Companions(sinks=meta(heads))),
+        "dropout": ({"dropout_p": 0.1}, Companions(seed=meta(1, dtype=torch.int64))),
+        "packed": ({"longest": (length // 2, length // 2)}, Companions(cu_q=cu, cu_k=cu)),
+    }
+    return found[name]
+
+
 def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, *, group: int = 4,
-                   softcap: float | None = None, config: TileConfig | None = None) -> list[Report]:
+                   feature: str = "plain", head_dim_v: int | None = None, config: TileConfig | None = None) -> list[Report]:
     """Compiles one kernel for ``target`` as ``attention`` would launch it on long sequences, and reads the binary.
 
-    One report, or two, "dk" and "dv", where the configuration gives each a launch of its own.
+    One report, or two, "dk" and "dv", where the configuration gives each a launch of its own. ``feature``: of ``FEATURES``.
 
     One target a process: Triton keeps compiled kernels by device, not by target.
     """
     element = DTYPES[dtype]
-    config = config or choose(kernel, head_dim, head_dim, element, target)
+    head_dim_v = head_dim_v or head_dim
     driver.set_active(_NoDriver(gpu_target(target)))
-    batch, heads, length = 2, 8, 4096
+    batch, heads, length = (1 if feature == "packed" else 2), 8, 4096
 
     def tensor(n_heads: int, *last: int, dtype: torch.dtype = element) -> torch.Tensor:
         return torch.empty(batch, n_heads, length, *last, dtype=dtype, device="meta")
 
     q, k = tensor(heads, head_dim), tensor(heads // group, head_dim)
+    v, out = tensor(heads // group, head_dim_v), tensor(heads, head_dim_v)
     lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
+    fields, companions = _feature(feature, length, heads, element)
+    spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
+    call, roles = lower(q, k, spec, companions)
+    config = config or choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
     compiled: list[tuple[Any, str, float]] = []
 
     def compile_only(function: Any, programs: int, args: tuple[Any, ...], tile: TileConfig) -> None:
@@ -148,29 +178,34 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
                                      **dict(tile.options))
         compiled.append((binary, log.getvalue(), _cpu_seconds() - start))
 
-    scale = head_dim**-0.5
-    score_mod, score_slope, mod_args = select(scale, softcap, element)
-    call: dict[str, Any] = {
-        "scale": scale, "left": None, "right": 0 if causal else None, "offset": 0, "precision": "ieee",
-        "score_mod": score_mod, "mod_args": mod_args, "config": config, "launch": compile_only,
-    }
+    def ignore(*_: Any) -> None:
+        """A launcher for what is not looked at."""
+
     knobs = triton.knobs
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
+        if kernel == "list":
+            list_tiles(call, q, k, config, keys_first=False, launch=compile_only)
+        tiles = list_tiles(call, q, k, config, keys_first=kernel == "dkv", launch=ignore)
         if kernel == "forward":
-            launch_forward(q, k, k, q, lse, **call)
+            launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only)
         elif kernel == "delta":
-            launch_delta(q, q, lse, None, lse, config=config, launch=compile_only)
+            launch_delta(out, out, lse, None, lse, call, config=config, launch=compile_only)
         elif kernel == "dq":
-            launch_dq(q, k, k, q, lse, lse, q, score_slope=score_slope, **call)
-        else:
-            launch_dkv(q, k, k, q, lse, lse, k, k, score_slope=score_slope, **call)
+            launch_dq(q, k, v, out, lse, lse, q, tiles, call, config=config, launch=compile_only)
+        elif kernel == "dkv":
+            launch_dkv(q, k, v, out, lse, lse, k, v, tiles, call, config=config, launch=compile_only)
+        elif kernel == "operand_grad":
+            role = next(role for role in roles if role is not None)
+            launch_operand_grad(q, k, v, out, lse, lse, companions.operands[0], *role, call, config=config,
+                                launch=compile_only)
     names = (kernel,) if len(compiled) == 1 else ("dk", "dv")
     return [
         Report(
-            target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, config=describe(config),
+            target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature,
+            config=describe(config),
             shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
             compile_seconds=round(seconds, 2), triton=triton.__version__,

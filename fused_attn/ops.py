@@ -1,11 +1,11 @@
 """The kernels as torch ops: what torch.compile, FLOP counters, FakeTensors and profilers see.
 
 ``fused_attn::forward`` and ``fused_attn::backward`` allocate their outputs and launch. They carry no autograd: gradients
-are the business of ``fused_attn.autograd``.
+are the business of ``fused_attn.autograd``. Their arguments are the fields of ``Companions`` and ``AttentionSpec``, flat.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -13,106 +13,206 @@ from torch.utils.flop_counter import register_flop_formula
 from fused_attn import settings
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
-from fused_attn.kernels.score import select
-from fused_attn.spec import AttentionSpec, Window, attention_flops, kept_pairs
-from fused_attn.tuning import arch_of, choose, has_tf32
+from fused_attn.kernels.mask import list_tiles
+from fused_attn.kernels.operand_grad import launch_operand_grad
+from fused_attn.lowering import lower, lse_stride, unpack
+from fused_attn.spec import AttentionSpec, Companions, attention_flops, kept_pairs
+from fused_attn.tuning import arch_of, choose
 
 if settings.interpreted():
     from fused_attn import interpreter
 
     interpreter.repair()
 
-_SPEC = "float scale, SymInt? left, SymInt? right, bool bottom_right, float? softcap"
+_COMPANIONS = "Tensor? sinks, Tensor? seed, Tensor? cu_q, Tensor? cu_k, Tensor? used_q, Tensor? used_k, Tensor[] operands"
+_SPEC = ("float scale, SymInt? left, SymInt? right, bool bottom_right, float? softcap, str score_mods, str mask_mods, "
+         "float dropout_p, bool precise, str? fp32_precision, SymInt? longest_q, SymInt? longest_k")
 _LIBRARY = torch.library.Library("fused_attn", "DEF")
-_LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_SPEC}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_COMPANIONS}, {_SPEC}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SPEC}, bool need_dq, bool need_dk, bool need_dv) -> (Tensor, Tensor, Tensor)"
+    f"backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_COMPANIONS}, {_SPEC}, "
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool[] need_operands) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
+N_COMPANIONS, N_SPEC = len(Companions._fields), 12
 
 
-def pack(spec: AttentionSpec) -> tuple[Any, ...]:
-    """A spec as the trailing arguments of the ops."""
-    return spec.scale, spec.window.left, spec.window.right, spec.bottom_right, spec.softcap
+class Needs(NamedTuple):
+    """Which gradients a backward is asked for."""
+
+    dq: bool
+    dk: bool
+    dv: bool
+    dsinks: bool
+    operands: tuple[bool, ...]
 
 
-def _like(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _accumulates(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Empty [B, H, N, head_dim] whose batch, heads and length lie in memory in the order they have in ``x``."""
     size = (*x.shape[:3], head_dim)
     stride = x.stride()[:3]
     if x.is_contiguous() or 0 in stride:
-        return x.new_empty(size)
+        return x.new_empty(size, dtype=dtype)
     order = sorted(range(3), key=lambda dim: stride[dim], reverse=True)
-    return torch.empty_permuted(size, (*order, 3), dtype=x.dtype, device=x.device)
+    return torch.empty_permuted(size, (*order, 3), dtype=dtype or x.dtype, device=x.device)
 
 
-def _lse_like(q: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+def _lse_like(q: torch.Tensor, packed: bool) -> torch.Tensor:
+    if not packed:
+        return q.new_empty(q.shape[:3], dtype=_accumulates(q))
+    rows = q.new_full((1, q.shape[1], lse_stride(q)), float("-inf"), dtype=_accumulates(q))
+    return rows[:, :, : q.shape[2]]
 
 
-def _precision(q: torch.Tensor) -> str:
-    """How fp32 products are computed: IEEE unless torch's own setting for matmuls on GPUs says TF32."""
-    if q.dtype != torch.float32 or not q.is_cuda or torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return "ieee"
-    return "tf32" if has_tf32(arch_of(q.device)) else "ieee"
+def _as_lse(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
+    """``x`` as ``_lse_like`` lays it out: gradients, and saved tensors that a hook moved, may have other strides."""
+    fits = x.stride()[1:] == (lse_stride(q), 1) if packed else x.is_contiguous()
+    return x if fits else _lse_like(q, packed).copy_(x)
 
 
-def _kernel_arguments(q: torch.Tensor, k: torch.Tensor, scale: float, left: int | None, right: int | None,
-                      bottom_right: bool) -> dict[str, Any]:
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    reach = n_queries + n_keys  # no bound beyond this changes anything, and with it 32 bits are enough
-    return {
-        "scale": scale,
-        "left": None if left is None else min(left, reach),
-        "right": None if right is None else min(right, reach),
-        "offset": n_keys - n_queries if bottom_right else 0,
-        "precision": _precision(q),
-    }
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    companions, spec = Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:])
+    call = lower(q, k, spec, companions).call
+    centred = _centres(spec)
+    out, lse = _like(q, v.shape[3], _accumulates(q) if centred else None), _lse_like(q, companions.cu_q is not None)
+    if companions.cu_q is not None:  # rows of no sequence are no program's
+        out.zero_()
+    config = choose("forward", q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
+    tiles = list_tiles(call, q, k, config, keys_first=False)
+    mean = _value_mean(v, companions) if centred else None
+    launch_forward(q, k, v if mean is None else _centre(v, mean), out, lse, companions.sinks, tiles, call, config=config)
+    if mean is None:
+        return out, lse, out.new_empty(0)
+    # The rows of P sum to 1, less the weight of a sink: what V lost comes back in the type of the sums, rounded once.
+    mass = _key_mass(lse, companions.sinks).unsqueeze(-1)
+    whole = out + mass * mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return _like(q, v.shape[3]).copy_(whole), lse, _like(q, v.shape[3]).copy_(out)
 
 
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, left: int | None, right: int | None,
-             bottom_right: bool, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _like(q, v.shape[3]), _lse_like(q)
-    score_mod, _, mod_args = select(scale, softcap, q.dtype)
-    config = choose("forward", q.shape[3], v.shape[3], q.dtype, arch_of(q.device))
-    arguments = _kernel_arguments(q, k, scale, left, right, bottom_right)
-    launch_forward(q, k, v, out, lse, score_mod=score_mod, mod_args=mod_args, config=config, **arguments)
-    return out, lse
+def _centres(spec: AttentionSpec) -> bool:
+    """Whether V is centred: dropped weights no longer sum to 1."""
+    return spec.precise and spec.dropout_p == 0
 
 
-def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *spec: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _like(q, v.shape[3]), _lse_like(q)
+def _value_mean(v: torch.Tensor, companions: Companions) -> torch.Tensor:
+    """Mean [B, Hkv, 1, Dv] of the values that count; packed sequences share one a head."""
+    total = v.shape[2]
+    row = torch.arange(total, device=v.device)
+    counts = torch.ones(1, total, dtype=torch.bool, device=v.device)
+    if companions.cu_k is not None:
+        sequence = torch.searchsorted(companions.cu_k, row, right=True, out_int32=True) - 1
+        counts = (row < companions.cu_k[-1])[None]
+        if companions.used_k is not None:
+            within = sequence.clamp(0, companions.used_k.shape[0] - 1)
+            counts = counts & (row - companions.cu_k[within] < companions.used_k[within])[None]
+    elif companions.used_k is not None:
+        counts = row[None] < companions.used_k[:, None]
+    values = torch.where(counts[:, None, :, None], v, 0).sum(2, keepdim=True, dtype=_accumulates(v))
+    return values / counts.sum(1).clamp(min=1)[:, None, None, None]
+
+
+def _centre(v: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return (v - mean).to(v.dtype)
+
+
+def _key_mass(lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """What the weights of a row's keys sum to, [B, H, Nq]."""
+    return torch.where(lse == float("-inf"), 0.0, 1.0 if sinks is None else 1 - _sink_weight(lse, sinks)).to(lse.dtype)
+
+
+def _sink_weight(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    return torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - lse))
+
+
+def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    companions, spec = Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:])
+    out = _like(q, v.shape[3])
+    return out, _lse_like(q, companions.cu_q is not None), _like(q, v.shape[3]) if _centres(spec) else out.new_empty(0)
 
 
 def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-              out: torch.Tensor, lse: torch.Tensor, scale: float, left: int | None, right: int | None,
-              bottom_right: bool, softcap: float | None, need_dq: bool, need_dk: bool, need_dv: bool,
-              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = _backward_fake(dout, dlse, q, k, v, out, lse, scale, left, right, bottom_right, softcap,
-                                need_dq, need_dk, need_dv)
-    arch, sizes = arch_of(q.device), (q.shape[3], v.shape[3], q.dtype)
-    score_mod, score_slope, mod_args = select(scale, softcap, q.dtype)
-    mods = {"score_mod": score_mod, "score_slope": score_slope, "mod_args": mod_args}
-    arguments = _kernel_arguments(q, k, scale, left, right, bottom_right)
+              out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
+    companions, spec, needs = _take_apart(arguments)
+    dq, dk, dv = _gradients(q, k, v, needs)
+    if companions.cu_q is not None or companions.used_k is not None:  # rows that do not count are no program's
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    call, roles = lower(q, k, spec, companions)
+    packed = companions.cu_q is not None
+    lse = _as_lse(lse, q, packed)
 
+    def config(kernel: Any) -> Any:
+        return choose(kernel, q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
+
+    mean = _value_mean(v, companions) if _centres(spec) else None
+    values = v if mean is None else _centre(v, mean)
     delta = lse  # where only dV is wanted delta is not read
-    if need_dq or need_dk:
-        delta = torch.empty_like(lse)
-        dlse = None if dlse is None else dlse.contiguous()
-        launch_delta(out, dout, lse, dlse, delta, config=choose("delta", *sizes, arch))
-    if need_dq:
-        launch_dq(q, k, v, dout, lse, delta, dq, config=choose("dq", *sizes, arch), **mods, **arguments)
-    launch_dkv(q, k, v, dout, lse, delta, dk if need_dk else None, dv if need_dv else None,
-               config=choose("dkv", *sizes, arch), **mods, **arguments)
-    return dq, dk, dv
+    dsinks = lse.new_empty(0)
+    if needs.dq or needs.dk or needs.dsinks or any(needs.operands):
+        delta = _lse_like(q, packed)
+        dlse = None if dlse is None else _as_lse(dlse, q, packed)
+        launch_delta(out, dout, lse, dlse, delta, call, config=config("delta"))
+        if companions.sinks is not None and (mean is not None or needs.dsinks):
+            delta, dsinks = _sink_gradient(dout, lse, delta, companions.sinks, mean, needs.dsinks)
+    if needs.dq:
+        tiles = list_tiles(call, q, k, config("dq"), keys_first=False)
+        launch_dq(q, k, values, dout, lse, delta, dq, tiles, call, config=config("dq"))
+    if needs.dk or needs.dv:
+        tiles = list_tiles(call, q, k, config("dkv"), keys_first=True)
+        launch_dkv(q, k, values, dout, lse, delta, dk if needs.dk else None, dv if needs.dv else None, tiles, call,
+                   config=config("dkv"))
+    doperands = []
+    for operand, role, need in zip(companions.operands, roles, needs.operands, strict=True):
+        if not need or role is None:
+            doperands.append(operand.new_empty(0))
+            continue
+        grad = launch_operand_grad(q, k, values, dout, lse, delta, operand, *role, call, config=config("operand_grad"))
+        # As the FakeTensor has it: sums by k - q are a part of a longer line.
+        doperands.append(grad.clone(memory_format=torch.contiguous_format) if operand.dim() == 3 else grad)
+    return dq, dk, dv, dsinks, doperands
+
+
+def _sink_gradient(dout: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, sinks: torch.Tensor,
+                   mean: torch.Tensor | None, need: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(delta for the other kernels, gradient of the sinks [H]): a sink is a key of value 0, so its dP is 0.
+
+    With centred values that key's value is -mean: delta lacks its share, and dP is not 0 any more.
+    """
+    weight = _sink_weight(lse, sinks)
+    dp = torch.zeros_like(weight)
+    if mean is not None:
+        group = dout.shape[1] // mean.shape[1]
+        dp = -(dout.to(mean.dtype) * mean.repeat_interleave(group, 1)).sum(-1)
+        shifted = torch.empty_strided(delta.shape, delta.stride(), dtype=delta.dtype, device=delta.device)
+        delta = shifted.copy_(delta + weight * dp)
+    dsinks = torch.where(weight == 0, 0.0, weight * (dp - delta)).sum((0, 2)).to(sinks.dtype) if need else lse.new_empty(0)
+    return delta, dsinks
+
+
+def _take_apart(arguments: tuple[Any, ...]) -> tuple[Companions, AttentionSpec, Needs]:
+    end = N_COMPANIONS + N_SPEC
+    dq, dk, dv, dsinks, operands = arguments[end:]
+    needs = Needs(dq, dk, dv, dsinks, tuple(operands))
+    return Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:end]), needs
+
+
+def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs: Needs) -> tuple[torch.Tensor, ...]:
+    # A gradient that nobody asked for is an empty tensor: an op's outputs are fixed in number.
+    return tuple(_like(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True))
 
 
 def _backward_fake(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                   *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # A gradient that nobody asked for is an empty tensor: an op's outputs are fixed in number.
-    needs = rest[-3:]
-    dq, dk, dv = (_like(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=True))
-    return dq, dk, dv
+                   out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
+    companions, _, needs = _take_apart(arguments)
+    sinks = companions.sinks
+    dsinks = sinks.new_empty(sinks.shape) if sinks is not None and needs.dsinks else lse.new_empty(0)
+    doperands = [x.new_empty(x.shape) if need else x.new_empty(0)
+                 for x, need in zip(companions.operands, needs.operands, strict=True)]
+    return *_gradients(q, k, v, needs), dsinks, doperands
 
 
 def _guard(name: str) -> Callable[..., Any]:
@@ -120,6 +220,7 @@ def _guard(name: str) -> Callable[..., Any]:
 
     def guard(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if wanted or any(torch._VF._unpack_dual(x, level=0).tangent is not None for x in tensors):
             raise RuntimeError(f"fused_attn::{name} carries no gradient of its own: call fused_attn.attention; torch.func and "
@@ -140,22 +241,25 @@ forward = torch.ops.fused_attn.forward.default
 backward = torch.ops.fused_attn.backward.default
 
 
-def _pairs(q_shape: Any, k_shape: Any, spec: tuple[Any, ...]) -> int:
-    packed = AttentionSpec(spec[0], Window(spec[1], spec[2]), spec[3])
-    return kept_pairs(q_shape[2], k_shape[2], packed.window, packed.offset(q_shape[2], k_shape[2]))
+def _pairs(q_shape: Any, k_shape: Any, cu_q: Any, spec: AttentionSpec) -> tuple[int, int]:
+    """(batch, pairs a head); packed sequences count as if all were the longest, masks as if they kept everything."""
+    n_queries, n_keys = spec.longest or (q_shape[2], k_shape[2])
+    batch = q_shape[0] if cu_q is None else cu_q[0] - 1
+    return batch, kept_pairs(n_queries, n_keys, spec.window, spec.offset(n_queries, n_keys))
 
 
 @register_flop_formula(torch.ops.fused_attn.forward)
-def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *spec: Any, **_: Any) -> int:
-    return attention_flops(q_shape[0], q_shape[1], _pairs(q_shape, k_shape, spec), q_shape[3], v_shape[3],
-                           products_qk=1, products_v=1)
+def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *arguments: Any, **_: Any) -> int:
+    spec = unpack(arguments[N_COMPANIONS : N_COMPANIONS + N_SPEC])
+    batch, pairs = _pairs(q_shape, k_shape, arguments[2], spec)
+    return attention_flops(batch, q_shape[1], pairs, q_shape[3], v_shape[3], products_qk=1, products_v=1)
 
 
 @register_flop_formula(torch.ops.fused_attn.backward)
 def _backward_flops(dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, o_shape: Any,
-                    lse_shape: Any, *spec_and_needs: Any, **_: Any) -> int:
-    need_dq, need_dk, need_dv = spec_and_needs[-3:]
-    products_qk = 1 + need_dq + need_dk
-    products_v = int(need_dq or need_dk) + need_dv
-    return attention_flops(q_shape[0], q_shape[1], _pairs(q_shape, k_shape, spec_and_needs), q_shape[3], v_shape[3],
-                           products_qk=products_qk, products_v=products_v)
+                    lse_shape: Any, *arguments: Any, **others: Any) -> int:
+    _, spec, needs = _take_apart(arguments)
+    batch, pairs = _pairs(q_shape, k_shape, arguments[2], spec)
+    products_qk = 1 + needs.dq + needs.dk
+    products_v = int(needs.dq or needs.dk) + needs.dv
+    return attention_flops(batch, q_shape[1], pairs, q_shape[3], v_shape[3], products_qk=products_qk, products_v=products_v)

@@ -1,12 +1,16 @@
-"""The oracle: softmax(mod(scale * Q K^T)) V in plain PyTorch, meant to be believed at a glance.
+"""The oracle: softmax(mods(scale * Q K^T)) V in plain PyTorch, meant to be believed at a glance.
 
 It holds the whole matrix of scores, works on any device, is differentiable to any order, and is exact to fp64 when given
 fp64; fp16 and bf16 are computed in fp32 and rounded once, at the end.
 """
 
+import itertools
+from typing import Any
+
 import torch
 
-from fused_attn.spec import AttentionSpec
+from fused_attn import mods
+from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
 
 
 def window_mask(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
@@ -21,36 +25,158 @@ def window_mask(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.
     return keep
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """``exact`` whatever autocast would make of its matrix products."""
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
-            return exact(q, k, v, spec)
-    return exact(q, k, v, spec)
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+              companions: Companions = NO_COMPANIONS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its natural-log LSE, whatever autocast would make of the matrix products.
 
-
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its natural-log LSE, for q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv].
-
-    Returns out [B, H, Nq, Dv] in q's dtype and lse [B, H, Nq] in fp32 (fp64 for fp64). A row with no key gives 0 and -inf.
+    q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], packed [1, H, T, D] and so on. Returns out [B, H, Nq, Dv] in q's
+    dtype and lse [B, H, Nq] in fp32 (fp64 for fp64). A row with no key gives 0 and -inf, or its sink.
     """
+    run = exact if spec.longest is None else _packed
+    if not torch.amp.is_autocast_available(q.device.type):
+        return run(q, k, v, spec, companions)
+    with torch.autocast(q.device.type, enabled=False):
+        return run(q, k, v, spec, companions)
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions = NO_COMPANIONS,
+          first_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention`` of a dense batch, whose entries are numbered from ``first_batch`` on."""
+    p, lse = weights(q, k, spec, companions, first_batch)
+    values = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
+        values = values.masked_fill(~_counted(companions.used_k, v.shape[2])[:, None, :, None], 0)
+    return (p @ values).to(q.dtype), lse
+
+
+def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions = NO_COMPANIONS,
+            first_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [B, H, Nq, Nk] in fp32 or fp64, after dropout; lse [B, H, Nq], before it) of a dense batch."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[1] // k.shape[1]
-    keys = k.to(dtype).repeat_interleave(group, dim=1)
-    values = v.to(dtype).repeat_interleave(group, dim=1)
+    keys = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    keep = window_mask(spec, q.shape[2], k.shape[2], q.device)[None, None]
+    if companions.used_k is not None:
+        counted = _counted(companions.used_k, k.shape[2])[:, None, None, :]
+        keys, keep = keys.masked_fill(~counted.mT, 0), keep & counted
 
     scores = q.to(dtype) @ keys.mT * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    scores = scores.masked_fill(~window_mask(spec, q.shape[2], k.shape[2], q.device), float("-inf"))
+    operands = iter(companions.operands)
+    where = _coordinates(spec, scores, first_batch)
+    for member in spec.score_mods:
+        scores = _twin(member)(scores, *where, _arguments(member, operands, scores))
+    for member in spec.mask_mods:
+        keep = keep & _twin(member)(*where, _arguments(member, operands, scores))
+    scores = scores.masked_fill(~keep, float("-inf"))
 
+    # A sink is one more logit, of a key without a value.
+    sinks = scores.new_full((1, 1, 1, 1), float("-inf"))
+    if companions.sinks is not None:
+        sinks = companions.sinks.to(dtype)[None, :, None, None]
     # The pivot of a row with no key is finite, since -inf - -inf would be NaN; with Nk = 0 there is no maximum at all.
-    pivots = scores.detach() if k.shape[2] else scores.new_zeros(*q.shape[:3], 1)
-    row_max = pivots.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-    weights = torch.exp(scores - row_max)
-    row_sum = weights.sum(dim=-1, keepdim=True)
+    pivots = scores.detach() if k.shape[2] else scores.new_full((*q.shape[:3], 1), float("-inf"))
+    row_max = torch.maximum(pivots.amax(dim=-1, keepdim=True), sinks.detach()).clamp(min=torch.finfo(dtype).min)
+    unnormalised = torch.exp(scores - row_max)
+    row_sum = unnormalised.sum(dim=-1, keepdim=True) + torch.exp(sinks - row_max)
     empty = row_sum == 0
     row_sum = row_sum.masked_fill(empty, 1)
-    out = (weights / row_sum) @ values
     lse = (row_max + torch.log(row_sum)).masked_fill(empty, float("-inf"))
-    return out.to(q.dtype), lse.squeeze(-1)
+    p = unnormalised / row_sum
+    if spec.dropout_p > 0:
+        stays = dropout_mask(companions.seed, spec.dropout_p, p.shape, first_batch)
+        p = p * stays / (1 - spec.dropout_p) if spec.dropout_p < 1 else p * 0
+    return p, lse.squeeze(-1)
+
+
+def _counted(lengths: torch.Tensor, n: int) -> torch.Tensor:
+    """Bool [B, n]: True for the first ``lengths`` of n."""
+    return torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int) -> tuple[torch.Tensor, ...]:
+    """(q_pos, k_idx, head, batch) that broadcast against scores [B, H, Nq, Nk]."""
+    batch, heads, n_queries, n_keys = (torch.arange(n, device=scores.device) for n in scores.shape)
+    offset = spec.offset(scores.shape[2], scores.shape[3])
+    return n_queries[:, None] + offset, n_keys[None, :], heads[:, None, None], batch[:, None, None, None] + first_batch
+
+
+def _twin(member: Member) -> Any:
+    mod = mods.registered(member.key)
+    if mod.reference is None:
+        raise ValueError(f"{mod.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
+    return mod.reference
+
+
+def _arguments(member: Member, operands: Any, scores: torch.Tensor) -> tuple[Any, ...]:
+    """The arguments of a member as its twin takes them, floats in the dtype of the scores."""
+    n_queries, n_keys = scores.shape[2:]
+    arguments = []
+    for kind in member.args:
+        if kind not in (TENSOR, RELATIVE):
+            arguments.append(float(kind) if "." in kind or "e" in kind else int(kind))
+            continue
+        operand = next(operands)
+        if kind == RELATIVE:  # values[..., j - i + Nq - 1]
+            index = torch.arange(n_keys)[None, :] - torch.arange(n_queries)[:, None] + n_queries - 1
+            operand = operand[..., index.to(operand.device)]
+        operand = operand.to(scores.dtype) if operand.is_floating_point() else operand
+        arguments.append(operand)
+    return tuple(arguments)
+
+
+def dropout_mask(seed: torch.Tensor, p: float, shape: torch.Size, first_batch: int = 0) -> torch.Tensor:
+    """Bool [B, H, Nq, Nk]: which weights stay; the mask that the kernels draw (kernels/dropout.py), by Philox 4x32-7."""
+    batch, heads, n_queries, n_keys = (torch.arange(n, device=seed.device) for n in shape)
+    low = 2**32 - 1
+
+    def product(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """High and low word of a 32-bit product; 64 signed bits do not hold it whole."""
+        return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16, a * b & low
+
+    counters = torch.broadcast_tensors(n_queries[:, None], n_keys[None, ::4] // 4, heads[:, None, None],
+                                       batch[:, None, None, None] + first_batch)
+    c0, c1, c2, c3 = counters
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(7):
+        (high0, low0), (high2, low2) = product(0xD2511F53, c0), product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    words = torch.stack((c0, c1, c2, c3), -1).flatten(-2)[..., : shape[3]]
+    return words >= min(round(p * 2**32), low)
+
+
+def _of_sequence(operand: torch.Tensor, batch: int, longest_q: int, n_queries: int, n_keys: int) -> torch.Tensor:
+    """What of an operand belongs to one packed sequence: its top left corner, or the differences j - i that it has."""
+    operand = operand[batch : batch + 1] if operand.shape[0] > 1 else operand
+    if operand.dim() == 3:
+        return operand[..., longest_q - n_queries :]
+    return operand[..., : n_queries if operand.shape[2] > 1 else 1, : n_keys if operand.shape[3] > 1 else 1]
+
+
+def spans(cu: torch.Tensor, used: torch.Tensor | None) -> list[tuple[int, int]]:
+    """(first row, row after the last) of every packed sequence; waits for the device."""
+    starts = cu.tolist()
+    lengths = [stop - start for start, stop in itertools.pairwise(starts)]
+    limits = lengths if used is None else used.tolist()
+    return [(start, start + max(0, min(n, limit))) for start, n, limit in zip(starts, lengths, limits, strict=False)]
+
+
+def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence after the other; rows that belong to none give 0 and -inf."""
+
+    longest_q, _ = spec.longest or (0, 0)
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs, lses, at = [], [], 0
+    both = zip(spans(companions.cu_q, companions.used_q), spans(companions.cu_k, companions.used_k), strict=True)
+    for batch, ((q0, q1), (k0, k1)) in enumerate(both):
+        operands = tuple(_of_sequence(x, batch, longest_q, q1 - q0, k1 - k0) for x in companions.operands)
+        one = companions._replace(cu_q=None, cu_k=None, used_q=None, used_k=None, operands=operands)
+        out, lse = exact(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], spec, one, batch)
+        outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]), out]
+        lses += [q.new_full((1, q.shape[1], q0 - at), float("-inf"), dtype=accumulate), lse]
+        at = q1
+    outs.append(q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3]))
+    lses.append(q.new_full((1, q.shape[1], q.shape[2] - at), float("-inf"), dtype=accumulate))
+    return torch.cat(outs, 2), torch.cat(lses, 2)

@@ -1,7 +1,7 @@
 """The vocabulary in which a call is described once and carried everywhere: frozen, hashable, and free of Triton."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Window(NamedTuple):
@@ -11,21 +11,62 @@ class Window(NamedTuple):
     right: int | None = None
 
 
+class Member(NamedTuple):
+    """A score mod or mask mod of a call: its key in ``mods``, and what its arguments are, in order.
+
+    An argument is ``TENSOR`` or ``RELATIVE`` (the next of the call's operands) or the text of a number.
+    """
+
+    key: str
+    args: tuple[str, ...]
+
+
+TENSOR, RELATIVE = "tensor", "relative"
+
+
 class AttentionSpec(NamedTuple):
     """Everything about a call that is not a tensor.
 
     ``bottom_right`` aligns the last query with the last key (query i stands at position i + Nk - Nq); otherwise the first
-    ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None.
+    ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None. ``score_mods`` act in their order, after
+    the softcap; a pair attends where every one of ``mask_mods`` keeps it. ``fp32_precision`` None follows torch. ``longest``
+    is (queries, keys) of the longest packed sequences, or None for a dense batch.
     """
 
     scale: float
     window: Window = Window()
     bottom_right: bool = True
     softcap: float | None = None
+    score_mods: tuple[Member, ...] = ()
+    mask_mods: tuple[Member, ...] = ()
+    dropout_p: float = 0.0
+    precise: bool = False
+    fp32_precision: str | None = None
+    longest: tuple[int, int] | None = None
 
     def offset(self, n_queries: int, n_keys: int) -> int:
         """Position of query 0 among the keys."""
         return n_keys - n_queries if self.bottom_right else 0
+
+
+class Companions(NamedTuple):
+    """The tensors of a call beside q, k and v, None where it has none.
+
+    sinks [H]; seed [1] int64, of dropout; cu_q and cu_k [B + 1] int32, where packed sequences start; used_q and used_k [B],
+    how many of their rows count (used_k alone: key lengths of a dense batch); operands: the tensors of the mods, in order,
+    each [B', H', Nq', Nk'] with full or single extents, or [B', H', Nq + Nk - 1] for values by k - q.
+    """
+
+    sinks: Any = None
+    seed: Any = None
+    cu_q: Any = None
+    cu_k: Any = None
+    used_q: Any = None
+    used_k: Any = None
+    operands: tuple[Any, ...] = ()
+
+
+NO_COMPANIONS = Companions()
 
 
 @dataclass(frozen=True)

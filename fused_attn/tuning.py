@@ -12,7 +12,7 @@ import torch
 
 from fused_attn.spec import TileConfig as T
 
-Kernel = Literal["forward", "delta", "dq", "dkv"]
+Kernel = Literal["forward", "delta", "dq", "dkv", "operand_grad", "list"]
 
 _CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
 _CDNA2 = (*_CDNA, ("waves_per_eu", 2))
@@ -20,10 +20,11 @@ _CDNA2 = (*_CDNA, ("waves_per_eu", 2))
 # target -> kernel -> widest head dim it serves -> T(queries, keys, warps, pipeline stages), for fp16 and bf16.
 _HALVES: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
-        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3, wide=True), 256: T(64, 64, 8, 2)},
-        "dq": {32: T(64, 64, 4, 3), 64: T(64, 64, 4, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
+        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3, wide=True),
+                    192: T(128, 32, 8, 2), 256: T(64, 64, 8, 2)},
+        "dq": {32: T(64, 64, 4, 3), 64: T(64, 64, 4, 2), 128: T(128, 32, 8, 2), 192: T(64, 32, 8, 2), 256: T(32, 32, 4, 1)},
         "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1), 128: T(64, 64, 8, 2),
-                256: T(64, 64, 8, 1, wide=True)},
+                192: T(32, 32, 4, 1), 256: T(64, 64, 8, 1, wide=True)},
     },
     # 99 KiB of shared memory
     "sm_86": {
@@ -65,9 +66,55 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
 
 _HALVES["sm_120"] = {**_HALVES["sm_86"], "forward": {**_HALVES["sm_86"]["forward"], 64: T(64, 64, 4, 3)}}
 
+# The same where a bias, a mask or dropout takes registers beside each tile of scores.
+_HEAVY: dict[str, dict[str, dict[int, T]]] = {
+    "sm_80": {
+        "forward": {64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3)},
+        "dq": {64: T(128, 32, 8, 2), 128: T(64, 64, 8, 2)},
+        "dkv": {64: T(32, 128, 8, 2)},
+    },
+    "sm_90": {
+        "forward": {64: T(128, 64, 8, 3, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
+        "dkv": {64: T(32, 128, 8, 2, edge_stages=1), 128: T(32, 64, 4, 2, edge_stages=1, disable_licm=True)},
+    },
+    "sm_86": {"forward": {64: T(128, 64, 8, 2)}, "dq": {64: T(128, 32, 8, 2), 128: T(64, 64, 8, 2)}},
+    "sm_100": {"forward": {64: T(128, 64, 8, 2, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1)}},
+    "gfx942": {"dkv": {64: T(32, 64, 4, 1, options=_CDNA)}},
+}
+_HEAVY["sm_120"] = _HEAVY["sm_86"]
+
+# Head dims beyond 256, up to those of latent attention (576 for keys, 512 for values), where shared memory has room for
+# 32 rows of everything, and where it has not.
+_WIDE: dict[str, T] = {"forward": T(32, 32, 8, 1), "dq": T(32, 32, 8, 1), "dkv": T(32, 32, 8, 1, split=True)}
+_WIDE_SMALL: dict[str, T] = {"forward": T(16, 16, 4, 1), "dq": T(16, 16, 4, 1), "dkv": T(16, 16, 4, 1, split=True)}
+MAX_HEAD_DIM = 576
+
 # Targets that share the table of another one.
 _SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
          "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100"}
+
+
+# Shared memory that one block may have, in bytes.
+SHARED_LIMIT = {
+    **dict.fromkeys(("sm_80", "sm_87"), 163 * 1024),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 64 * 1024),
+    "gfx950": 160 * 1024,
+}
+
+
+def against(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> str | None:
+    """Why a target cannot run these head dims: the smallest tiles of fp32 and fp64 may need more shared memory than it has."""
+    limit = SHARED_LIMIT.get(arch)
+    if dtype not in (torch.float32, torch.float64) or limit is None or arch.startswith("gfx"):
+        return None
+    widths = 2 * (head_dim + head_dim_v) + (max(head_dim, head_dim_v) if dtype == torch.float64 else 0)
+    needed = 16 * dtype.itemsize * widths  # what the backward's 16-row tiles of q, k, v, dO take (docs/compile-matrix.json)
+    if needed <= limit:
+        return None
+    return (f"{dtype} with head dims {head_dim} and {head_dim_v} needs {needed // 1024} KiB of shared memory; "
+            f"{arch} has {limit // 1024}")
 
 
 def arch_of(device: torch.device) -> str:
@@ -92,27 +139,45 @@ def has_tf32(arch: str) -> bool:
     return arch.startswith("sm_") or arch == "gfx942"
 
 
+def has_tf32x3(arch: str) -> bool:
+    """Whether Triton multiplies fp32 as three TF32 products on a target."""
+    return arch.startswith("sm_")
+
+
 def has_tiles(arch: str) -> bool:
     """Whether the tables know a target, itself or as one that shares another's."""
     return _SAME.get(arch, arch) in _HALVES
 
 
 @functools.cache
-def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> T:
-    """The shipped configuration of a kernel; head dims between the tables' use the next wider one."""
+def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str, heavy: bool = False) -> T:
+    """The shipped configuration of a kernel; head dims between the tables' use the next wider one.
+
+    ``heavy`` where a bias, a mask or dropout takes registers beside each tile of scores.
+    """
     widest = max(head_dim, head_dim_v)
-    if not 1 <= widest <= 256:
-        raise ValueError(f"head_dim: expected 1 to 256; got {widest}")
+    if not 1 <= widest <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim: expected 1 to {MAX_HEAD_DIM}; got {widest}")
     if arch == "interpreter":  # small enough that tests cross tile edges, and not square
-        return T(32, 64, 1, 1) if kernel == "dkv" else T(64, 32, 1, 1)
+        return {"dkv": T(32, 64, 1, 1), "operand_grad": T(32, 32, 1, 1)}.get(kernel, T(64, 32, 1, 1))
+    if kernel == "list":  # of the forward's tiles
+        kernel = "forward"
     if kernel == "delta":
-        return T(64 if widest <= 128 else 32, 64, 4, 1)
+        return T(64 if widest <= 128 else 32 if widest <= 256 else 16, 64, 4, 1)
     if dtype == torch.float64:
         return T(16, 16, 4, 1)
     if dtype == torch.float32:
         if widest > 128:
             return T(16, 16, 4, 1)
         return T(32, 32, 8 if kernel == "dkv" else 4, 1)
+    if widest > 256:
+        roomy = _SAME.get(arch, arch) in ("sm_80", "sm_90", "sm_100")
+        return (_WIDE if roomy else _WIDE_SMALL).get(kernel, T(16, 16, 4, 1))
+    if kernel == "operand_grad":  # square, for the sums along diagonals
+        large = widest <= (128 if arch in ("sm_90", "sm_100") else 64) and not arch.startswith("gfx11")
+        return T(64, 64, 8, 1) if large else T(32, 32, 4, 1)
     table = _HALVES.get(_SAME.get(arch, arch)) or _HALVES["gfx1100" if arch.startswith("gfx") else "sm_86"]
     by_width = table[kernel]
-    return by_width[next(width for width in sorted(by_width) if widest <= width)]
+    width = next(width for width in sorted(by_width) if widest <= width)
+    lean: T = _HEAVY.get(_SAME.get(arch, arch), {}).get(kernel, {}).get(width, by_width[width])
+    return lean if heavy else by_width[width]

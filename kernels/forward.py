@@ -1,4 +1,4 @@
-"""Forward: out = softmax(mod(scale * Q K^T) within the window) V, and the log-sum-exp of every row.
+"""Forward: out = softmax(mods(scale * Q K^T) where masks keep it) V, and the log-sum-exp of every row.
 
 Source: Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2".
 """
@@ -9,97 +9,118 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.launch import Launcher, accumulator, fit_offsets, padded, programs, run
-from fused_attn.kernels.softmax import LOG2E, softmax_finish, softmax_step
-from fused_attn.kernels.tiles import head_view, load_tile, program_tile, row_view, store_rows, store_tile
-from fused_attn.kernels.window import edge_count, edge_start, keep_mask, sweep_range
+from fused_attn.kernels.dropout import dropout_keep
+from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
+from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
+from fused_attn.kernels.score import NO_SLOPE, apply_mods
+from fused_attn.kernels.softmax import LOG2E, softmax_finish, softmax_start, softmax_step
+from fused_attn.kernels.tiles import (
+    Place,
+    head_view,
+    inner,
+    load_tile,
+    locate,
+    outer,
+    program_tile,
+    row_view,
+    scaled,
+    store_rows,
+    store_tile,
+    zeros,
+)
+from fused_attn.kernels.window import sweep_range
 from fused_attn.spec import TileConfig
 
 
 @triton.jit
-def attend(state, q, k_view, v_view, start, q_pos, head, batch, left, right, scale, mod_args,
-           SCORE_MOD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-           TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Attends to the keys start ... start + BLOCK_N - 1: one step of the sweep. ``MASKED`` where some may not count."""
+def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.constexpr, DV: tl.constexpr,
+           ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """Attends to the BLOCK_N keys of ``place``: one step of the sweep. ``MASKED`` where some may not count."""
     BLOCK_N: tl.constexpr = TILE.block_n
-    BLOCK_D: tl.constexpr = padded(D)
-    BLOCK_DV: tl.constexpr = padded(DV)
     acc, row_max, row_sum = state
-    k_idx = start + tl.arange(0, BLOCK_N)
-    # [BLOCK_N, BLOCK_D]
-    k = load_tile(k_view, start, D, BLOCK_N, BLOCK_D, MASKED, TILE.wide)
+    # [BLOCK_N, D]
+    k = load_tile(k_view, place.k_first, D, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
-    if SCORE_MOD is None:
+    scores = inner(q, k, ACC, PRECISION)
+    if len(extras.mods) == 0:
         to_log2 = scale * LOG2E
     else:
-        to_log2 = tl.full([], LOG2E, acc.dtype)  # typed, or fp64 would meet an fp32 constant
-        scores = SCORE_MOD(scores * scale, q_pos[:, None], k_idx[None, :], head, batch, mod_args)
+        to_log2 = tl.full([], LOG2E, ACC)  # typed, or fp64 would meet an fp32 constant
+        scores, _ = apply_mods(scores * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, MASKED)
     if MASKED:
-        scores = tl.where(keep_mask(q_pos[:, None], k_idx[None, :], k_view[1], left, right), scores, float("-inf"))
-    p, shrink, row_max, row_sum = softmax_step(scores, row_max, row_sum, to_log2, MASKED)
-    # [BLOCK_N, BLOCK_DV]
-    v = load_tile(v_view, start, DV, BLOCK_N, BLOCK_DV, MASKED, TILE.wide)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
+        scores = tl.where(keep_tile(place, left, right, extras.keeps, TILE, False), scores, float("-inf"))
+    # A mod may give -inf as well: a bias often does.
+    p, shrink, row_max, row_sum = softmax_step(scores, row_max, row_sum, to_log2, MASKED or len(extras.mods) > 0)
+    if len(extras.dropout) > 0:
+        p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p, 0.0)
+    # [BLOCK_N, DV]
+    v = load_tile(v_view, place.k_first, DV, BLOCK_N, MASKED, TILE.wide)
+    acc = outer(p.to(v[0].dtype), v, scaled(acc, shrink[:, None]), ACC, PRECISION)
     return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
-def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, strides,
-                   H, Nq, Nk, offset, left, right, scale: tl.float64,
-                   mod_args: tl.constexpr, SCORE_MOD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                   DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr):
+def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
+                   H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles,
+                   GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr,
+                   PRECISION: tl.constexpr, TILE: tl.constexpr):
     """One program: BLOCK_M queries of one head against all keys in their window.
 
-    q [B, H, Nq, D], k [B, H / GROUP, Nk, D], v [B, H / GROUP, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq];
-    ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the position of
-    query 0 among the keys, ``ACC`` the type of the softmax state, ``TILE`` a TileConfig.
+    q [B, H, Nq, D], k [B, H / GROUP, Nk, D], v [B, H / GROUP, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq], sinks [H] or
+    None; ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the
+    position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``ACC`` the type of the softmax
+    state, ``TILE`` a TileConfig. Packed sequences: q [H, T, D] and so on, Nq and Nk the longest.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    BLOCK_D: tl.constexpr = padded(D)
-    BLOCK_DV: tl.constexpr = padded(DV)
+    LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, out_strides = strides
     first, bh = program_tile(Nq, BLOCK_M, right is not None)
     batch = bh // H
     head = bh % H
+    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    if len(extras.sequences.cu_q) > 0:
+        if first >= n_queries:
+            return
     scale = scale.to(ACC)
-    q_pos = first + offset + tl.arange(0, BLOCK_M)
-    # [BLOCK_M, BLOCK_D]
-    q = load_tile(head_view(q_ptr, q_strides, batch, head, Nq), first, D, BLOCK_M, BLOCK_D, True, TILE.wide)
-    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, Nk)
-    v_view = head_view(v_ptr, v_strides, batch, head // GROUP, Nk)
-    state = (
-        tl.zeros([BLOCK_M, BLOCK_DV], ACC),
-        tl.full([BLOCK_M], float("-inf"), ACC),
-        tl.zeros([BLOCK_M], ACC),
-    )
+    # [BLOCK_M, D]
+    q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
+    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
+    v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
+    row_max, row_sum = softmax_start(sinks_ptr, head, BLOCK_M, ACC)
+    state = zeros(DV, BLOCK_M, ACC), row_max, row_sum
 
-    bounds = sweep_range(first + offset, Nk, left, right, BLOCK_M, BLOCK_N)
-    for start in tl.range(bounds[1], bounds[2], BLOCK_N, disable_licm=TILE.disable_licm):
-        state = attend(state, q, k_view, v_view, start, q_pos, head, batch, left, right, scale, mod_args,
-                       SCORE_MOD, D, DV, PRECISION, TILE, False)
-    for i in tl.range(0, edge_count(bounds, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
-        start = edge_start(bounds, i, BLOCK_N)
-        state = attend(state, q, k_view, v_view, start, q_pos, head, batch, left, right, scale, mod_args,
-                       SCORE_MOD, D, DV, PRECISION, TILE, True)
+    if LISTED:
+        sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
+    else:
+        sweep = sweep_range(first + offset, n_keys, left, right, BLOCK_M, BLOCK_N)
+    inner_first, inner_stop = inner_range(sweep, tiles)
+    for i in tl.range(inner_first, inner_stop, 1 if LISTED else BLOCK_N, disable_licm=TILE.disable_licm):
+        place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+        state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, False)
+    for i in tl.range(0, n_edges(sweep, tiles, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
+        place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+        state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, True)
 
-    out, lse = softmax_finish(state[0], state[1], state[2])
-    out_view = head_view(out_ptr, out_strides, batch, head, Nq)
-    store_tile(out_view, first, out, DV, BLOCK_M, BLOCK_DV, TILE.wide)
-    store_rows(row_view(lse_ptr, bh, Nq), first, lse, BLOCK_M)
+    factor, lse = softmax_finish(state[1], state[2])
+    if len(extras.dropout) > 0:
+        factor *= extras.dropout.factor
+    out_view = head_view(out_ptr, out_strides, batch, head, q_start, n_queries)
+    store_tile(out_view, first, scaled(state[0], factor[:, None]), DV, BLOCK_M, TILE.wide)
+    store_rows(row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries), first, lse, BLOCK_M)
 
 
-def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *,
-                   scale: float, left: int | None, right: int | None, offset: int, score_mod: Any,
-                   mod_args: tuple[Any, ...], precision: str, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``. ``score_mod`` is a jit function or None."""
-    batch, heads, n_queries, head_dim = q.shape
+def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+                   sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
+                   launch: Launcher = run) -> None:
+    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``. ``tiles`` is what ``list_tiles`` gave."""
+    heads = q.shape[1]
     if out.numel() == 0:
         return
     args = (
-        q, k, v, out, lse, (q.stride(), k.stride(), v.stride(), out.stride()),
-        heads, n_queries, k.shape[2], offset, left, right, scale,
-        mod_args, score_mod, heads // k.shape[1], head_dim, v.shape[3], accumulator(q.dtype), precision,
+        q, k, v, out, lse, sinks, call.strides(q, k, v, out),
+        heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
+        heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision,
     )
-    launch(forward_kernel, programs(n_queries, config.block_m, batch * heads), args, fit_offsets(config, q, k, v, out))
+    launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
+           fit_offsets(config, call, q, k, v, out))

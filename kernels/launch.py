@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import triton
 import triton.language as tl
 
+from fused_attn.kernels.tiles import Sequences
 from fused_attn.spec import TileConfig
 
 # (kernel, number of programs, arguments before TILE, configuration) -> None. `run` launches; offline compilation and
@@ -18,6 +18,49 @@ Launcher: TypeAlias = Callable[[Any, int, tuple[Any, ...], TileConfig], None]
 
 # A tile has at most 256 rows and 256 columns: below this stride its 32-bit offsets cannot overflow.
 WIDEST_STRIDE = 2**31 // 512
+
+
+class Extras(NamedTuple):
+    """What a call adds to plain attention, as kernels take it: a tuple that is empty costs nothing.
+
+    No field of these tuples is ever None, which Triton 3.6 loses on the way into a function.
+    """
+
+    mods: tuple[Any, ...] = ()  # of score.Mod, in the order in which they act
+    keeps: tuple[Any, ...] = ()  # of mask.Keep
+    sequences: Sequences = Sequences()
+    dropout: tuple[Any, ...] = ()  # a dropout.Dropout
+
+
+PLAIN = Extras()
+
+
+class Call(NamedTuple):
+    """One call of attention, beside its tensors q, k, v [B, H, N, D] (packed: [1, H, T, D], whatever the batch)."""
+
+    scale: float
+    left: int | None
+    right: int | None
+    offset: int  # position of query 0 among the keys; packed sequences have their own
+    precision: str
+    batch: int
+    n_queries: int  # of the longest sequence
+    n_keys: int
+    extras: Extras = PLAIN
+    masks_by: tuple[bool, bool] = (False, False)  # whether the masks differ from batch entry to batch entry, head to head
+    widest: int = 0  # largest query or key stride of an operand
+
+    @property
+    def heavy(self) -> bool:
+        """Whether a tile of scores takes more registers than plain attention's: its configurations differ."""
+        loads = any(len(arg) > 1 for mod in self.extras.mods for arg in mod.args)
+        return loads or bool(self.extras.dropout or self.extras.keeps)
+
+    def strides(self, *tensors: torch.Tensor) -> tuple[tuple[Any, ...], ...]:
+        """Strides of [B, H, N, D] tensors; the batch of packed ones has none."""
+        if not self.extras.sequences.row_stride:
+            return tuple(t.stride() for t in tensors)
+        return tuple((tl.constexpr(0), *t.stride()[1:]) for t in tensors)
 
 
 _counters: list[Counter[str]] = []
@@ -44,9 +87,10 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
         kernel[(programs,)](*args, config, num_warps=config.num_warps, num_stages=config.num_stages, **dict(config.options))
 
 
-def fit_offsets(config: TileConfig, *tensors: torch.Tensor) -> TileConfig:
+def fit_offsets(config: TileConfig, call: Call, *tensors: torch.Tensor) -> TileConfig:
     """``config``, with 64-bit offsets inside a tile where some tensor's strides ask for them."""
-    if config.wide or all(t.stride(2) < WIDEST_STRIDE and t.stride(3) < WIDEST_STRIDE for t in tensors):
+    narrow = call.widest < WIDEST_STRIDE
+    if config.wide or (narrow and all(t.stride(2) < WIDEST_STRIDE and t.stride(3) < WIDEST_STRIDE for t in tensors)):
         return config
     return dataclasses.replace(config, wide=True)
 
@@ -59,9 +103,3 @@ def programs(length: int, block: int, heads: int) -> int:
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """Type of the softmax state and of every sum, for inputs of ``dtype``."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-@triton.constexpr_function
-def padded(head_dim: int) -> int:
-    """Columns of the tile that carries ``head_dim``: a power of two, and at least what a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(head_dim))

@@ -1,22 +1,39 @@
-"""Score mods: pointwise functions of a scaled score, each with its slope for the backward.
+"""Score mods: pointwise functions of a scaled score, each with its slopes for the backward, applied one after the other.
 
-A mod is ``(score, q_pos, k_idx, head, batch, args) -> score`` and its slope ``(score, modded, q_pos, k_idx, head,
-batch, args) -> d modded / d score``, on tiles of any orientation (``q_pos`` and ``k_idx`` broadcast against them).
-``None`` stands for no mod at all: the scale then joins the exponent and no separate multiplication is left.
+A mod is ``(score, q_pos, k_idx, head, batch, args) -> score`` on tiles of any orientation: ``q_pos`` (a query's position
+among the keys) and ``k_idx`` broadcast against the score, and ``args`` holds the mod's operands, already loaded, and its
+compile-time constants. A slope is ``(score, modded, q_pos, k_idx, head, batch, args) -> d modded / d score``, an argument's
+slope the same with d modded / d args[i]. With no mod at all the scale joins the exponent.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from fused_attn.kernels.operand import load_operands, per_key, per_query
 from fused_attn.kernels.softmax import LOG2E
+
+
+class Mod(NamedTuple):
+    """A mod as kernels take it: jit functions, and operands or (constant,) for its arguments."""
+
+    function: Any
+    slope: Any
+    arg_slopes: Any = ()
+    args: Any = ()
+
+
+@triton.jit
+def one(score, modded, q_pos, k_idx, head, batch, args):
+    """The slope of a sum."""
+    return 1.0
 
 
 @triton.jit
 def identity(score, q_pos, k_idx, head, batch, args):
-    """Keeps the score, with slope None for 1; needed where the scale cannot join the exponent because it is not positive."""
+    """Keeps the score; needed where the scale cannot join the exponent because it is not positive."""
     return score
 
 
@@ -47,10 +64,70 @@ def softcap_slope(score, modded, q_pos, k_idx, head, batch, args):
     return 1.0 - tanh * tanh
 
 
-def select(scale: float, softcap_value: float | None, dtype: torch.dtype) -> tuple[Any, Any, tuple[Any, ...]]:
-    """(mod, slope, args) of a call; all compile-time, so a new softcap value compiles once, a new scale never."""
+@triton.jit
+def add(score, q_pos, k_idx, head, batch, args):
+    """score + bias, args = (bias,)."""
+    return score + args[0]
+
+
+@triton.jit
+def alibi(score, q_pos, k_idx, head, batch, args):
+    """score - slope * |q - k|, args = (slope,). Source: Press et al. 2022, "Train Short, Test Long"."""
+    return score - args[0] * tl.abs(q_pos - k_idx).to(score.dtype)
+
+
+@triton.jit
+def alibi_distance(score, modded, q_pos, k_idx, head, batch, args):
+    return -tl.abs(q_pos - k_idx).to(score.dtype)
+
+
+@triton.jit
+def soft_tree(score, q_pos, k_idx, head, batch, args):
+    """score - penalty where key k is no ancestor of query q, args = (enter of q, enter of k, leave of k, penalty).
+
+    ``enter`` and ``leave`` number the nodes of a tree as a depth-first walk comes to them and leaves their subtree.
+    """
+    return score - tl.where((args[1] <= args[0]) & (args[0] < args[2]), 0.0, args[3])
+
+
+@triton.jit
+def soft_tree_penalty(score, modded, q_pos, k_idx, head, batch, args):
+    return tl.where((args[1] <= args[0]) & (args[0] < args[2]), 0.0, -1.0)
+
+
+NO_SLOPE = tl.constexpr(1 << 20)  # as MEMBER of apply_mods: no derivative is wanted
+
+# The mods that ship, by the names of fused_attn.mods: (function, slope, slopes of the arguments; `one` for integers).
+MODS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
+    "bias": (add, one, (one,)),
+    "alibi": (alibi, one, (alibi_distance,)),
+    "soft_tree": (soft_tree, one, (one, one, one, soft_tree_penalty)),
+}
+
+
+def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: torch.dtype) -> tuple[Mod, ...]:
+    """The mods that the scale and softcap of a call ask for, ahead of ``others``; a new softcap compiles once."""
     if softcap_value is not None:
         # What the cheap form loses, about 2**-23 of the cap, shows in fp32 and fp64, and in halves under a huge cap.
         accurate = dtype in (torch.float32, torch.float64) or softcap_value > 256
-        return softcap, softcap_slope, (float(softcap_value), accurate)
-    return (None if scale > 0 else identity), None, ()
+        constants = ((tl.constexpr(float(softcap_value)),), (tl.constexpr(accurate),))
+        return (Mod(softcap, softcap_slope, (), constants),)
+    return () if scale > 0 or others else (Mod(identity, one),)
+
+
+@triton.jit
+def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr,
+               TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr):
+    """(modded score, its derivative by the raw score, or by argument ``ARG`` of mod ``MEMBER`` where that is not -1)."""
+    q_pos = per_query(place.q_first + place.offset + tl.arange(0, TILE.block_m), KEYS_FIRST)
+    k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
+    reach = 1.0
+    for i in tl.static_range(len(mods)):
+        args = load_operands(mods[i].args, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
+        modded = mods[i].function(score, q_pos, k_idx, place.head, place.batch, args)
+        if i == MEMBER:
+            reach = mods[i].arg_slopes[ARG](score, modded, q_pos, k_idx, place.head, place.batch, args)
+        elif i > MEMBER:
+            reach = reach * mods[i].slope(score, modded, q_pos, k_idx, place.head, place.batch, args)
+        score = modded
+    return score, reach

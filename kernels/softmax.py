@@ -11,6 +11,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def softmax_start(sinks_ptr, head, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """Maximum and sum [ROWS] before the first key: nothing, or the head's sink, a logit that takes weight and gives none.
+
+    Source of sinks: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"; gpt-oss (2025).
+    """
+    if sinks_ptr is None:
+        return tl.full([ROWS], float("-inf"), ACC), tl.zeros([ROWS], ACC)
+    else:
+        sink = tl.load(sinks_ptr + head).to(ACC) * LOG2E
+        # A sink of -inf is no sink.
+        return tl.zeros([ROWS], ACC) + sink, tl.zeros([ROWS], ACC) + tl.where(sink == float("-inf"), 0.0, 1.0).to(ACC)
+
+
+@triton.jit
 def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr):
     """Takes one tile of scores [M, N] into the running maximum and sum [M].
 
@@ -26,12 +40,11 @@ def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr):
 
 
 @triton.jit
-def softmax_finish(acc, row_max, row_sum):
-    """Normalises ``acc`` [M, Dv] and returns it with the natural-log LSE [M]; a row with no key gives 0 and -inf."""
+def softmax_finish(row_max, row_sum):
+    """(factor [M] that normalises the accumulated sum, natural-log LSE [M]); a row with no key gives LSE -inf."""
     empty = row_sum == 0.0  # not `> 0`, which would hide a NaN
     row_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
-    return acc * (1.0 / row_sum)[:, None], lse
+    return 1.0 / row_sum, tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
 
 
 @triton.jit

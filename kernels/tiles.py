@@ -1,12 +1,43 @@
-"""Tiles: which one a program owns, where its elements live, and how they are read and written.
+"""Tiles: which one a program owns, where its elements live, and how they are read, multiplied and written.
 
 A *view* is the tuple ``(base, length, row_stride, col_stride)``: one head of one sequence, ``length`` rows long, with
 ``base`` already moved to that head in 64-bit arithmetic. Kernels take tiles of a view by their first row and never do
-address arithmetic themselves, so dense, packed and paged layouts can differ here alone.
+address arithmetic themselves, so dense and packed layouts differ here alone.
+
+A *tile* is a tuple of one or two blocks of columns, each a power of two wide: a head dim of 192 is carried as 128 + 64
+rather than padded to 256, and one of 576 as 512 + 64.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of a batch lie, as kernels take it: every field () or (pointer,), the last a stride.
+
+    ``cu_q`` and ``cu_k`` [B + 1] hold the first rows of packed sequences, ``used_q`` and ``used_k`` [B] how many rows
+    count, ``row_stride`` the distance of two heads in a packed LSE. In a plain dense batch all are ().
+    """
+
+    cu_q: Any = ()
+    cu_k: Any = ()
+    used_q: Any = ()
+    used_k: Any = ()
+    row_stride: Any = ()
+
+
+class Place(NamedTuple):
+    """Where a tile of scores lies: scalars, with ``offset`` the position of query 0 among the keys."""
+
+    batch: Any
+    head: Any
+    q_first: Any
+    k_first: Any
+    offset: Any
+    n_queries: Any
+    n_keys: Any
 
 
 @triton.jit
@@ -25,29 +56,72 @@ def program_tile(n_rows, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def head_view(ptr, strides, batch, head, length):
-    """View of one head; ``strides`` are those of a [B, H, N, D] tensor, in elements."""
+def span(cu, used, batch, length):
+    """(first row, number of rows) of one side of a sequence; ``length`` where no packing says otherwise."""
+    start = tl.full([], 0, tl.int32)
+    if len(cu) > 0:
+        start = tl.load(cu[0] + batch).to(tl.int32)
+        length = tl.load(cu[0] + batch + 1).to(tl.int32) - start
+    if len(used) > 0:
+        length = tl.maximum(tl.minimum(length, tl.load(used[0] + batch).to(tl.int32)), 0)
+    return start, length
+
+
+@triton.jit
+def locate(sequences, batch, Nq, Nk, offset):
+    """(first query, queries, first key, keys, offset) of a sequence; packed ones align their last query and last key."""
+    q_start, n_queries = span(sequences.cu_q, sequences.used_q, batch, Nq)
+    k_start, n_keys = span(sequences.cu_k, sequences.used_k, batch, Nk)
+    if len(sequences.cu_q) > 0:
+        offset = n_keys - n_queries
+    return q_start, n_queries, k_start, n_keys, offset
+
+
+@triton.jit
+def head_view(ptr, strides, batch, head, start, length):
+    """View of one head from row ``start`` on; ``strides`` are those of a [B, H, N, D] tensor, in elements."""
     # 64 bits before the product with a stride: batch * stride alone can pass 2**31.
-    base = ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    return base, length, strides[2], strides[3]
+    base = ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+    return base + tl.cast(start, tl.int64) * strides[2], length, strides[2], strides[3]
 
 
 @triton.jit
-def row_view(ptr, index, length):
-    """View of one row of a contiguous [B * H, N] tensor (LSE, delta)."""
-    return ptr + index.to(tl.int64) * length, length
+def row_view(ptr, sequences, bh, head, Nq, start, length):
+    """View of row ``bh`` of LSE or delta: contiguous [B * H, Nq], or [H, T] where sequences are packed."""
+    if len(sequences.row_stride) > 0:
+        return ptr + (tl.cast(head, tl.int64) * sequences.row_stride[0] + start), length
+    else:
+        return ptr + tl.cast(bh, tl.int64) * Nq, length
+
+
+@triton.constexpr_function
+def head_columns(width: int) -> int:
+    """Columns of a tile's first block: the largest power of two within ``width``, or one that holds all of it.
+
+    Two blocks only where they are fewer columns than one; at least 16 each, what a matrix instruction takes.
+    """
+    whole = max(16, triton.next_power_of_2(width))
+    half = whole // 2
+    return half if half >= 16 and half < width and max(16, triton.next_power_of_2(width - half)) < half else whole
+
+
+@triton.constexpr_function
+def rest_columns(width: int) -> int:
+    """Columns of a tile's second block, or 0."""
+    rest = width - head_columns(width)
+    return max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
 @triton.jit
-def tile_ptrs(view, first_row, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """Pointers to rows ``first_row ...`` of a view: [ROWS, COLS].
+def tile_ptrs(view, first_row, FIRST_COL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to rows ``first_row ...`` and columns ``FIRST_COL ...`` of a view: [ROWS, COLS].
 
     Offsets inside the tile are 32 bits (64-bit ones cost registers) unless ``WIDE``, which the launcher sets when
     stride x rows does not fit, and a tile configuration may set where it happens to save registers.
     """
     base, _, row_stride, col_stride = view
     rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
+    cols = FIRST_COL + tl.arange(0, COLS)
     if WIDE:
         row_offset = (first_row + rows).to(tl.int64) * row_stride
         return base + (row_offset[:, None] + cols.to(tl.int64)[None, :] * col_stride)
@@ -57,32 +131,86 @@ def tile_ptrs(view, first_row, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def inside(view, first_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which elements of a tile exist: [ROWS, COLS] (or [ROWS, 1] where no column is padding)."""
+def inside(view, first_row, FIRST_COL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which elements of a block exist: [ROWS, COLS] (or [ROWS, 1] where no column is padding)."""
     exists = (first_row + tl.arange(0, ROWS) < view[1])[:, None]
-    if WIDTH != COLS:
-        exists = exists & (tl.arange(0, COLS) < WIDTH)[None, :]
+    if WIDTH < FIRST_COL + COLS:
+        exists = exists & (FIRST_COL + tl.arange(0, COLS) < WIDTH)[None, :]
     return exists
 
 
 @triton.jit
-def load_tile(view, first_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
-              WIDE: tl.constexpr):
-    """[ROWS, COLS] tile whose columns past ``WIDTH``, and with ``TAIL`` the rows past the end, read as zero."""
-    ptrs = tile_ptrs(view, first_row, ROWS, COLS, WIDE)
+def load_block(view, first_row, FIRST_COL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+               TAIL: tl.constexpr, WIDE: tl.constexpr):
+    ptrs = tile_ptrs(view, first_row, FIRST_COL, ROWS, COLS, WIDE)
     if TAIL:
-        return tl.load(ptrs, mask=inside(view, first_row, WIDTH, ROWS, COLS), other=0.0)
-    elif WIDTH != COLS:
-        return tl.load(ptrs, mask=(tl.arange(0, COLS) < WIDTH)[None, :], other=0.0)
+        return tl.load(ptrs, mask=inside(view, first_row, FIRST_COL, WIDTH, ROWS, COLS), other=0.0)
+    elif WIDTH < FIRST_COL + COLS:
+        return tl.load(ptrs, mask=(FIRST_COL + tl.arange(0, COLS) < WIDTH)[None, :], other=0.0)
     else:
         return tl.load(ptrs)
 
 
 @triton.jit
-def store_tile(view, first_row, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """Writes the part of ``tile`` [ROWS, COLS] that exists, in the element type of the view."""
-    ptrs = tile_ptrs(view, first_row, ROWS, COLS, WIDE)
-    tl.store(ptrs, tile.to(view[0].dtype.element_ty), mask=inside(view, first_row, WIDTH, ROWS, COLS))
+def load_tile(view, first_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr):
+    """Tile of ROWS rows whose columns past ``WIDTH``, and with ``TAIL`` the rows past the end, read as zero."""
+    HEAD: tl.constexpr = head_columns(WIDTH)
+    REST: tl.constexpr = rest_columns(WIDTH)
+    tile = (load_block(view, first_row, 0, WIDTH, ROWS, HEAD, TAIL, WIDE),)
+    if REST:
+        tile = tile + (load_block(view, first_row, HEAD, WIDTH, ROWS, REST, TAIL, WIDE),)
+    return tile
+
+
+@triton.jit
+def store_tile(view, first_row, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Writes the part of ``tile`` that exists, in the element type of the view."""
+    HEAD: tl.constexpr = head_columns(WIDTH)
+    REST: tl.constexpr = rest_columns(WIDTH)
+    dtype: tl.constexpr = view[0].dtype.element_ty
+    tl.store(tile_ptrs(view, first_row, 0, ROWS, HEAD, WIDE), tile[0].to(dtype),
+             mask=inside(view, first_row, 0, WIDTH, ROWS, HEAD))
+    if REST:
+        tl.store(tile_ptrs(view, first_row, HEAD, ROWS, REST, WIDE), tile[1].to(dtype),
+                 mask=inside(view, first_row, HEAD, WIDTH, ROWS, REST))
+
+
+@triton.jit
+def zeros(WIDTH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """A tile of zeros, to add to."""
+    HEAD: tl.constexpr = head_columns(WIDTH)
+    REST: tl.constexpr = rest_columns(WIDTH)
+    tile = (tl.zeros([ROWS, HEAD], ACC),)
+    if REST:
+        tile = tile + (tl.zeros([ROWS, REST], ACC),)
+    return tile
+
+
+@triton.jit
+def scaled(tile, factor):
+    """``tile * factor``, the factor a scalar or [ROWS, 1]."""
+    result = (tile[0] * factor,)
+    if len(tile) > 1:
+        result = result + (tile[1] * factor,)
+    return result
+
+
+@triton.jit
+def inner(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T of two tiles: [rows of a, rows of b]."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
+    if len(a) > 1:
+        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION, out_dtype=ACC)
+    return product
+
+
+@triton.jit
+def outer(p, b, acc, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p b, with p [M, rows of b] in the element type of b."""
+    result = (tl.dot(p, b[0], acc[0], input_precision=PRECISION, out_dtype=ACC),)
+    if len(b) > 1:
+        result = result + (tl.dot(p, b[1], acc[1], input_precision=PRECISION, out_dtype=ACC),)
+    return result
 
 
 @triton.jit

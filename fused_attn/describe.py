@@ -1,0 +1,300 @@
+"""From the arguments of a call to its description: every check, by name, before anything runs."""
+
+import itertools
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_attn import mods
+from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
+from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+class Described(NamedTuple):
+    """A call that fits together: q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] in one dtype, and the rest."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    spec: AttentionSpec
+    companions: Companions
+
+
+class Extents(NamedTuple):
+    """The sizes that operands broadcast to: sequences, query heads, and queries and keys of the longest."""
+
+    batch: int
+    heads: int
+    n_queries: int
+    n_keys: int
+
+
+def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, window: Any = None,
+             scale: float | None = None, softcap: float | None = None, fp32_precision: str | None = None,
+             precise: bool = False, key_lengths: torch.Tensor | None = None, **others: Any) -> Described:
+    """The description of ``attention``'s arguments; ``others`` are those of ``_companions``."""
+    q, k, v = check_tensors(q, k, v)
+    spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
+    companions = NO_COMPANIONS
+    if key_lengths is not None:
+        _check_lengths("key_lengths", key_lengths, q)
+        companions = companions._replace(used_k=key_lengths.contiguous())
+    if _adds(**others):
+        extents = Extents(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        spec, companions = _companions(q, extents, spec, companions, **others)
+    return Described(q, k, v, spec, companions)
+
+
+def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+                    max_seqlen_q: int, max_seqlen_k: int, seqused_q: torch.Tensor | None, seqused_k: torch.Tensor | None, *,
+                    causal: bool = False, window: Any = None, scale: float | None = None, softcap: float | None = None,
+                    fp32_precision: str | None = None, precise: bool = False, **others: Any) -> Described:
+    """The description of ``attention_varlen``'s arguments: packed tensors as [1, H, T, D]."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
+        if x.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, head_dim]; got shape {tuple(x.shape)}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: expected q's head_dim {q.shape[2]}; got shape {tuple(k.shape)}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v: expected k's tokens and heads {tuple(k.shape[:2])}; got shape {tuple(v.shape)}")
+    q, k, v = check_tensors(*(x.transpose(0, 1)[None] for x in (q, k, v)))
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu, torch.Tensor) or cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected an int32 tensor [sequences + 1]; got {getattr(cu, 'dtype', cu)!r}")
+        if cu.dim() != 1 or cu.shape[0] < 1 or cu.device != q.device:
+            raise ValueError(f"{name}: expected [sequences + 1] on {q.device}; got {tuple(cu.shape)} on {cu.device}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"cu_seqlens_k: expected cu_seqlens_q's length {cu_seqlens_q.shape[0]}; got {cu_seqlens_k.shape[0]}")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)) or longest < 0:
+            raise TypeError(f"{name}: expected a non-negative int; got {longest!r}")
+    batch = cu_seqlens_q.shape[0] - 1
+    for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if used is not None:
+            _check_lengths(name, used, q, batch)
+    # On a CPU looking costs nothing; while torch.compile or a FakeTensor traces there is nothing to look at.
+    if q.device.type == "cpu" and type(cu_seqlens_q) is torch.Tensor and not torch.compiler.is_compiling():
+        _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
+        _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
+    spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
+    spec = spec._replace(longest=(max_seqlen_q, max_seqlen_k))
+    cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
+                                  for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
+    companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k)
+    if _adds(**others):
+        extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
+        spec, companions = _companions(q, extents, spec, companions, **others)
+    return Described(q, k, v, spec, companions)
+
+
+def seeded(call: Described) -> Described:
+    """``call`` with a seed where it drops weights: as late as this, so that a call that does not run draws none."""
+    if call.spec.dropout_p == 0:
+        return call
+    # Drawn on the device from torch's own generator: it follows torch.manual_seed, and CUDA graphs advance it.
+    seed = torch.randint(2**63 - 1, (1,), device=call.q.device)
+    return call._replace(companions=call.companions._replace(seed=seed))
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors of a call that fit together, in the dtype that autocast asks for."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
+        if x.is_nested:
+            raise ValueError(f"{name}: expected a dense tensor; got a nested one, which attention takes as q, k and v alike")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim]; got shape {tuple(x.shape)}")
+    q, k, v = autocast(q, k, v)
+    if q.dtype not in FLOATS:
+        raise TypeError(f"q: expected float16, bfloat16, float32 or float64; got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's dtype {q.dtype}; got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}; got {x.device}")
+    batch, heads, _, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"k: expected batch {batch} and head_dim {head_dim} as in q; got shape {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected k's batch, heads and length {tuple(k.shape[:3])}; got shape {tuple(v.shape)}")
+    kv_heads = k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"k: expected a number of heads that divides q's {heads}; got {kv_heads}")
+    if head_dim == 0 or v.shape[3] == 0:
+        raise ValueError(f"q, v: expected head dims of at least 1; got {head_dim} and {v.shape[3]}")
+    return q, k, v
+
+
+def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What autocast does to torch's own attention: floats other than fp64 become the autocast dtype."""
+    kind = q.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
+
+
+def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | None, softcap: float | None,
+                    fp32_precision: str | None = None, precise: bool = False) -> AttentionSpec:
+    """The part of a description that no tensor but q has a say in."""
+    for name, value in (("causal", causal), ("precise", precise)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool; got {value!r}")
+    left = right = None
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise ValueError(f"window: expected a pair (left, right); got {window!r}")
+        left, right = _bound("left", window[0]), _bound("right", window[1])
+    if causal:
+        right = 0
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    elif not _is_finite(scale, "scale", "a finite float"):
+        raise ValueError(f"scale: expected a finite float; got {scale!r}")
+    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
+        raise ValueError(f"softcap: expected a positive finite float or None; got {softcap!r}")
+    if fp32_precision is not None and fp32_precision not in FP32_PRECISIONS:
+        raise ValueError(f"fp32_precision: expected one of {', '.join(FP32_PRECISIONS)} or None; got {fp32_precision!r}")
+    return AttentionSpec(float(scale), Window(left, right), True, None if softcap is None else float(softcap),
+                         precise=precise, fp32_precision=fp32_precision)
+
+
+def _bound(name: str, value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0):
+        hint = "; None, not -1, leaves a side open" if value == -1 else ""
+        raise ValueError(f"window: expected {name} to be a non-negative int or None; got {value!r}{hint}")
+    return min(value, 2**62) if isinstance(value, int) else value
+
+
+def _is_finite(value: Any, name: str, expected: str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected {expected}; got {value!r}")
+    finite: bool = -math.inf < value < math.inf  # type: ignore[operator]  # math.isfinite breaks graphs whose scale varies
+    return finite
+
+
+def _check_lengths(name: str, lengths: Any, q: torch.Tensor, batch: int | None = None) -> None:
+    batch = q.shape[0] if batch is None else batch
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected an int32 or int64 tensor [{batch}]; got {getattr(lengths, 'dtype', lengths)!r}")
+    if lengths.shape != (batch,) or lengths.device != q.device:
+        raise ValueError(f"{name}: expected shape ({batch},) on {q.device}; got {tuple(lengths.shape)} on {lengths.device}")
+
+
+def _check_packing(side: str, cu: torch.Tensor, longest: int, total: int) -> None:
+    starts = cu.tolist()
+    lengths = [stop - start for start, stop in itertools.pairwise(starts)]
+    if starts[0] != 0 or any(n < 0 for n in lengths) or starts[-1] > total:
+        raise ValueError(f"cu_seqlens_{side}: expected to rise from 0 to at most {total}, the tokens of {side}; got {starts}")
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_seqlen_{side}: expected at least {max(lengths)}, the longest sequence; got {longest}")
+
+
+def _adds(*, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sinks: Any = None, dropout_p: Any = 0.0,
+          score_mod: Any = None, mask_mod: Any = None, mod_args: Any = ()) -> bool:
+    """Whether these arguments ask for more than plain attention."""
+    if type(dropout_p) is not float or dropout_p != 0 or type(mod_args) is not tuple or mod_args:
+        return True
+    return any(x is not None for x in (bias, mask, alibi_slopes, sinks, score_mod, mask_mod))
+
+
+def _companions(q: torch.Tensor, extents: Extents, spec: AttentionSpec, companions: Companions, *,
+                bias: torch.Tensor | RelativeBias | None = None, mask: torch.Tensor | None = None,
+                alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, dropout_p: float = 0.0,
+                score_mod: ScoreMod | Bound | None = None, mask_mod: MaskMod | Bound | None = None,
+                mod_args: tuple[Any, ...] = ()) -> tuple[AttentionSpec, Companions]:
+    """``spec`` and ``companions`` with what a call adds to plain attention."""
+    if not isinstance(mod_args, (tuple, list)):
+        raise TypeError(f"mod_args: expected a tuple; got {type(mod_args).__name__}")
+    if mod_args and all(mod is None or isinstance(mod, Bound) for mod in (score_mod, mask_mod)):
+        raise ValueError(f"mod_args: expected none without a score_mod or mask_mod to bind them to; got {len(mod_args)}")
+    score_bounds = [mods.checked("score_mod", score_mod, tuple(mod_args), ScoreMod)]
+    if bias is not None:
+        if not isinstance(bias, (torch.Tensor, RelativeBias)):
+            raise TypeError(f"bias: expected a float tensor or a fused_attn.RelativeBias; got {bias!r}")
+        score_bounds.append(mods.BIAS(bias))
+    if alibi_slopes is not None:
+        score_bounds.append(mods.ALIBI(_slopes(alibi_slopes, extents, q)))
+    mask_bounds = [mods.checked("mask_mod", mask_mod, tuple(mod_args), MaskMod)]
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            raise TypeError("mask: expected a bool tensor, True where a query attends (a float one is a bias); "
+                            f"got {getattr(mask, 'dtype', mask)!r}")
+        mask_bounds.append(mods.MASK(mask))
+    operands: list[torch.Tensor] = []
+    score_mods = tuple(_member(bound, extents, q, operands) for bound in score_bounds if bound is not None)
+    mask_mods = tuple(_member(bound, extents, q, operands) for bound in mask_bounds if bound is not None)
+    if sinks is not None:
+        if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
+            raise TypeError(f"sinks: expected a float tensor [{extents.heads}]; got {getattr(sinks, 'dtype', sinks)!r}")
+        if sinks.shape != (extents.heads,) or sinks.device != q.device:
+            raise ValueError(f"sinks: expected shape ({extents.heads},) on {q.device}; "
+                             f"got {tuple(sinks.shape)} on {sinks.device}")
+    if not _is_finite(dropout_p, "dropout_p", "a float from 0 to 1") or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a float from 0 to 1; got {dropout_p!r}")
+    spec = spec._replace(score_mods=score_mods, mask_mods=mask_mods, dropout_p=float(dropout_p))
+    sinks = None if sinks is None else sinks.contiguous()
+    return spec, companions._replace(sinks=sinks, operands=tuple(operands))
+
+
+def _slopes(slopes: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
+    if not isinstance(slopes, torch.Tensor) or not slopes.is_floating_point():
+        raise TypeError(f"alibi_slopes: expected a float tensor [H] or [B, H]; got {getattr(slopes, 'dtype', slopes)!r}")
+    if slopes.shape not in ((extents.heads,), (extents.batch, extents.heads)) or slopes.device != q.device:
+        raise ValueError(f"alibi_slopes: expected shape ({extents.heads},) or ({extents.batch}, {extents.heads}) "
+                         f"on {q.device}; got {tuple(slopes.shape)} on {slopes.device}")
+    return slopes.view(-1, extents.heads, 1, 1) if slopes.is_contiguous() else slopes.reshape(-1, extents.heads, 1, 1)
+
+
+def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torch.Tensor]) -> Member:
+    """A mod of the call; its tensors join ``operands``."""
+    kinds = []
+    for i, arg in enumerate(bound.args):
+        which = "score_mod" if isinstance(bound.mod, ScoreMod) else "mask_mod"
+        name = bound.mod.name if bound.mod in (mods.BIAS, mods.MASK) else f"{which}: argument {i} of {bound.mod.name}"
+        if isinstance(arg, RelativeBias):
+            operands.append(_relative(name, arg.values, extents, q))
+            kinds.append(RELATIVE)
+        elif isinstance(arg, torch.Tensor):
+            operand = _operand(name, arg, extents, q)
+            operands.append(operand.detach() if isinstance(bound.mod, MaskMod) else operand)  # a mask has no slope
+            kinds.append(TENSOR)
+        else:
+            kinds.append(repr(arg) if isinstance(arg, int) else repr(float(arg)))
+    return Member(bound.mod.key, tuple(kinds))
+
+
+def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> torch.Tensor:
+    """[B', H', Nq', Nk'], each extent full or 1."""
+    if x.is_complex() or (name == "bias" and not x.is_floating_point()):
+        raise TypeError(f"{name}: expected a float tensor{' (a bool one is a mask)' if name == 'bias' else ''}; got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}; got {x.device}")
+    fits = x.dim() <= 4 and all(
+        size in (1, full) for size, full in zip(reversed(x.shape), reversed(extents), strict=False))
+    if not fits:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(extents)}; got {tuple(x.shape)}")
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
+    """[B', H', Nq + Nk - 1]."""
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        raise TypeError(f"{name}: expected RelativeBias of a float tensor; got {getattr(values, 'dtype', values)!r}")
+    differences = max(extents.n_queries + extents.n_keys - 1, 0)
+    leading = values.shape[:-1]
+    fits = values.dim() in (2, 3) and values.shape[-1] == differences and all(
+        size in (1, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
+    if not fits or values.device != q.device:
+        raise ValueError(f"{name}: expected RelativeBias values [{extents.heads}, {differences}], one for each k - q, or "
+                         f"[{extents.batch}, ...], on {q.device}; got {tuple(values.shape)} on {values.device}")
+    return values if values.dim() == 3 else values[None]

@@ -1,0 +1,84 @@
+"""Attention weights on request, and what can be said of them without holding them; the fused path keeps neither."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fused_attn import dispatch, reference, settings
+from fused_attn.describe import Described, describe, seeded
+
+
+class AttentionStats(NamedTuple):
+    """Aggregates of attention weights, before dropout, in fp32 (fp64 for fp64 inputs).
+
+    received [B, H, Nk]: what each key receives, summed over queries. entropy [B, H, Nq]: -sum(p ln p) over the keys, in
+    nats. maximum [B, H, Nq]: the largest weight of each query. A query without keys has entropy and maximum 0.
+    """
+
+    received: torch.Tensor
+    entropy: torch.Tensor
+    maximum: torch.Tensor
+
+
+def _described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, arguments: dict[str, Any]) -> Described:
+    """A call with what values there are: the weights do not depend on them."""
+    return seeded(describe(q, k, k[..., :1] if v is None else v, **arguments))
+
+
+def _runs_kernels(call: Described, backend: str | None, strict: bool | None, quadratic: bool) -> bool:
+    asked = settings.BACKEND if backend is None else backend
+    if asked not in (None, "triton", "reference"):
+        raise ValueError(f"backend: expected 'triton', 'reference' or None; got {asked!r}")
+    reasons = dispatch.against_triton(call)
+    if asked == "triton" and reasons:
+        raise ValueError(f"backend: 'triton' cannot run this call: {'; '.join(reasons)}")
+    if asked is None and reasons and quadratic and settings.is_strict(strict):
+        raise RuntimeError(f"strict: only the quadratic reference could run this call: {'; '.join(reasons)}")
+    return asked != "reference" and not reasons
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, *, backend: str | None = None,
+                      **arguments: Any) -> torch.Tensor:
+    """The weights [B, H, Nq, Nk] that ``attention`` would multiply with V, in q's dtype.
+
+    ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores; with ``dropout_p``, a mask is drawn
+    for this call. Differentiable: where a gradient is wanted they are computed in plain PyTorch, and again in the backward,
+    so that nothing of their size is kept in between.
+    """
+    call = _described(q, k, v, arguments)
+    companions = call.companions
+    tensors = [call.q, call.k, *(x for x in (companions.sinks, *companions.operands) if x is not None)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        result: torch.Tensor = checkpoint(_reference_weights, call, use_reentrant=False)
+        return result
+    if not _runs_kernels(call, backend, None, quadratic=False):
+        return _reference_weights(call)
+    from fused_attn.weights import run_weights  # here, so that the package imports without Triton
+
+    return run_weights(call)
+
+
+def _reference_weights(call: Described) -> torch.Tensor:
+    with torch.autocast(call.q.device.type, enabled=False):
+        return reference.weights(call.q, call.k, call.spec, call.companions)[0].to(call.q.dtype)
+
+
+def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, *, backend: str | None = None,
+                    strict: bool | None = None, **arguments: Any) -> AttentionStats:
+    """Received weight per key, entropy and largest weight per query, in two sweeps and O(N) memory.
+
+    ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores, dropout apart. The kernels give no
+    gradients; ``backend="reference"`` does, with memory quadratic in the length.
+    """
+    if arguments.get("dropout_p"):
+        raise ValueError(f"dropout_p: expected 0, statistics are of the weights before dropout; got {arguments['dropout_p']!r}")
+    call = _described(q, k, v, arguments)
+    if _runs_kernels(call, backend, strict, quadratic=True):
+        from fused_attn.weights import run_stats
+
+        return AttentionStats(*run_stats(call))
+    with torch.autocast(call.q.device.type, enabled=False):
+        p, _ = reference.weights(call.q, call.k, call.spec, call.companions)
+    maximum = p.amax(-1) if p.shape[-1] else p.sum(-1)
+    return AttentionStats(p.sum(-2), torch.special.entr(p).sum(-1), maximum)

@@ -1,0 +1,136 @@
+"""From a call as it is described (`spec`) to a call as kernels take it: operands, mods, masks, sequences, dropout."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from fused_attn import mods
+from fused_attn.kernels.dropout import Dropout
+from fused_attn.kernels.launch import PLAIN, Call, Extras
+from fused_attn.kernels.mask import KEEPS, Keep
+from fused_attn.kernels.operand import Operand
+from fused_attn.kernels.score import MODS, Mod, before_mods, one
+from fused_attn.kernels.tiles import Sequences
+from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
+from fused_attn.tuning import arch_of, has_tf32, has_tf32x3
+
+
+class Lowered(NamedTuple):
+    """A call as kernels take it, and for each operand the (mod, argument) it is, or None if it belongs to a mask."""
+
+    call: Call
+    roles: tuple[tuple[int, int] | None, ...]
+
+
+def pack(spec: AttentionSpec) -> tuple[Any, ...]:
+    """A spec as the trailing arguments of the ops: numbers, and members as text."""
+    longest_q, longest_k = spec.longest or (None, None)
+    score_mods, mask_mods = ("" if not m else ";".join(f"{x.key}:{','.join(x.args)}" for x in m)
+                             for m in (spec.score_mods, spec.mask_mods))
+    return (spec.scale, spec.window.left, spec.window.right, spec.bottom_right, spec.softcap, score_mods, mask_mods,
+            spec.dropout_p, spec.precise, spec.fp32_precision, longest_q, longest_k)
+
+
+def unpack(packed: tuple[Any, ...]) -> AttentionSpec:
+    """The spec that ``pack`` took apart."""
+    scale, left, right, bottom_right, softcap, score_mods, mask_mods, dropout_p, precise, fp32_precision, *longest = packed
+    return AttentionSpec(scale, Window(left, right), bottom_right, softcap, _members(score_mods), _members(mask_mods),
+                         dropout_p, precise, fp32_precision, None if longest[0] is None else (longest[0], longest[1]))
+
+
+@functools.cache
+def _members(text: str) -> tuple[Member, ...]:
+    return tuple(Member(key, tuple(args.split(",")) if args else ())
+                 for key, _, args in (part.partition(":") for part in text.split(";") if part))
+
+
+def precision(q: torch.Tensor, asked: str | None) -> str:
+    """How fp32 products are computed: as asked, else IEEE unless torch's own setting for matmuls on GPUs says TF32."""
+    if q.dtype != torch.float32 or not q.is_cuda:
+        return "ieee"
+    arch = arch_of(q.device)
+    if asked == "tf32x3":
+        return asked if has_tf32x3(arch) else "ieee"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" if asked is None else asked == "tf32"
+    return "tf32" if tf32 and has_tf32(arch) else "ieee"
+
+
+def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions) -> Lowered:
+    """``spec`` and ``companions`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
+    n_queries, n_keys = spec.longest or (q.shape[2], k.shape[2])
+    reach = n_queries + n_keys  # no bound beyond this changes anything, and with it 32 bits are enough
+    left, right = (None if bound is None else min(bound, reach) for bound in spec.window)
+    batch = q.shape[0] if companions.cu_q is None else companions.cu_q.shape[0] - 1
+    call = Call(spec.scale, left, right, spec.offset(n_queries, n_keys), precision(q, spec.fp32_precision), batch,
+                n_queries, n_keys)
+    score_mods = before_mods(spec.scale, spec.softcap, bool(spec.score_mods), q.dtype)
+    if not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0 and companions.used_k is None and batch == q.shape[0]:
+        return Lowered(call._replace(extras=Extras(score_mods) if score_mods else PLAIN), ())
+
+    operands = list(companions.operands)
+    roles: list[tuple[int, int] | None] = []
+    for member in spec.score_mods:
+        mod = mods.registered(member.key)
+        function, slope, arg_slopes = MODS[mod.name] if mod.function is None else (mod.function, mod.slope, mod.arg_slopes)
+        slope = one if slope is None or slope == 1.0 else slope
+        arg_slopes = tuple(one if s is None else s for s in arg_slopes)
+        roles += [(len(score_mods), i) for i, kind in enumerate(member.args) if kind in (TENSOR, RELATIVE)]
+        score_mods += (Mod(function, slope, arg_slopes, _arguments(member, operands, n_queries)),)
+    packed = companions.cu_q is not None
+    by_batch = packed or companions.used_k is not None
+    by_head = False
+    keeps: tuple[Keep, ...] = ()
+    for member in spec.mask_mods:
+        mod = mods.registered(member.key)
+        tensors = [operands[i] for i in range(sum(kind == TENSOR for kind in member.args))]
+        by_batch = by_batch or mod.by_batch or any(x.shape[0] > 1 for x in tensors)
+        by_head = by_head or mod.by_head or any(x.shape[1] > 1 for x in tensors)
+        roles += [None] * len(tensors)
+        keeps += (Keep(KEEPS[mod.name] if mod.function is None else mod.function, _arguments(member, operands, n_queries)),)
+    extras = Extras(score_mods, keeps, _sequences(companions, q), _dropout(spec, companions))
+    widest = max((max(x.stride()[2:]) for x in companions.operands), default=0)
+    return Lowered(call._replace(extras=extras, masks_by=(by_batch, by_head), widest=widest), tuple(roles))
+
+
+def _arguments(member: Member, operands: list[torch.Tensor], n_queries: int) -> tuple[Any, ...]:
+    """The arguments of a member, taking its tensors off the front of ``operands``."""
+    arguments: list[Any] = []
+    for kind in member.args:
+        if kind in (TENSOR, RELATIVE):
+            arguments.append(_operand(operands.pop(0), n_queries))
+        else:
+            arguments.append((tl.constexpr(float(kind) if "." in kind or "e" in kind else int(kind)),))
+    return tuple(arguments)
+
+
+def _operand(x: torch.Tensor, n_queries: int) -> Operand:
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    start = 0
+    if x.dim() == 3:  # the value of (i, j) lies at j - i + Nq - 1
+        step = x.stride(2)
+        start, strides = (n_queries - 1) * step, [*strides[:2], -step, step]
+    constant = tuple(tl.constexpr(0) if stride == 0 else stride for stride in strides)
+    return Operand(x, tl.constexpr(0) if start == 0 else start, constant,
+                   tl.constexpr(strides[2] != 0), tl.constexpr(strides[3] != 0))
+
+
+def _sequences(companions: Companions, q: torch.Tensor) -> Sequences:
+    given = companions.cu_q, companions.cu_k, companions.used_q, companions.used_k
+    cu_q, cu_k, used_q, used_k = (() if x is None else (x,) for x in given)
+    return Sequences(cu_q, cu_k, used_q, used_k, () if companions.cu_q is None else (lse_stride(q),))
+
+
+def lse_stride(q: torch.Tensor) -> int:
+    """Distance of two heads in the LSE of packed sequences: a multiple of 16, so that a new length never compiles."""
+    return max(16, -(-q.shape[2] // 16) * 16)
+
+
+def _dropout(spec: AttentionSpec, companions: Companions) -> tuple[Any, ...]:
+    if spec.dropout_p == 0:
+        return ()
+    threshold = min(round(spec.dropout_p * 2**32), 2**32 - 1)
+    factor = 1 / (1 - spec.dropout_p) if spec.dropout_p < 1 else 0.0
+    return Dropout(companions.seed, tl.constexpr(threshold), tl.constexpr(factor))

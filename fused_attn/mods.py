@@ -1,0 +1,247 @@
+"""Score mods and mask mods: functions of a score and of where it stands, on the kernels and in plain PyTorch alike.
+
+A mod is pointwise. It sees the score, the query's position among the keys (its index plus Nk - Nq, so that a mod written
+for training is right in decoding too), the key's index, head and batch, and its arguments: tensors that broadcast to
+[B, H, Nq, Nk], of which it sees the values at the score, and numbers, which are compile-time constants. There are no
+pointers in it, so the same few lines run on a tile of a kernel and on whole tensors of the reference.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+Twin: TypeAlias = Callable[[Any, Any, Any, Any, Any, tuple[Any, ...]], torch.Tensor]
+_REGISTERED: dict[str, Any] = {}
+
+
+class RelativeBias(NamedTuple):
+    """An additive bias that depends on k - q alone: ``attention(..., bias=RelativeBias(values))``.
+
+    ``values`` is [H', Nq + Nk - 1] or [B', H', Nq + Nk - 1], each B' and H' full or 1; the bias of query i and key j is
+    ``values[..., j - i + Nq - 1]``. Neither the bias nor its gradient is ever held as Nq x Nk.
+    """
+
+    values: torch.Tensor
+
+
+class Bound(NamedTuple):
+    """A mod together with its arguments."""
+
+    mod: "ScoreMod | MaskMod"
+    args: tuple[Any, ...]
+
+
+def _fingerprint(name: str, functions: tuple[Any, ...]) -> str:
+    """A name for a mod in op schemas and caches: other code, another name, in this process and in the next."""
+    if not functions:  # a twin alone never leaves the process
+        return name
+    texts = []
+    for function in functions:
+        key = getattr(function, "cache_key", None)  # of a compiled function, with all that it calls
+        source = inspect.getsource(function.fn) if hasattr(function, "fn") else repr(function)
+        texts.append(source if key is None else str(key))
+    return f"{name}_{hashlib.sha256('|'.join(texts).encode()).hexdigest()[:16]}"
+
+
+def _register(mod: Any, functions: tuple[Any, ...]) -> None:
+    if not isinstance(mod.name, str) or not mod.name.isidentifier():
+        raise ValueError(f"name: expected a word of letters, digits and underscores; got {mod.name!r}")
+    key = first = _fingerprint(mod.name, functions)
+    settings = {field.name: getattr(mod, field.name) for field in dataclasses.fields(mod) if field.init}
+    copies = 1
+    while key in _REGISTERED and settings != {name: getattr(_REGISTERED[key], name, None) for name in settings}:
+        copies += 1  # the same code with another twin, or other flags
+        key = f"{first}_{copies}"
+    object.__setattr__(mod, "key", key)
+    _REGISTERED[key] = mod
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoreMod:
+    """A function of the score, applied after scale and softcap and before bias and mask.
+
+    Args:
+        name: a word to know it by in messages.
+        function: a ``@triton.jit`` function (score, q_pos, k_idx, head, batch, args) -> score.
+        slope: jit function (score, modded, q_pos, k_idx, head, batch, args) -> d modded / d score, finite wherever the
+            score is; the number 1.0 for a sum; None if gradients of q and k are never wanted. A function that returns a
+            bare number returns it in fp32: with fp64 calls in mind write ``score * 0 + number``.
+        arg_slopes: for each argument None or a jit function with ``slope``'s parameters -> d modded / d argument.
+        reference: the plain PyTorch twin of ``function``, same parameters, for the reference backend.
+
+    Calling it with arguments binds them: ``attention(..., score_mod=mod(slopes))``.
+    """
+
+    name: str
+    function: Any = None
+    slope: Any = None
+    arg_slopes: tuple[Any, ...] = ()
+    reference: Twin | None = None
+    key: str = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        _register(self, (self.function, self.slope, *self.arg_slopes) if self.function is not None else ())
+
+    def __call__(self, *args: Any) -> Bound:
+        return Bound(self, args)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskMod:
+    """A function that tells which pairs attend.
+
+    Args:
+        name: a word to know it by in messages.
+        function: a ``@triton.jit`` function (q_pos, k_idx, head, batch, args) -> bool.
+        reference: its plain PyTorch twin, for the reference backend.
+        by_batch, by_head: whether it differs from batch entry to batch entry, or from head to head, other than through
+            its arguments; where it does not, one list of tiles serves all.
+
+    Calling it with arguments binds them.
+    """
+
+    name: str
+    function: Any = None
+    reference: Callable[..., torch.Tensor] | None = None
+    by_batch: bool = False
+    by_head: bool = False
+    key: str = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        _register(self, () if self.function is None else (self.function,))
+
+    def __call__(self, *args: Any) -> Bound:
+        return Bound(self, args)
+
+
+def registered(key: str) -> Any:
+    """The mod of a key: how one passes through an op schema, which takes no functions."""
+    return _REGISTERED[key]
+
+
+def checked(name: str, mod: Any, args: tuple[Any, ...], kind: type) -> Bound | None:
+    """``score_mod`` or ``mask_mod`` of a call with its arguments."""
+    if mod is None:
+        return None
+    bound = mod if isinstance(mod, Bound) else Bound(mod, tuple(args))
+    if not isinstance(bound.mod, kind):
+        raise TypeError(f"{name}: expected a fused_attn.{kind.__name__}, or one bound to its arguments; got {mod!r}")
+    for i, arg in enumerate(bound.args):
+        if not isinstance(arg, torch.Tensor) and (isinstance(arg, bool) or not isinstance(arg, numbers.Real)):
+            raise TypeError(f"{name}: expected argument {i} to be a tensor or a number; got {arg!r}")
+        if not isinstance(arg, torch.Tensor) and not math.isfinite(arg):
+            raise ValueError(f"{name}: expected argument {i} to be finite; got {arg!r}")
+    return bound
+
+
+# The mods that ship. Their kernels are kernels/score.py and kernels/mask.py; here are the twins.
+
+
+def _is_ancestor(args: tuple[Any, ...]) -> torch.Tensor:
+    inside: torch.Tensor = (args[1] <= args[0]) & (args[0] < args[2])
+    return inside
+
+
+BIAS = ScoreMod("bias", reference=lambda s, q, k, h, b, args: s + args[0])
+ALIBI = ScoreMod("alibi", reference=lambda s, q, k, h, b, args: s - args[0] * (q - k).abs())
+SOFT_TREE = ScoreMod("soft_tree", reference=lambda s, q, k, h, b, args: s - (~_is_ancestor(args)).to(s.dtype) * args[3])
+MASK = MaskMod("mask", reference=lambda q, k, h, b, args: args[0] != 0)
+DOCUMENT = MaskMod("document", reference=lambda q, k, h, b, args: args[0] == args[1])
+PREFIX_LM = MaskMod("prefix_lm", reference=lambda q, k, h, b, args: (k < args[0]) | (k <= q))
+TREE = MaskMod("tree", reference=lambda q, k, h, b, args: _is_ancestor(args))
+
+SHIPPED = (BIAS, ALIBI, SOFT_TREE, MASK, DOCUMENT, PREFIX_LM, TREE)
+
+
+def _per_token(name: str, x: Any) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or x.dim() not in (1, 2) or x.is_floating_point():
+        raise TypeError(f"{name}: expected an integer tensor [N] or [B, N]; got {getattr(x, 'shape', x)!r}")
+    return x if x.dim() == 2 else x[None]
+
+
+def document_mask(of_keys: torch.Tensor, of_queries: torch.Tensor | None = None) -> Bound:
+    """Tokens attend within their own document: ``attention(..., mask_mod=document_mask(ids), causal=True)``.
+
+    ``of_keys`` and ``of_queries`` (the same by default) hold document numbers, integers [N] or [B, N].
+    """
+    keys = _per_token("of_keys", of_keys)
+    queries = keys if of_queries is None else _per_token("of_queries", of_queries)
+    return DOCUMENT(queries[:, None, :, None], keys[:, None, None, :])
+
+
+def prefix_lm_mask(lengths: torch.Tensor) -> Bound:
+    """The first ``lengths`` [B] keys are seen by all, the rest causally. Source: Raffel et al. 2020, "T5"."""
+    if not isinstance(lengths, torch.Tensor) or lengths.dim() != 1 or lengths.is_floating_point():
+        raise TypeError(f"lengths: expected an integer tensor [B]; got {getattr(lengths, 'shape', lengths)!r}")
+    return PREFIX_LM(lengths[:, None, None, None])
+
+
+def tree_intervals(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(enter, leave) of each node of a tree or forest: node k is an ancestor of q, or q, when enter[k] <= enter[q] < leave[k].
+
+    ``parents`` [N] on the CPU holds each node's parent, an earlier node, or -1 for a root.
+    """
+    if not isinstance(parents, torch.Tensor) or parents.dim() != 1 or parents.is_floating_point():
+        raise TypeError(f"parents: expected an integer tensor [N]; got {getattr(parents, 'shape', parents)!r}")
+    above = parents.tolist()
+    sizes = [1] * len(above)
+    for node in reversed(range(len(above))):
+        if above[node] >= node or above[node] < -1:
+            raise ValueError(f"parents: expected an earlier node, or -1, as the parent of node {node}; got {above[node]}")
+        if above[node] >= 0:
+            sizes[above[node]] += sizes[node]
+    enter, free = [0] * len(above), [0] * (len(above) + 1)  # the next free number within each node, and among the roots
+    for node, parent in enumerate(above):
+        enter[node] = free[parent]
+        free[parent] += sizes[node]
+        free[node] = enter[node] + 1
+    first = torch.tensor(enter, dtype=torch.int32)
+    return first, first + torch.tensor(sizes, dtype=torch.int32)
+
+
+def tree_mask(enter: torch.Tensor, leave: torch.Tensor) -> Bound:
+    """Tokens attend to their ancestors in a tree, such as the candidates of speculative decoding.
+
+    ``enter`` and ``leave`` are what ``tree_intervals`` gives, [N] or [B, N].
+    """
+    enter, leave = _per_token("enter", enter), _per_token("leave", leave)
+    return TREE(enter[:, None, :, None], enter[:, None, None, :], leave[:, None, None, :])
+
+
+def soft_tree_mask(enter: torch.Tensor, leave: torch.Tensor, penalty: torch.Tensor) -> Bound:
+    """A tree mask that can be learned: scores of keys that are no ancestors lose ``penalty``, which broadcasts to
+    [B, H, Nq, Nk] and has a gradient: ``attention(..., score_mod=soft_tree_mask(enter, leave, penalty))``."""
+    enter, leave = _per_token("enter", enter), _per_token("leave", leave)
+    return SOFT_TREE(enter[:, None, :, None], enter[:, None, None, :], leave[:, None, None, :], penalty)
+
+
+def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: bool = True,
+            max_distance: int = 128) -> RelativeBias:
+    """T5's relative position bias from its ``table`` [buckets, H], to which gradients flow.
+
+    Half of the buckets (all of them unless ``bidirectional``, which keeps a half for keys after the query) stand for
+    single distances, the rest for ranges that grow logarithmically up to ``max_distance``. The last query stands at the
+    last key. Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning".
+    """
+    if not isinstance(table, torch.Tensor) or table.dim() != 2:
+        raise TypeError(f"table: expected a tensor [buckets, H]; got {getattr(table, 'shape', table)!r}")
+    # values[..., j - i + Nq - 1] belongs to query i at position i + Nk - Nq.
+    distance = torch.arange(n_queries + n_keys - 1, device=table.device) - (n_keys - 1)
+    buckets, bucket = table.shape[0], torch.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        bucket = (distance > 0) * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    ratio = torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact)
+    ranged = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+    bucket = bucket + torch.where(distance < exact, distance, ranged)
+    return RelativeBias(table[bucket].T.contiguous()[None])

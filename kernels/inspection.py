@@ -1,0 +1,178 @@
+"""Looking at attention: its weights where they are asked for, or what can be said of them without holding them.
+
+Row statistics take one sweep over the keys, column sums one over the queries; neither holds more than a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_attn.kernels.backward import weights
+from fused_attn.kernels.dropout import dropout_keep
+from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
+from fused_attn.kernels.mask import keep_tile
+from fused_attn.kernels.score import NO_SLOPE, apply_mods
+from fused_attn.kernels.softmax import LN2, LOG2E, lse_to_log2
+from fused_attn.kernels.tiles import (
+    Place,
+    head_view,
+    inner,
+    load_rows,
+    load_tile,
+    locate,
+    program_tile,
+    row_view,
+    store_rows,
+)
+from fused_attn.kernels.window import sweep_range
+from fused_attn.spec import TileConfig
+
+
+@triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
+def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr, strides,
+                     H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
+                     GROUP: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr):
+    """One program: LSE, entropy -sum(p ln p) over the keys, and largest weight, each [B, H, Nq], of BLOCK_M queries.
+
+    Beside maximum m and sum l of exp(s - m) it carries t, the sum of exp(s - m) (s - m): entropy is ln l - t / l.
+    """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    q_strides, k_strides = strides
+    first, bh = program_tile(Nq, BLOCK_M, right is not None)
+    batch = bh // H
+    head = bh % H
+    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    scale = scale.to(ACC)
+    q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
+    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
+    row_max = tl.full([BLOCK_M], float("-inf"), ACC)
+    row_sum = tl.zeros([BLOCK_M], ACC)
+    row_dot = tl.zeros([BLOCK_M], ACC)
+    to_log2 = tl.full([], LOG2E, ACC)
+    bounds = sweep_range(first + offset, n_keys, left, right, BLOCK_M, BLOCK_N)
+    for start in tl.range(bounds[0], bounds[3], BLOCK_N, num_stages=1):
+        place = Place(batch, head, first, start, offset, n_queries, n_keys)
+        k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
+        # [BLOCK_M, BLOCK_N], in base 2
+        scores, _ = apply_mods(inner(q, k, ACC, PRECISION) * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, True)
+        keep = keep_tile(place, left, right, extras.keeps, TILE, False)
+        scores = tl.where(keep, scores * to_log2, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max - pivot)
+        below = scores - pivot[:, None]
+        p = tl.exp2(below)
+        shrink = tl.exp2(row_max - pivot)
+        row_dot = shrink * (row_dot + shift * row_sum) + tl.sum(tl.where(p == 0.0, 0.0, p * below), 1)
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        row_max = new_max
+
+    empty = row_sum == 0.0
+    pivot = tl.where(empty, 0.0, row_max)
+    lse2 = tl.where(empty, float("-inf"), pivot + tl.log2(tl.where(empty, 1.0, row_sum)))
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(ACC) * to_log2 + tl.zeros([BLOCK_M], ACC)
+        high = tl.maximum(lse2, sink)
+        base = tl.where(high == float("-inf"), 0.0, high)
+        lse2 = tl.where(high == float("-inf"), high, base + tl.log2(tl.exp2(lse2 - base) + tl.exp2(sink - base)))
+    # Keys weigh exp2(s - lse2): all sums were taken relative to the largest score.
+    height = tl.where(empty, 0.0, tl.exp2(pivot - tl.where(empty, 0.0, lse2)))
+    entropy = height * tl.where(empty, 0.0, row_sum * (lse2 - pivot) - row_dot) * LN2
+    sequences = extras.sequences
+    store_rows(row_view(lse_ptr, sequences, bh, head, Nq, q_start, n_queries), first, lse2 * LN2, BLOCK_M)
+    store_rows(row_view(entropy_ptr, sequences, bh, head, Nq, q_start, n_queries), first, entropy, BLOCK_M)
+    store_rows(row_view(maximum_ptr, sequences, bh, head, Nq, q_start, n_queries), first, height, BLOCK_M)
+
+
+@triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
+def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
+                       H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
+                       GROUP: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr):
+    """One program: what BLOCK_N keys receive from all queries of one head; received [B, H, Nk]."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    q_strides, k_strides = strides
+    first, bh = program_tile(Nk, BLOCK_N, False)
+    batch = bh // H
+    head = bh % H
+    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    scale = scale.to(ACC)
+    k = load_tile(head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys), first, D, BLOCK_N, True, TILE.wide)
+    q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
+    lse_view = row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
+    received = tl.zeros([BLOCK_N], ACC)
+    bounds = sweep_range(first - offset, n_queries, right, left, BLOCK_N, BLOCK_M)
+    for start in tl.range(bounds[0], bounds[3], BLOCK_M, num_stages=1):
+        place = Place(batch, head, start, first, offset, n_queries, n_keys)
+        q = load_tile(q_view, start, D, BLOCK_M, True, TILE.wide)
+        lse2 = lse_to_log2(load_rows(lse_view, start, float("-inf"), BLOCK_M, True))
+        # [BLOCK_N, BLOCK_M]
+        p, _ = weights(inner(k, q, ACC, PRECISION), lse2[None, :], place, left, right, scale, extras, NO_SLOPE, 0, TILE, True,
+                       True, True)
+        received += tl.sum(p, 1)
+    store_rows((received_ptr + tl.cast(bh, tl.int64) * Nk, Nk), first, received, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
+def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
+                   H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
+                   GROUP: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr):
+    """One program: the weights of BLOCK_M queries of one head to all keys; p [B, H, Nq, Nk], contiguous."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    q_strides, k_strides = strides
+    first, bh = program_tile(Nq, BLOCK_M, False)
+    batch = bh // H
+    head = bh % H
+    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    scale = scale.to(ACC)
+    q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
+    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
+    lse_view = row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
+    lse2 = lse_to_log2(load_rows(lse_view, first, float("-inf"), BLOCK_M, True))
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    p_ptr += (tl.cast(bh, tl.int64) * Nq + first) * Nk
+    for start in tl.range(0, Nk, BLOCK_N, num_stages=1):
+        place = Place(batch, head, first, start, offset, n_queries, n_keys)
+        k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
+        p, _ = weights(inner(q, k, ACC, PRECISION), lse2[:, None], place, left, right, scale, extras, NO_SLOPE, 0, TILE,
+                       False, True, True)
+        if len(extras.dropout) > 0:
+            p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p * extras.dropout.factor, 0.0)
+        ptrs = p_ptr + rows.to(tl.int64) * Nk + (start + cols)
+        tl.store(ptrs, p.to(p_ptr.dtype.element_ty), mask=(first + rows < Nq) & (start + cols < Nk))
+
+
+def _arguments(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[object, ...]:
+    heads = q.shape[1]
+    return (call.strides(q, k), heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale,
+            call.extras, heads // k.shape[1], q.shape[3], accumulator(q.dtype), call.precision)
+
+
+def launch_row_stats(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, maximum: torch.Tensor,
+                     sinks: torch.Tensor | None, call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
+    """Fills ``lse``, ``entropy`` and ``maximum`` [B, H, Nq]."""
+    if lse.numel():
+        args = (q, k, lse, entropy, maximum, sinks, *_arguments(q, k, call))
+        launch(row_stats_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
+               fit_offsets(config, call, q, k))
+
+
+def launch_column_sums(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, received: torch.Tensor, call: Call, *,
+                       config: TileConfig, launch: Launcher = run) -> None:
+    """Fills ``received`` [B, H, Nk]."""
+    if received.numel():
+        args = (q, k, lse, received, *_arguments(q, k, call))
+        launch(column_sums_kernel, programs(call.n_keys, config.block_n, call.batch * q.shape[1]), args,
+               fit_offsets(config, call, q, k))
+
+
+def launch_weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: torch.Tensor, call: Call, *, config: TileConfig,
+                   launch: Launcher = run) -> None:
+    """Fills ``p`` [B, H, Nq, Nk]."""
+    if p.numel():
+        args = (q, k, lse, p, *_arguments(q, k, call))
+        launch(weights_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
+               fit_offsets(config, call, q, k))

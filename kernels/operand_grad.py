@@ -1,0 +1,182 @@
+"""Gradients of operands: dS, times the argument's slope, summed over what the operand broadcasts along.
+
+One program owns a tile of one operand's gradient and walks everything that is summed into it: no tensor of the size of
+the scores exists unless the operand has that size itself, and no atomics, so the sum is the same from run to run. Where
+the operand is too small to occupy a GPU, the walk is cut into parts whose sums are added at the end.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_attn.kernels.backward import weights
+from fused_attn.kernels.dropout import dropout_keep
+from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, run
+from fused_attn.kernels.softmax import lse_to_log2
+from fused_attn.kernels.tiles import Place, head_view, inner, load_rows, load_tile, locate, row_view
+from fused_attn.spec import TileConfig
+
+# Programs that keep a large GPU busy: operands with fewer tiles are summed in parts.
+ENOUGH_PROGRAMS = 512
+
+
+@triton.jit
+def split_index(index, Own: tl.constexpr, extent, own, walked):
+    """Takes one dimension off an index: (index within the dimension, rest of the own index, rest of the walked index)."""
+    if Own:
+        return own % extent, own // extent, walked
+    else:
+        return walked % extent, own, walked // extent
+
+
+@triton.jit(do_not_specialize=["B", "H", "Nq", "Nk", "offset", "left", "right", "n_parts"])
+def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_ptr, strides,
+                        B, H, Nq, Nk, offset, left, right, scale: tl.float64, extras, n_parts,
+                        GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+                        MEMBER: tl.constexpr, ARG: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr):
+    """One program: one tile of the gradient of argument ``ARG`` of mod ``MEMBER``, or of one part of its sum.
+
+    ``OWN`` tells for (batch, head, query, key, diagonal) whether the operand differs along it; what it does not is
+    walked. grad [parts, B', H', Nq', Nk'] with 1 where walked. Along diagonals it is [parts, differences, H', B', BLOCK,
+    BLOCK]: the sums of all tiles whose first key minus first query is one and the same, for ``diagonal_sums`` to finish.
+    """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    q_strides, k_strides, v_strides, dout_strides = strides
+    scale = scale.to(ACC)
+    m_tiles = tl.cdiv(Nq, BLOCK_M)
+    n_tiles = tl.cdiv(Nk, BLOCK_N)
+    walk = 1
+    if not OWN[0]:
+        walk *= B
+    if not OWN[1]:
+        walk *= H
+    if not OWN[2]:
+        walk *= m_tiles
+    if not OWN[3] and not OWN[4]:
+        walk *= n_tiles
+    own = tl.program_id(0) // n_parts
+    part = tl.program_id(0) % n_parts
+    per_part = tl.cdiv(walk, n_parts)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for step in tl.range(part * per_part, tl.minimum(walk, (part + 1) * per_part), num_stages=1):
+        batch, own_left, walked = split_index(own, OWN[0], B, own, step)
+        head, own_left, walked = split_index(own, OWN[1], H, own_left, walked)
+        if OWN[4]:
+            diagonal = own_left
+            m_tile = walked
+            n_tile = m_tile + diagonal - (m_tiles - 1)
+        else:
+            m_tile, own_left, walked = split_index(own, OWN[2], m_tiles, own_left, walked)
+            n_tile, own_left, walked = split_index(own, OWN[3], n_tiles, own_left, walked)
+        q_start, n_queries, k_start, n_keys, shift = locate(extras.sequences, batch, Nq, Nk, offset)
+        place = Place(batch, head, m_tile * BLOCK_M, n_tile * BLOCK_N, shift, n_queries, n_keys)
+        alive = (place.q_first < n_queries) & (place.k_first < n_keys) & (n_tile >= 0)
+        if right is not None:
+            alive = alive & (place.k_first <= place.q_first + BLOCK_M - 1 + shift + right)
+        if left is not None:
+            alive = alive & (place.k_first + BLOCK_N - 1 >= place.q_first + shift - left)
+        if alive:
+            q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
+            k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
+            v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
+            dout_view = head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries)
+            lse_view = row_view(lse_ptr, extras.sequences, batch * H + head, head, Nq, q_start, n_queries)
+            delta_view = row_view(delta_ptr, extras.sequences, batch * H + head, head, Nq, q_start, n_queries)
+            q = load_tile(q_view, place.q_first, D, BLOCK_M, True, TILE.wide)
+            k = load_tile(k_view, place.k_first, D, BLOCK_N, True, TILE.wide)
+            # [BLOCK_M, BLOCK_N]
+            products = inner(q, k, ACC, PRECISION)
+            lse2 = lse_to_log2(load_rows(lse_view, place.q_first, float("-inf"), BLOCK_M, True))
+            p, reach = weights(products, lse2[:, None], place, left, right, scale, extras, MEMBER, ARG, TILE, False, True,
+                               True)
+            dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, True, TILE.wide)
+            v = load_tile(v_view, place.k_first, DV, BLOCK_N, True, TILE.wide)
+            dp = inner(dout, v, ACC, PRECISION)
+            if len(extras.dropout) > 0:
+                dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
+            delta = load_rows(delta_view, place.q_first, 0.0, BLOCK_M, True)
+            # A key that does not count has p = 0, whatever its slope is.
+            acc += tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]) * reach)
+
+    if OWN[4]:
+        at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(grad_ptr + tl.cast(part * (tl.num_programs(0) // n_parts) + own, tl.int64) * (BLOCK_M * BLOCK_N) + at, acc)
+    else:
+        batch, own_left, _ = split_index(own, OWN[0], B, own, 0)
+        head, own_left, _ = split_index(own, OWN[1], H, own_left, 0)
+        m_tile, own_left, _ = split_index(own, OWN[2], m_tiles, own_left, 0)
+        n_tile, own_left, _ = split_index(own, OWN[3], n_tiles, own_left, 0)
+        rows = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        width = Nk if OWN[3] else 1
+        height = Nq if OWN[2] else 1
+        heads = H if OWN[1] else 1
+        batches = B if OWN[0] else 1
+        plane = (tl.cast(part, tl.int64) * batches + (batch if OWN[0] else 0)) * heads + (head if OWN[1] else 0)
+        grad_ptr += plane * height * width
+        dtype: tl.constexpr = grad_ptr.dtype.element_ty
+        if OWN[2] and OWN[3]:
+            ptrs = grad_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
+            tl.store(ptrs, acc.to(dtype), mask=(rows < Nq)[:, None] & (cols < Nk)[None, :])
+        elif OWN[2]:
+            tl.store(grad_ptr + rows, tl.sum(acc, 1).to(dtype), mask=rows < Nq)
+        elif OWN[3]:
+            tl.store(grad_ptr + cols, tl.sum(acc, 0).to(dtype), mask=cols < Nk)
+        else:
+            tl.store(grad_ptr, tl.sum(tl.sum(acc, 1), 0).to(dtype))
+
+
+def diagonal_sums(tiles: torch.Tensor, n_queries: int, n_keys: int) -> torch.Tensor:
+    """Sums by k - q, [B', H', Nq + Nk - 1], of tiles [differences, H', B', BLOCK, BLOCK] as the kernel leaves them."""
+    block = tiles.shape[-1]
+    # With its rows reversed and row r moved r columns to the right, a tile's diagonals are columns.
+    skewed = torch.nn.functional.pad(tiles.flip(-2), (0, block)).flatten(-2)[..., : block * (2 * block - 1)]
+    columns = skewed.unflatten(-1, (block, 2 * block - 1)).sum(-2)
+    # Tiles of neighbouring differences share the differences between them.
+    line = columns.new_zeros(tiles.shape[0] + 1, *tiles.shape[1:3], block)
+    line[:-1] += columns[..., :block]
+    line[1:, ..., : block - 1] += columns[..., block:]
+    first = -(-n_queries // block) * block - n_queries
+    return line.permute(2, 1, 0, 3).flatten(2)[..., first : first + n_queries + n_keys - 1]
+
+
+def launch_operand_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
+                        delta: torch.Tensor, operand: torch.Tensor, member: int, arg: int, call: Call, *,
+                        config: TileConfig, launch: Launcher = run) -> torch.Tensor:
+    """Gradient of argument ``arg`` of mod ``member``, in the shape and type of ``operand``.
+
+    ``operand`` is [B', H', Nq', Nk'], each the full extent or 1, or [B', H', Nq + Nk - 1] for values by k - q.
+    """
+    relative = operand.dim() == 3
+    heads = q.shape[1]
+    extents = (call.batch, heads, call.n_queries, call.n_keys)
+    if 0 in extents or operand.numel() == 0:
+        return torch.zeros_like(operand)
+    tiles = -(-call.n_queries // config.block_m), -(-call.n_keys // config.block_n)
+    own = tuple(size > 1 for size in operand.shape[:2]) + ((False, False) if relative else tuple(
+        size > 1 for size in operand.shape[2:]))
+    steps = (call.batch, heads, *tiles)
+    n_own = walk = 1
+    for mine, count in zip(own, steps, strict=True):
+        n_own, walk = (n_own * count, walk) if mine else (n_own, walk * count)
+    differences = sum(tiles) - 1
+    if relative:
+        n_own, walk = n_own * differences, walk // tiles[1]
+    parts = min(walk, max(1, ENOUGH_PROGRAMS // n_own))
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if relative:
+        shape = (parts, differences, *reversed(operand.shape[:2]), config.block_m, config.block_n)
+        grad = torch.empty(shape, dtype=sums, device=q.device)
+    else:
+        grad = torch.empty((parts, *operand.shape), dtype=operand.dtype if parts == 1 else sums, device=q.device)
+    args = (
+        q, k, v, dout, lse, delta, grad, call.strides(q, k, v, dout), call.batch, heads, call.n_queries, call.n_keys,
+        call.offset, call.left, call.right, call.scale, call.extras, parts,
+        heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, member, arg, (*own, relative),
+    )
+    launch(operand_grad_kernel, n_own * parts, args, fit_offsets(config, call, q, k, v, dout))
+    whole = grad[0] if parts == 1 else grad.sum(0)
+    if relative:
+        whole = diagonal_sums(whole, call.n_queries, call.n_keys)
+    return whole.to(operand.dtype)
