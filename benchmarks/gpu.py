@@ -2,6 +2,7 @@
 
 compile      fills Triton's and Inductor's caches on disk, on every core at once
 correctness  gates R and E on every case, and the checks that only a GPU can make
+features     everything beside plain attention: against fp64, and equal to the bit again
 determinism  equal to the bit, run after run
 timing       ours beside every peer present, the most informative cases first
 """
@@ -16,21 +17,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import correctness, peers, plots, report, timing
+from benchmarks import correctness, features, peers, plots, report, timing
 from benchmarks.cases import Case, correctness_cases, determinism_cases, timing_cases
 from benchmarks.conditions import clocks, conditions
 
 Row = dict[str, Any]
 
 # Most of the whole budget that a stage may take; the last one takes what is left.
-SHARES = {"compile": 0.28, "correctness": 0.22, "determinism": 0.05, "timing": 1.0}
+SHARES = {"compile": 0.28, "correctness": 0.2, "features": 0.15, "determinism": 0.05, "timing": 1.0}
 REPORT_SECONDS = 15.0
 MAX_WORKERS = 16
 WORKER_GIB = 3.0  # memory of the card that a worker may need
@@ -136,13 +137,18 @@ class Run:
         print(report.line(self.rows.rows[-1]), flush=True)
 
 
-def _compile(task: tuple[str, Case, bool, str]) -> tuple[str, float, str | None]:
+Task = tuple[str, Case | features.Shape, bool, str]  # what, of which size, with a gradient of LSE, on which device
+
+
+def _compile(task: Task) -> tuple[str, float, str | None]:
     """One task of a worker process: (what it compiled, seconds, error)."""
     what, case, with_dlse, device = task
     start, error = time.monotonic(), None
     torch.set_num_threads(1)
     try:
-        if what == "ours":
+        if isinstance(case, features.Shape):
+            features.compile_only(what, case, device)
+        elif what == "ours":
             inputs = case.shrunk().inputs(device)
             correctness.run(case.shrunk(), *inputs[:4], inputs[4] if with_dlse else None)
         else:
@@ -154,17 +160,21 @@ def _compile(task: tuple[str, Case, bool, str]) -> tuple[str, float, str | None]
                 torch.autograd.grad(out, leaves, dout)
     except Exception as raised:
         error = f"{type(raised).__name__}: {str(raised)[:300]}"
-    return f"{what}: {case.name}", round(time.monotonic() - start, 2), error
+    name = case.dtype if isinstance(case, features.Shape) else case.name
+    return f"{what}: {name}", round(time.monotonic() - start, 2), error
 
 
-def compile_tasks(device: str, smoke: bool) -> list[tuple[str, Case, bool, str]]:
+def compile_tasks(device: str, smoke: bool) -> list[Task]:
     """One task for each set of binaries, the slowest ones first: FlexAttention's, then what is timed."""
     timed, checked = timing_cases(smoke), [*determinism_cases(smoke), *correctness_cases(smoke)]
     flex = [peer for peer in peers.found(device) if peer.name == "flex"]
-    tasks = [(peer.name, case, False, device) for peer in flex for case in timed if peer.against(case) is None]
+    tasks: list[Task] = [(peer.name, case, False, device) for peer in flex for case in timed if peer.against(case) is None]
     ours = {(case.compiles_as(), with_dlse): ("ours", case, with_dlse, device)
             for cases, with_dlse in ((checked, True), (timed, False)) for case in cases if case.n_queries and case.n_keys}
+    checked_shape, timed_shape = features.shapes(smoke)
+    shapes = [timed_shape, *(replace(checked_shape, dtype=dtype) for dtype in ("bf16", "fp16", "fp32"))]
     tasks += reversed(ours.values())
+    tasks += [(feature.name, shape, False, device) for shape in shapes for feature in features.FEATURES]
     return tasks[:2] if smoke else tasks
 
 
@@ -198,6 +208,15 @@ def correctness_stage(run: Run) -> None:
     run.work("correctness", jobs)
 
 
+def features_stage(run: Run) -> None:
+    shape, _ = features.shapes(run.smoke)
+    dtypes = ("bf16",) if run.smoke else ("bf16", "fp16", "fp32")
+    jobs = [Job(f"{dtype} {feature.name}", partial(_one, features.check, feature, replace(shape, dtype=dtype), run.device))
+            for dtype in dtypes for feature in features.FEATURES]
+    jobs.append(Job("bf16 packed sequences", partial(_one, features.check_packed, shape, run.device)))
+    run.work("features", jobs)
+
+
 def determinism_stage(run: Run) -> None:
     runs = 2 if run.smoke else 20
     run.work("determinism", [Job(case.name, partial(_one, correctness.determinism, case, run.device, runs))
@@ -209,19 +228,24 @@ def timing_stage(run: Run) -> None:
     jobs = [Job("host overhead", partial(_one, timing.overhead, run.device, 2 if run.smoke else 200), ("forward",))]
     jobs += [Job(case.name, partial(timing.time_case, case, run.device, present), case.passes)
              for case in timing_cases(run.smoke)]
+    _, shape = features.shapes(run.smoke)
+    first = 1 + (len(jobs) - 1) // 3  # after the most informative of the plain cases
+    jobs[first:first] = [Job(f"feature {feature.name}", partial(features.time_feature, feature, shape, run.device),
+                             ("forward", "backward")) for feature in features.FEATURES[: 3 if run.smoke else None]]
     run.work("timing", jobs)
     if run.device != "cpu":
         run.conditions["clocks_after"] = clocks()
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
-    "compile": compile_stage, "correctness": correctness_stage, "determinism": determinism_stage, "timing": timing_stage,
+    "compile": compile_stage, "correctness": correctness_stage, "features": features_stage, "determinism": determinism_stage,
+    "timing": timing_stage,
 }
 
 
 def finish(run: Run, out: Path) -> int:
     """Writes what the run found, prints it, and returns the exit status."""
-    checked, timed = run.rows.of("correctness", "determinism"), run.rows.of("timing")
+    checked, timed = run.rows.of("correctness", "features", "determinism"), run.rows.of("timing")
     failed = sum(row.get("ok") is False for row in checked + timed)
     found = {"conditions": run.conditions, "stages": run.stages, "failed": failed}
     for name, rows in (("summary", run.rows.of(*STAGES, "restart")), ("correctness", checked)):

@@ -17,7 +17,7 @@ def line(row: Row) -> str:
         return f"{head} {row['pass']}: {row['ms']:.3f} ms, {_verdict(row)}"
     facts = {key: row[key] for key in ("differ", "tasks", "done", "ours_us", "sdpa_us") if key in row}
     failing = [name for name, result in row.get("results", {}).items() if not result["ok"]]
-    worst = max((float(result.get("E", 0)) for result in row.get("results", {}).values()), default=None)
+    worst = max((float(result["E"]) for result in row.get("results", {}).values() if "E" in result), default=None)
     verdict = "ok" if row.get("ok") else "FAILED " + ", ".join(failing) if row.get("ok") is False else ""
     return " ".join(filter(None, (f"{head}:", verdict, "" if worst is None else f"E {worst:.3g}", str(facts) if facts else "")))
 
@@ -36,7 +36,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]
 
 def _checks(checked: list[Row]) -> list[str]:
     lines = ["## Correctness and determinism", ""]
-    for stage in ("correctness", "determinism"):
+    for stage in ("correctness", "features", "determinism"):
         rows = [row for row in checked if row["stage"] == stage]
         passed, failed, skipped = (sum(row.get("ok") is verdict for row in rows) for verdict in (True, False, None))
         lines += [f"- {stage}: {passed} passed, {failed} failed, {skipped} skipped"]
@@ -80,9 +80,9 @@ def _others(timed: list[Row]) -> list[str]:
     for row in rows:
         ratio = row.get("ratio_to_best_peer")
         speed = f"{row['gbytes_per_s']:.4g} GB/s" if row["family"] == "decode" else f"{row['tflops']:.4g}"
-        body.append((row["case"], row["pass"], f"{row['ms']:.3f}", speed, row.get("best_peer") or "none",
-                     "" if ratio is None else f"{ratio:.2f}{' L' if ratio < 1 else ''}"))
-    header = ("case", "pass", "ms", "TFLOP/s", "best peer", "its time / ours")
+        body.append((row["case"], row["pass"], f"{row['ms']:.3f}", speed, row.get("times_plain", ""),
+                     row.get("best_peer") or "none", "" if ratio is None else f"{ratio:.2f}{' L' if ratio < 1 else ''}"))
+    header = ("case", "pass", "ms", "TFLOP/s", "times plain", "best peer", "its time / ours")
     return (["## Features", "", *_table(header, body)] if rows else [])
 
 

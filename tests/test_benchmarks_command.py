@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import correctness, gpu, peers, plots, report
+from benchmarks import correctness, features, gpu, peers, plots, report
 from benchmarks.cases import correctness_cases, timing_cases
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,13 @@ def test_whole_command_on_tiny_shapes(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == FILES | drawn
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert all(row["interpreter"] and row["commit"] == "abc" and row["conditions"] for row in rows)
-    timed = [row for row in rows if row["stage"] == "timing" and row["family"] != "overhead"]
+    checked = {row["case"]: row["ok"] for row in rows if row["stage"] == "features"}
+    assert checked == dict.fromkeys([*(f"bf16 {f.name}" for f in features.FEATURES), "bf16 packed sequences"], True)
+    costs = [row for row in rows if row["stage"] == "timing" and row["family"] == "features"]
+    assert {(row["feature"], row["pass"]) for row in costs} == {
+        (f.name, which) for f in features.FEATURES[:3] for which in ("forward", "backward")}
+    assert all({"ms", "tflops", "plain_ms", "times_plain"} <= row.keys() for row in costs)
+    timed = [row for row in rows if row["stage"] == "timing" and row["family"] not in ("overhead", "features")]
     assert [(row["case"], row["pass"]) for row in timed] == [(s.name, which) for s in timing_cases(True) for which in s.passes]
     for row in timed:
         assert {"ms", "p20", "p80", "tflops", "flops", "peers", "ratio_to_best_peer", "first_call_s", "E"} <= row.keys()
