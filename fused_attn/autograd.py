@@ -12,6 +12,7 @@ from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
 # The arguments of Attention: q, k, v, the single companions, the fields of the packed spec, then the operands.
 _SINGLE = ops.N_COMPANIONS - 1
 _OPERANDS = 3 + _SINGLE + ops.N_SPEC
+_TENSORS = 8  # of the backward: dout, dlse, q, k, v, out, residual, lse
 
 
 class Attention(torch.autograd.Function):
@@ -21,15 +22,15 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         (q, k, v), single = arguments[:3], arguments[3 : 3 + _SINGLE]
         spec, operands = arguments[3 + _SINGLE : _OPERANDS], arguments[_OPERANDS:]
-        out, lse, centred = ops.forward(q, k, v, *single, operands, *spec)
-        ctx.save_for_backward(q, k, v, centred if centred.numel() else out, lse, *single, *operands)
+        out, lse, residual = ops.forward(q, k, v, *single, operands, *spec)
+        ctx.save_for_backward(q, k, v, out, residual, lse, *single, *operands)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, *companions = ctx.saved_tensors
+        q, k, v, out, residual, lse, *companions = ctx.saved_tensors
         if dout is None:
             dout = out.new_zeros(()).expand_as(out)
         needs = ctx.needs_input_grad
@@ -37,19 +38,19 @@ class Attention(torch.autograd.Function):
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         backward = AttentionBackward.apply if differentiable else run_backward
         dq, dk, dv, dsinks, *doperands = backward(
-            dout, dlse, q, k, v, out, lse, *companions, *ctx.spec, *needs[:4], *needs[_OPERANDS:])
+            dout, dlse, q, k, v, out, residual, lse, *companions, *ctx.spec, *needs[:4], *needs[_OPERANDS:])
         grads = (dq, dk, dv, dsinks, *(None for _ in range(_OPERANDS - 4)), *doperands)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def run_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """The backward op with its lists of operands taken apart, as a Function's arguments and outputs must be."""
-    n_operands = (len(arguments) - 7 - _SINGLE - ops.N_SPEC - 4) // 2
-    spec_at = 7 + _SINGLE + n_operands
-    single, operands = arguments[7 : 7 + _SINGLE], arguments[7 + _SINGLE : spec_at]
+    n_operands = (len(arguments) - _TENSORS - _SINGLE - ops.N_SPEC - 4) // 2
+    spec_at = _TENSORS + _SINGLE + n_operands
+    single, operands = arguments[_TENSORS : _TENSORS + _SINGLE], arguments[_TENSORS + _SINGLE : spec_at]
     spec_and_needs = arguments[spec_at : len(arguments) - n_operands]
     need_operands = arguments[len(arguments) - n_operands :]
-    *grads, doperands = ops.backward(*arguments[:7], *single, operands, *spec_and_needs, need_operands)
+    *grads, doperands = ops.backward(*arguments[:_TENSORS], *single, operands, *spec_and_needs, need_operands)
     return *grads, *doperands
 
 

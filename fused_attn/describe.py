@@ -44,7 +44,7 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, q)
         companions = companions._replace(used_k=key_lengths.contiguous())
-    if _adds(**others):
+    if _adds(**_known(others)):
         extents = Extents(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         spec, companions = _companions(q, extents, spec, companions, **others)
     return Described(q, k, v, spec, companions)
@@ -88,7 +88,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
     companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k)
-    if _adds(**others):
+    if _adds(**_known(others)):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
         spec, companions = _companions(q, extents, spec, companions, **others)
     return Described(q, k, v, spec, companions)
@@ -199,6 +199,15 @@ def _check_packing(side: str, cu: torch.Tensor, longest: int, total: int) -> Non
         raise ValueError(f"max_seqlen_{side}: expected at least {max(lengths)}, the longest sequence; got {longest}")
 
 
+def _known(others: dict[str, Any]) -> dict[str, Any]:
+    """``others``, if all of them are arguments."""
+    for name in others:
+        if name not in ("bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"):
+            hint = "; packed sequences have seqused_k" if name == "key_lengths" else ""
+            raise TypeError(f"unexpected argument {name!r}{hint}")
+    return others
+
+
 def _adds(*, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sinks: Any = None, dropout_p: Any = 0.0,
           score_mod: Any = None, mask_mod: Any = None, mod_args: Any = ()) -> bool:
     """Whether these arguments ask for more than plain attention."""
@@ -252,7 +261,7 @@ def _slopes(slopes: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
     if slopes.shape not in ((extents.heads,), (extents.batch, extents.heads)) or slopes.device != q.device:
         raise ValueError(f"alibi_slopes: expected shape ({extents.heads},) or ({extents.batch}, {extents.heads}) "
                          f"on {q.device}; got {tuple(slopes.shape)} on {slopes.device}")
-    return slopes.view(-1, extents.heads, 1, 1) if slopes.is_contiguous() else slopes.reshape(-1, extents.heads, 1, 1)
+    return (slopes if slopes.dim() == 2 else slopes[None])[:, :, None, None]
 
 
 def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torch.Tensor]) -> Member:
@@ -275,7 +284,7 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
 
 def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> torch.Tensor:
     """[B', H', Nq', Nk'], each extent full or 1."""
-    if x.is_complex() or (name == "bias" and not x.is_floating_point()):
+    if x.is_complex() or (name == "bias" and x.dtype not in FLOATS) or (x.is_floating_point() and x.dtype not in FLOATS):
         raise TypeError(f"{name}: expected a float tensor{' (a bool one is a mask)' if name == 'bias' else ''}; got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name}: expected q's device {q.device}; got {x.device}")

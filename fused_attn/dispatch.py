@@ -114,7 +114,7 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
     if companions.sinks is not None:
         reasons += ("torch's fused kernel has no sinks",)
     if spec.precise and any(x.requires_grad for x in (q, call.k, call.v)):
-        reasons += ("torch's fused kernel has no backward with centred values",)
+        reasons += ("torch's fused kernel has no precise backward",)
     if spec.dropout_p > 0:
         reasons += ("torch's fused kernel draws no dropout mask of ours",)
     for member in spec.score_mods:

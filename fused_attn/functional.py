@@ -84,8 +84,8 @@ def attention(
             inputs), differentiable; sinks are in it, dropout is not.
         deterministic: gradients equal to the bit from run to run. The kernels always are; None, True and False are the
             same until a faster way that is not has been built.
-        precise: subtract the mean of V before the backward is computed, which gives it back the digits that a large mean
-            costs; one more output is kept. Dropout switches it off.
+        precise: keep the output in twice its digits for the backward, and free it from what rounding the weights costs: dQ
+            and dK of halves stay accurate when the mean of V is large. Dropout switches it off.
         fp32_precision: how fp32 products are computed on a GPU: "ieee", "tf32", "tf32x3" (NVIDIA), or None for torch's
             own setting. On targets without TF32, IEEE.
         strict: raise rather than run the reference, whose memory is quadratic, where no backend was named.
@@ -216,7 +216,7 @@ def scaled_dot_product_attention(
     out = autograd.attention(*describe.seeded(call))[0]
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads = (call.q.shape[1],) if max(query.dim(), key.dim(), value.dim()) > 2 else ()
-    return out if query.dim() == 4 and out.shape[0] == query.shape[0] else out.reshape(*lead, *heads, *out.shape[2:])
+    return out if len(lead) == 1 and heads else out.reshape(*lead, *heads, *out.shape[2:])
 
 
 def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
@@ -225,15 +225,19 @@ def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     if settings.BACKEND not in (None, "triton"):
         return [f"FUSED_ATTN_BACKEND is {settings.BACKEND}"]
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors):
-        return ["a tensor subclass"]
+    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_nested for x in tensors):
+        return ["a tensor subclass or a nested tensor"]
+    if torch._C._are_functorch_transforms_active():
+        return ["a transform of torch.func"]
     if query.device.type == "cpu" and settings.BACKEND != "triton":
         return ["the tensors are on the CPU"]
     loose = type(is_causal) is not bool or type(enable_gqa) is not bool or not isinstance(dropout_p, (int, float))
     if loose or (scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale))):
         return ["arguments that torch will refuse"]
-    if not 0 <= dropout_p <= 1 or (attn_mask is not None and is_causal) or any(x.dim() < 2 for x in tensors):
+    if not 0 <= dropout_p <= 1 or (attn_mask is not None and is_causal) or any(x.dim() < 2 for x in (query, key, value)):
         return ["arguments that torch will refuse"]
+    if attn_mask is not None and attn_mask.dim() < 2:
+        return ["a mask of fewer than two dimensions"]
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return ["arguments that torch will refuse"]
     if any(x.dtype != query.dtype or x.device != query.device for x in (key, value)):
@@ -258,7 +262,8 @@ def _sdpa_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn
     except RuntimeError:
         return None
     q, k, v = (x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value))
-    q, k, v = (x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:]) if x.shape[:-3] != batch or len(batch) != 1 else x
+    whole = math.prod(batch)
+    q, k, v = (x.expand(*batch, *x.shape[-3:]).reshape(whole, *x.shape[-3:]) if x.shape[:-3] != batch or len(batch) != 1 else x
                for x in (q, k, v))
     heads, k_heads, v_heads = q.shape[1], k.shape[1], v.shape[1]
     most = max(heads, k_heads, v_heads)
@@ -280,7 +285,7 @@ def _sdpa_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn
         if attn_mask.dim() > 4 or (len(batch) > 1 and attn_mask.dim() > 3):
             leading = (1,) * (len(batch) + 3 - attn_mask.dim()) + attn_mask.shape[:-3]
             attn_mask = attn_mask.reshape(*leading, *attn_mask.shape[-3:]).expand(*batch, *attn_mask.shape[-3:])
-            attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
+            attn_mask = attn_mask.reshape(whole, *attn_mask.shape[-3:])
         mask = {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
     call = describe.describe(q, k, v, causal=is_causal, scale=scale, dropout_p=float(dropout_p), **mask)
     return call._replace(spec=call.spec._replace(bottom_right=False))

@@ -66,7 +66,8 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
     call = Call(spec.scale, left, right, spec.offset(n_queries, n_keys), precision(q, spec.fp32_precision), batch,
                 n_queries, n_keys)
     score_mods = before_mods(spec.scale, spec.softcap, bool(spec.score_mods), q.dtype)
-    if not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0 and companions.used_k is None and batch == q.shape[0]:
+    dense = companions.cu_q is None and companions.used_k is None
+    if dense and not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0:
         return Lowered(call._replace(extras=Extras(score_mods) if score_mods else PLAIN), ())
 
     operands = list(companions.operands)
@@ -77,7 +78,7 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
         slope = one if slope is None or slope == 1.0 else slope
         arg_slopes = tuple(one if s is None else s for s in arg_slopes)
         roles += [(len(score_mods), i) for i, kind in enumerate(member.args) if kind in (TENSOR, RELATIVE)]
-        score_mods += (Mod(function, slope, arg_slopes, _arguments(member, operands, n_queries)),)
+        score_mods += (Mod(function, slope, arg_slopes, _arguments(member, operands, n_queries), _order(member)),)
     packed = companions.cu_q is not None
     by_batch = packed or companions.used_k is not None
     by_head = False
@@ -88,10 +89,13 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
         by_batch = by_batch or mod.by_batch or any(x.shape[0] > 1 for x in tensors)
         by_head = by_head or mod.by_head or any(x.shape[1] > 1 for x in tensors)
         roles += [None] * len(tensors)
-        keeps += (Keep(KEEPS[mod.name] if mod.function is None else mod.function, _arguments(member, operands, n_queries)),)
+        function = KEEPS[mod.name] if mod.function is None else mod.function
+        keeps += (Keep(function, _arguments(member, operands, n_queries), _order(member)),)
     extras = Extras(score_mods, keeps, _sequences(companions, q), _dropout(spec, companions))
+    loaded = sum(x.element_size() for x in companions.operands if x.dim() == 3 or (x.stride(2) and x.stride(3)))
     widest = max((max(x.stride()[2:]) for x in companions.operands), default=0)
-    return Lowered(call._replace(extras=extras, masks_by=(by_batch, by_head), widest=widest), tuple(roles))
+    return Lowered(call._replace(extras=extras, masks_by=(by_batch, by_head), widest=widest,
+                                 loaded_bytes=loaded), tuple(roles))
 
 
 def _arguments(member: Member, operands: list[torch.Tensor], n_queries: int) -> tuple[Any, ...]:
@@ -105,7 +109,12 @@ def _arguments(member: Member, operands: list[torch.Tensor], n_queries: int) -> 
     return tuple(arguments)
 
 
+def _order(member: Member) -> tuple[Any, ...]:
+    return tuple(tl.constexpr(i) for i in range(len(member.args)))
+
+
 def _operand(x: torch.Tensor, n_queries: int) -> Operand:
+    boolean = tl.constexpr(x.dtype == torch.bool)
     x = x.view(torch.uint8) if x.dtype == torch.bool else x
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     start = 0
@@ -114,7 +123,7 @@ def _operand(x: torch.Tensor, n_queries: int) -> Operand:
         start, strides = (n_queries - 1) * step, [*strides[:2], -step, step]
     constant = tuple(tl.constexpr(0) if stride == 0 else stride for stride in strides)
     return Operand(x, tl.constexpr(0) if start == 0 else start, constant,
-                   tl.constexpr(strides[2] != 0), tl.constexpr(strides[3] != 0))
+                   tl.constexpr(strides[2] != 0), tl.constexpr(strides[3] != 0), boolean)
 
 
 def _sequences(companions: Companions, q: torch.Tensor) -> Sequences:

@@ -71,6 +71,8 @@ def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
         yield target, "bf16", (64, 128), True, feature
     for target in ("sm_80", "sm_90"):
         yield target, "bf16", (192, 576), True, "plain"
+    for target in ("sm_86", "sm_120"):  # whose shared memory is the smallest of NVIDIA's
+        yield target, "bf16", (64, 128, 256), True, "bias fp32, mask"
 
 
 def run(out: Path | None) -> int:

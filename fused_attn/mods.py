@@ -24,7 +24,8 @@ class RelativeBias(NamedTuple):
     """An additive bias that depends on k - q alone: ``attention(..., bias=RelativeBias(values))``.
 
     ``values`` is [H', Nq + Nk - 1] or [B', H', Nq + Nk - 1], each B' and H' full or 1; the bias of query i and key j is
-    ``values[..., j - i + Nq - 1]``. Neither the bias nor its gradient is ever held as Nq x Nk.
+    ``values[..., j - i + Nq - 1]``, with Nq and Nk of the longest sequences where they are packed. Neither the bias nor
+    its gradient is ever held as Nq x Nk.
     """
 
     values: torch.Tensor
@@ -227,12 +228,13 @@ def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: 
 
     Half of the buckets (all of them unless ``bidirectional``, which keeps a half for keys after the query) stand for
     single distances, the rest for ranges that grow logarithmically up to ``max_distance``. The last query stands at the
-    last key. Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning".
+    last key; of packed sequences, in the longest and in all whose Nk - Nq is the same. Source: Raffel et al. 2020,
+    "Exploring the Limits of Transfer Learning".
     """
     if not isinstance(table, torch.Tensor) or table.dim() != 2:
         raise TypeError(f"table: expected a tensor [buckets, H]; got {getattr(table, 'shape', table)!r}")
     # values[..., j - i + Nq - 1] belongs to query i at position i + Nk - Nq.
-    distance = torch.arange(n_queries + n_keys - 1, device=table.device) - (n_keys - 1)
+    distance = torch.arange(max(n_queries + n_keys - 1, 0), device=table.device) - (n_keys - 1)
     buckets, bucket = table.shape[0], torch.zeros_like(distance)
     if bidirectional:
         buckets //= 2

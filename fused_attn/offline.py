@@ -27,10 +27,10 @@ from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.lowering import lower
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
-from fused_attn.tuning import SHARED_LIMIT, Kernel, choose
+from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, fit_operands
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
-FEATURES = ("plain", "softcap", "bias", "alibi", "relative", "mask", "sinks", "dropout", "packed")
+FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 _MATRIX = re.compile(r"^(HGMMA|HMMA|DMMA|UTCHMMA|UTCQMMA|v_mfma|v_wmma)")
@@ -41,8 +41,9 @@ _LOCAL = re.compile(r"^(LDL|STL|scratch_)")
 def kernels(which: str, feature: str) -> tuple[Kernel, ...]:
     """The kernels of a pass, "forward" or "backward"."""
     if which == "forward":
-        return ("list", "forward") if feature == "mask" else ("forward",)
-    return ("delta", "dq", "dkv", "operand_grad") if feature in ("bias", "alibi", "relative") else ("delta", "dq", "dkv")
+        return ("list", "forward") if "mask" in feature else ("forward",)
+    has_operands = feature in ("bias", "bias fp32, mask", "alibi", "relative")
+    return ("delta", "dq", "dkv", "operand_grad") if has_operands else ("delta", "dq", "dkv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,10 @@ def _feature(name: str, length: int, heads: int, element: torch.dtype) -> tuple[
         "plain": ({}, empty),
         "softcap": ({"softcap": 30.0}, empty),
         "bias": ({"score_mods": (member("bias", (TENSOR,)),)}, Companions(operands=(meta(1, heads, length, length),))),
+        "bias fp32, mask": (
+            {"score_mods": (member("bias", (TENSOR,)),), "mask_mods": (member("mask", (TENSOR,)),)},
+            Companions(operands=(meta(1, heads, length, length, dtype=torch.float32),
+                                 meta(1, 1, length, length, dtype=torch.bool)))),
         "alibi": ({"score_mods": (member("alibi", (TENSOR,)),)}, Companions(operands=(meta(1, heads, 1, 1),))),
         "relative": ({"score_mods": (member("bias", (RELATIVE,)),)}, Companions(operands=(meta(1, heads, 2 * length - 1),))),
         "mask": ({"mask_mods": (member("mask", (TENSOR,)),)},
@@ -168,7 +173,9 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     fields, companions = _feature(feature, length, heads, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
     call, roles = lower(q, k, spec, companions)
-    config = config or choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
+    if config is None:
+        config = choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
+        config = fit_operands(config, call.loaded_bytes, max(head_dim, head_dim_v), element, target)
     compiled: list[tuple[Any, str, float]] = []
 
     def compile_only(function: Any, programs: int, args: tuple[Any, ...], tile: TileConfig) -> None:
@@ -190,7 +197,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
             list_tiles(call, q, k, config, keys_first=False, launch=compile_only)
         tiles = list_tiles(call, q, k, config, keys_first=kernel == "dkv", launch=ignore)
         if kernel == "forward":
-            launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only)
+            launch_forward(q, k, v, out, lse, None, companions.sinks, tiles, call, config=config, launch=compile_only)
         elif kernel == "delta":
             launch_delta(out, out, lse, None, lse, call, config=config, launch=compile_only)
         elif kernel == "dq":

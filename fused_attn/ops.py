@@ -4,6 +4,7 @@
 are the business of ``fused_attn.autograd``. Their arguments are the fields of ``Companions`` and ``AttentionSpec``, flat.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ from torch.utils.flop_counter import register_flop_formula
 from fused_attn import settings
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
+from fused_attn.kernels.launch import Call
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.lowering import lower, lse_stride, unpack
-from fused_attn.spec import AttentionSpec, Companions, attention_flops, kept_pairs
-from fused_attn.tuning import arch_of, choose
+from fused_attn.spec import AttentionSpec, Companions, TileConfig, attention_flops, kept_pairs
+from fused_attn.tuning import Kernel, arch_of, choose, fit_operands
 
 if settings.interpreted():
     from fused_attn import interpreter
@@ -30,9 +32,9 @@ _SPEC = ("float scale, SymInt? left, SymInt? right, bool bottom_right, float? so
 _LIBRARY = torch.library.Library("fused_attn", "DEF")
 _LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_COMPANIONS}, {_SPEC}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    f"backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_COMPANIONS}, {_SPEC}, "
-    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool[] need_operands) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor[])"
+    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor residual, Tensor lse, "
+    f"{_COMPANIONS}, {_SPEC}, bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, "
+    "bool[] need_operands) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 N_COMPANIONS, N_SPEC = len(Companions._fields), 12
 
@@ -77,46 +79,34 @@ def _as_lse(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     companions, spec = Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:])
     call = lower(q, k, spec, companions).call
-    centred = _centres(spec)
-    out, lse = _like(q, v.shape[3], _accumulates(q) if centred else None), _lse_like(q, companions.cu_q is not None)
-    if companions.cu_q is not None:  # rows of no sequence are no program's
+    packed = companions.cu_q is not None
+    precise = _keeps_residual(spec)
+    out, lse = _like(q, v.shape[3], _accumulates(q) if precise else None), _lse_like(q, packed)
+    sums = _lse_like(q, packed) if precise else None
+    if packed:  # rows of no sequence are no program's
         out.zero_()
-    config = choose("forward", q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
+    config = _config("forward", q, v, call)
     tiles = list_tiles(call, q, k, config, keys_first=False)
-    mean = _value_mean(v, companions) if centred else None
-    launch_forward(q, k, v if mean is None else _centre(v, mean), out, lse, companions.sinks, tiles, call, config=config)
-    if mean is None:
+    launch_forward(q, k, v, out, lse, sums, companions.sinks, tiles, call, config=config)
+    if sums is None:
         return out, lse, out.new_empty(0)
-    # The rows of P sum to 1, less the weight of a sink: what V lost comes back in the type of the sums, rounded once.
-    mass = _key_mass(lse, companions.sinks).unsqueeze(-1)
-    whole = out + mass * mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return _like(q, v.shape[3]).copy_(whole), lse, _like(q, v.shape[3]).copy_(out)
+    # Weights are rounded before they meet V. Divided by what the rounded ones sum to, the output loses the part of that
+    # error that is common to all values: the one that a large mean of V blows up.
+    mass = _key_mass(lse, companions.sinks)
+    exact = out.mul_((mass / torch.where(sums == 0, 1, sums)).unsqueeze(-1))
+    rounded = _like(q, exact.shape[3]).copy_(exact)
+    return rounded, lse, _like(q, exact.shape[3]).copy_(exact.sub_(rounded))
 
 
-def _centres(spec: AttentionSpec) -> bool:
-    """Whether V is centred: dropped weights no longer sum to 1."""
+def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
+    arch, head_dim = arch_of(q.device), max(q.shape[3], v.shape[3])
+    config = choose(kernel, q.shape[3], v.shape[3], q.dtype, arch, call.heavy)
+    return fit_operands(config, call.loaded_bytes, head_dim, q.dtype, arch) if call.loaded_bytes else config
+
+
+def _keeps_residual(spec: AttentionSpec) -> bool:
+    """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact."""
     return spec.precise and spec.dropout_p == 0
-
-
-def _value_mean(v: torch.Tensor, companions: Companions) -> torch.Tensor:
-    """Mean [B, Hkv, 1, Dv] of the values that count; packed sequences share one a head."""
-    total = v.shape[2]
-    row = torch.arange(total, device=v.device)
-    counts = torch.ones(1, total, dtype=torch.bool, device=v.device)
-    if companions.cu_k is not None:
-        sequence = torch.searchsorted(companions.cu_k, row, right=True, out_int32=True) - 1
-        counts = (row < companions.cu_k[-1])[None]
-        if companions.used_k is not None:
-            within = sequence.clamp(0, companions.used_k.shape[0] - 1)
-            counts = counts & (row - companions.cu_k[within] < companions.used_k[within])[None]
-    elif companions.used_k is not None:
-        counts = row[None] < companions.used_k[:, None]
-    values = torch.where(counts[:, None, :, None], v, 0).sum(2, keepdim=True, dtype=_accumulates(v))
-    return values / counts.sum(1).clamp(min=1)[:, None, None, None]
-
-
-def _centre(v: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    return (v - mean).to(v.dtype)
 
 
 def _key_mass(lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -131,11 +121,12 @@ def _sink_weight(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
 def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     companions, spec = Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:])
     out = _like(q, v.shape[3])
-    return out, _lse_like(q, companions.cu_q is not None), _like(q, v.shape[3]) if _centres(spec) else out.new_empty(0)
+    residual = _like(q, v.shape[3]) if _keeps_residual(spec) else out.new_empty(0)
+    return out, _lse_like(q, companions.cu_q is not None), residual
 
 
 def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-              out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
+              out: torch.Tensor, residual: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
     companions, spec, needs = _take_apart(arguments)
     dq, dk, dv = _gradients(q, k, v, needs)
     if companions.cu_q is not None or companions.used_k is not None:  # rows that do not count are no program's
@@ -145,52 +136,36 @@ def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k:
     packed = companions.cu_q is not None
     lse = _as_lse(lse, q, packed)
 
-    def config(kernel: Any) -> Any:
-        return choose(kernel, q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
-
-    mean = _value_mean(v, companions) if _centres(spec) else None
-    values = v if mean is None else _centre(v, mean)
+    config = functools.partial(_config, q=q, v=v, call=call)
     delta = lse  # where only dV is wanted delta is not read
     dsinks = lse.new_empty(0)
     if needs.dq or needs.dk or needs.dsinks or any(needs.operands):
         delta = _lse_like(q, packed)
         dlse = None if dlse is None else _as_lse(dlse, q, packed)
         launch_delta(out, dout, lse, dlse, delta, call, config=config("delta"))
-        if companions.sinks is not None and (mean is not None or needs.dsinks):
-            delta, dsinks = _sink_gradient(dout, lse, delta, companions.sinks, mean, needs.dsinks)
+        if residual.numel():
+            rest = _lse_like(q, packed)
+            launch_delta(residual, dout, lse, None, rest, call, config=config("delta"))
+            delta += rest
+        if needs.dsinks:  # a sink is a key of value 0: its dP is 0
+            weight = _sink_weight(lse, companions.sinks)
+            dsinks = -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(companions.sinks.dtype)
     if needs.dq:
         tiles = list_tiles(call, q, k, config("dq"), keys_first=False)
-        launch_dq(q, k, values, dout, lse, delta, dq, tiles, call, config=config("dq"))
+        launch_dq(q, k, v, dout, lse, delta, dq, tiles, call, config=config("dq"))
     if needs.dk or needs.dv:
         tiles = list_tiles(call, q, k, config("dkv"), keys_first=True)
-        launch_dkv(q, k, values, dout, lse, delta, dk if needs.dk else None, dv if needs.dv else None, tiles, call,
+        launch_dkv(q, k, v, dout, lse, delta, dk if needs.dk else None, dv if needs.dv else None, tiles, call,
                    config=config("dkv"))
     doperands = []
     for operand, role, need in zip(companions.operands, roles, needs.operands, strict=True):
         if not need or role is None:
             doperands.append(operand.new_empty(0))
             continue
-        grad = launch_operand_grad(q, k, values, dout, lse, delta, operand, *role, call, config=config("operand_grad"))
+        grad = launch_operand_grad(q, k, v, dout, lse, delta, operand, *role, call, config=config("operand_grad"))
         # As the FakeTensor has it: sums by k - q are a part of a longer line.
         doperands.append(grad.clone(memory_format=torch.contiguous_format) if operand.dim() == 3 else grad)
     return dq, dk, dv, dsinks, doperands
-
-
-def _sink_gradient(dout: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, sinks: torch.Tensor,
-                   mean: torch.Tensor | None, need: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(delta for the other kernels, gradient of the sinks [H]): a sink is a key of value 0, so its dP is 0.
-
-    With centred values that key's value is -mean: delta lacks its share, and dP is not 0 any more.
-    """
-    weight = _sink_weight(lse, sinks)
-    dp = torch.zeros_like(weight)
-    if mean is not None:
-        group = dout.shape[1] // mean.shape[1]
-        dp = -(dout.to(mean.dtype) * mean.repeat_interleave(group, 1)).sum(-1)
-        shifted = torch.empty_strided(delta.shape, delta.stride(), dtype=delta.dtype, device=delta.device)
-        delta = shifted.copy_(delta + weight * dp)
-    dsinks = torch.where(weight == 0, 0.0, weight * (dp - delta)).sum((0, 2)).to(sinks.dtype) if need else lse.new_empty(0)
-    return delta, dsinks
 
 
 def _take_apart(arguments: tuple[Any, ...]) -> tuple[Companions, AttentionSpec, Needs]:
@@ -206,7 +181,7 @@ def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs: Needs) 
 
 
 def _backward_fake(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                   out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
+                   out: torch.Tensor, residual: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
     companions, _, needs = _take_apart(arguments)
     sinks = companions.sinks
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and needs.dsinks else lse.new_empty(0)
@@ -257,7 +232,7 @@ def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *arguments: Any, **
 
 @register_flop_formula(torch.ops.fused_attn.backward)
 def _backward_flops(dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, o_shape: Any,
-                    lse_shape: Any, *arguments: Any, **others: Any) -> int:
+                    residual_shape: Any, lse_shape: Any, *arguments: Any, **others: Any) -> int:
     _, spec, needs = _take_apart(arguments)
     batch, pairs = _pairs(q_shape, k_shape, arguments[2], spec)
     products_qk = 1 + needs.dq + needs.dk

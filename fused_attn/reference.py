@@ -67,7 +67,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
     for member in spec.score_mods:
         scores = _twin(member)(scores, *where, _arguments(member, operands, scores))
     for member in spec.mask_mods:
-        keep = keep & _twin(member)(*where, _arguments(member, operands, scores))
+        keep = keep & _twin(member)(*where, _arguments(member, operands, scores, raw=True))
     scores = scores.masked_fill(~keep, float("-inf"))
 
     # A sink is one more logit, of a key without a value.
@@ -108,8 +108,8 @@ def _twin(member: Member) -> Any:
     return mod.reference
 
 
-def _arguments(member: Member, operands: Any, scores: torch.Tensor) -> tuple[Any, ...]:
-    """The arguments of a member as its twin takes them, floats in the dtype of the scores."""
+def _arguments(member: Member, operands: Any, scores: torch.Tensor, raw: bool = False) -> tuple[Any, ...]:
+    """The arguments of a member as its twin takes them, floats in the dtype of the scores, or ``raw`` in fp32 at least."""
     n_queries, n_keys = scores.shape[2:]
     arguments = []
     for kind in member.args:
@@ -120,7 +120,8 @@ def _arguments(member: Member, operands: Any, scores: torch.Tensor) -> tuple[Any
         if kind == RELATIVE:  # values[..., j - i + Nq - 1]
             index = torch.arange(n_keys)[None, :] - torch.arange(n_queries)[:, None] + n_queries - 1
             operand = operand[..., index.to(operand.device)]
-        operand = operand.to(scores.dtype) if operand.is_floating_point() else operand
+        if operand.is_floating_point():  # a mask compares what it is given, a score takes what the scores are
+            operand = operand.to(torch.promote_types(operand.dtype, torch.float32) if raw else scores.dtype)
         arguments.append(operand)
     return tuple(arguments)
 

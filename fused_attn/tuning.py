@@ -5,6 +5,7 @@ holds what each gives; CONTRIBUTING.md tells how to check a change). Only a timi
 made yet.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -98,7 +99,7 @@ _SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_1
 SHARED_LIMIT = {
     **dict.fromkeys(("sm_80", "sm_87"), 163 * 1024),
     **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
-    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 227 * 1024),
     **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 64 * 1024),
     "gfx950": 160 * 1024,
 }
@@ -147,6 +148,17 @@ def has_tf32x3(arch: str) -> bool:
 def has_tiles(arch: str) -> bool:
     """Whether the tables know a target, itself or as one that shares another's."""
     return _SAME.get(arch, arch) in _HALVES
+
+
+def fit_operands(config: T, loaded_bytes: int, head_dim: int, dtype: torch.dtype, arch: str) -> T:
+    """``config``, not pipelined where operands take more of a small shared memory than the tables reckon with.
+
+    They reckon with one operand of the inputs' type: a bias in fp32 beside a mask needs more for each stage of the pipeline.
+    """
+    limit = SHARED_LIMIT.get(arch, 64 * 1024)
+    if loaded_bytes <= dtype.itemsize or config.num_stages == 1 or (limit > 128 * 1024 and head_dim <= 128):
+        return config
+    return dataclasses.replace(config, num_stages=1, edge_stages=None)
 
 
 @functools.cache

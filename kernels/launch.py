@@ -49,12 +49,12 @@ class Call(NamedTuple):
     extras: Extras = PLAIN
     masks_by: tuple[bool, bool] = (False, False)  # whether the masks differ from batch entry to batch entry, head to head
     widest: int = 0  # largest query or key stride of an operand
+    loaded_bytes: int = 0  # of operands, for each score
 
     @property
     def heavy(self) -> bool:
         """Whether a tile of scores takes more registers than plain attention's: its configurations differ."""
-        loads = any(len(arg) > 1 for mod in self.extras.mods for arg in mod.args)
-        return loads or bool(self.extras.dropout or self.extras.keeps)
+        return bool(self.extras.mods or self.extras.keeps or self.extras.dropout)
 
     def strides(self, *tensors: torch.Tensor) -> tuple[tuple[Any, ...], ...]:
         """Strides of [B, H, N, D] tensors; the batch of packed ones has none."""

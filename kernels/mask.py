@@ -12,17 +12,18 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.launch import Call, Launcher, fit_offsets, programs, run
-from fused_attn.kernels.operand import load_operands, per_key, per_query
+from fused_attn.kernels.operand import load_operand, per_key, per_query
 from fused_attn.kernels.tiles import Place, locate
 from fused_attn.kernels.window import edge_count, edge_start, keep_mask, sweep_range
 from fused_attn.spec import TileConfig
 
 
 class Keep(NamedTuple):
-    """A mask as kernels take it: a jit function (q_pos, k_idx, head, batch, args) -> bool, and its arguments."""
+    """A mask as kernels take it: a jit function (q_pos, k_idx, head, batch, args) -> bool, and its arguments as of a Mod."""
 
     function: Any
     args: Any = ()
+    order: Any = ()
 
 
 class TileList(NamedTuple):
@@ -41,7 +42,7 @@ class TileList(NamedTuple):
 @triton.jit
 def stored(q_pos, k_idx, head, batch, args):
     """A mask held as a tensor, True where a pair attends; args = (mask,)."""
-    return args[0] != 0
+    return args[0]
 
 
 @triton.jit
@@ -73,8 +74,10 @@ def keep_tile(place, left, right, keeps, TILE: tl.constexpr, KEYS_FIRST: tl.cons
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
     keep = keep_mask(q_pos, k_idx, place.n_keys, left, right)
     for i in tl.static_range(len(keeps)):
-        args = load_operands(keeps[i].args, place, tl.float32, TILE, KEYS_FIRST, True, True)
-        keep = keep & keeps[i].function(q_pos, k_idx, place.head, place.batch, args)
+        read = [x[0] if len(x) == 1 else load_operand(x, place, None, TILE, KEYS_FIRST, True, True)
+                for x in keeps[i].args]
+        keep = keep & keeps[i].function(q_pos, k_idx, place.head, place.batch, [
+            keeps[i].args[j][0] if len(keeps[i].args[j]) == 1 else read[j] for j in keeps[i].order])
     return keep
 
 
@@ -179,7 +182,7 @@ def list_kernel(entries_ptr, counts_ptr, H, Nq, Nk, offset, left, right, extras,
 def list_tiles(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig, *, keys_first: bool,
                launch: Launcher = run) -> tuple[Any, ...]:
     """The tiles that a kernel of this call and configuration visits: a ``TileList``, or () where no mask asks for one."""
-    if not call.extras.keeps:
+    if not call.extras.keeps or 0 in (call.batch, q.shape[1], call.n_queries, call.n_keys):
         return ()
     heads, kv_heads = q.shape[1], k.shape[1]
     by_batch, by_head = call.masks_by
@@ -191,6 +194,5 @@ def list_tiles(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig,
     counts = torch.empty(*lists, rows, 2, dtype=torch.int32, device=q.device)
     args = (entries, counts, lists[1], call.n_queries, call.n_keys, call.offset, call.left, call.right, call.extras,
             group, keys_first)
-    if counts.numel():
-        launch(list_kernel, programs(rows, 1, lists[0] * lists[1]), args, fit_offsets(config, call))
+    launch(list_kernel, programs(rows, 1, lists[0] * lists[1]), args, fit_offsets(config, call))
     return TileList(entries, counts, tl.constexpr(by_batch), tl.constexpr(by_head))

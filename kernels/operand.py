@@ -11,10 +11,10 @@ import triton.language as tl
 
 
 class Operand(NamedTuple):
-    """One tensor as kernels take it; ``strides`` is a compile-time 0 in a dimension that broadcasts.
+    """One tensor as kernels take it; a compile-time constant in its place is (value,).
 
-    ``start`` is the offset of element (0, 0, 0, 0): a value that depends on k - q alone is a vector whose query stride is
-    the negative of its key stride.
+    ``strides`` is a compile-time 0 in a dimension that broadcasts. ``start`` is the offset of element (0, 0, 0, 0): a value
+    that depends on k - q alone is a vector whose query stride is the negative of its key stride.
     """
 
     ptr: Any
@@ -22,6 +22,7 @@ class Operand(NamedTuple):
     strides: Any  # batch, head, query, key
     by_query: Any  # compile-time: whether it differs from query to query
     by_key: Any
+    boolean: Any  # compile-time: whether its bytes are truth values
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def per_key(values, KEYS_FIRST: tl.constexpr):
 @triton.jit
 def load_operand(operand, place, ACC: tl.constexpr, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr,
                  TAIL_K: tl.constexpr):
-    """The values at a tile, in a shape that broadcasts against it; floats in ``ACC``."""
+    """The values at a tile, in a shape that broadcasts against it; floats in ``ACC``, or in fp32 at least where it is None."""
     batch_stride, head_stride, q_stride, k_stride = operand.strides
     base = operand.ptr + operand.start
     base += tl.cast(place.batch, tl.int64) * batch_stride + tl.cast(place.head, tl.int64) * head_stride
@@ -76,19 +77,11 @@ def load_operand(operand, place, ACC: tl.constexpr, TILE: tl.constexpr, KEYS_FIR
         value = tl.load(base + cols * k_stride, mask=col_exists, other=0)
     else:
         value = tl.load(base)
-    if value.dtype.is_floating():
-        value = value.to(ACC)
+    if operand.boolean:
+        value = value != 0
+    elif value.dtype.is_floating():
+        if ACC is not None:
+            value = value.to(ACC)
+        elif value.dtype.primitive_bitwidth < 32:
+            value = value.to(tl.float32)
     return value
-
-
-@triton.jit
-def load_operands(operands, place, ACC: tl.constexpr, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr,
-                  TAIL_K: tl.constexpr):
-    """The values of several operands, as a tuple. A compile-time constant stands among them as (value,)."""
-    values = ()
-    for i in tl.static_range(len(operands)):
-        if len(operands[i]) == 1:
-            values = values + (operands[i][0],)
-        else:
-            values = values + (load_operand(operands[i], place, ACC, TILE, KEYS_FIRST, TAIL_Q, TAIL_K),)
-    return values

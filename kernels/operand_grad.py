@@ -26,7 +26,7 @@ def split_index(index, Own: tl.constexpr, extent, own, walked):
     if Own:
         return own % extent, own // extent, walked
     else:
-        return walked % extent, own, walked // extent
+        return (walked % extent).to(tl.int32), own, walked // extent
 
 
 @triton.jit(do_not_specialize=["B", "H", "Nq", "Nk", "offset", "left", "right", "n_parts"])
@@ -46,7 +46,7 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
     scale = scale.to(ACC)
     m_tiles = tl.cdiv(Nq, BLOCK_M)
     n_tiles = tl.cdiv(Nk, BLOCK_N)
-    walk = 1
+    walk = tl.full([], 1, tl.int64)  # of all tiles of all heads there may be more than 2**31
     if not OWN[0]:
         walk *= B
     if not OWN[1]:
@@ -64,7 +64,7 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
         head, own_left, walked = split_index(own, OWN[1], H, own_left, walked)
         if OWN[4]:
             diagonal = own_left
-            m_tile = walked
+            m_tile = walked.to(tl.int32)
             n_tile = m_tile + diagonal - (m_tiles - 1)
         else:
             m_tile, own_left, walked = split_index(own, OWN[2], m_tiles, own_left, walked)
@@ -103,10 +103,10 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
         at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tl.store(grad_ptr + tl.cast(part * (tl.num_programs(0) // n_parts) + own, tl.int64) * (BLOCK_M * BLOCK_N) + at, acc)
     else:
-        batch, own_left, _ = split_index(own, OWN[0], B, own, 0)
-        head, own_left, _ = split_index(own, OWN[1], H, own_left, 0)
-        m_tile, own_left, _ = split_index(own, OWN[2], m_tiles, own_left, 0)
-        n_tile, own_left, _ = split_index(own, OWN[3], n_tiles, own_left, 0)
+        batch, own_left, _ = split_index(own, OWN[0], B, own, own)
+        head, own_left, _ = split_index(own, OWN[1], H, own_left, own)
+        m_tile, own_left, _ = split_index(own, OWN[2], m_tiles, own_left, own)
+        n_tile, own_left, _ = split_index(own, OWN[3], n_tiles, own_left, own)
         rows = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         width = Nk if OWN[3] else 1

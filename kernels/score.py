@@ -12,17 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.operand import load_operands, per_key, per_query
+from fused_attn.kernels.operand import load_operand, per_key, per_query
 from fused_attn.kernels.softmax import LOG2E
 
 
 class Mod(NamedTuple):
-    """A mod as kernels take it: jit functions, and operands or (constant,) for its arguments."""
+    """A mod as kernels take it: jit functions, operands or (constant,) for its arguments, and the numbers of these."""
 
     function: Any
     slope: Any
     arg_slopes: Any = ()
     args: Any = ()
+    order: Any = ()  # compile-time 0, 1, ...: Triton enumerates no tuple
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: 
         # What the cheap form loses, about 2**-23 of the cap, shows in fp32 and fp64, and in halves under a huge cap.
         accurate = dtype in (torch.float32, torch.float64) or softcap_value > 256
         constants = ((tl.constexpr(float(softcap_value)),), (tl.constexpr(accurate),))
-        return (Mod(softcap, softcap_slope, (), constants),)
+        return (Mod(softcap, softcap_slope, (), constants, (tl.constexpr(0), tl.constexpr(1))),)
     return () if scale > 0 or others else (Mod(identity, one),)
 
 
@@ -123,11 +124,16 @@ def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
     reach = 1.0
     for i in tl.static_range(len(mods)):
-        args = load_operands(mods[i].args, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
-        modded = mods[i].function(score, q_pos, k_idx, place.head, place.batch, args)
+        read = [x[0] if len(x) == 1 else load_operand(x, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
+                for x in mods[i].args]
+        # Written out at each call: assigned to a name, or returned, a compile-time constant is none any more.
+        modded = mods[i].function(score, q_pos, k_idx, place.head, place.batch, [
+            mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         if i == MEMBER:
-            reach = mods[i].arg_slopes[ARG](score, modded, q_pos, k_idx, place.head, place.batch, args)
+            reach = mods[i].arg_slopes[ARG](score, modded, q_pos, k_idx, place.head, place.batch, [
+                mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         elif i > MEMBER:
-            reach = reach * mods[i].slope(score, modded, q_pos, k_idx, place.head, place.batch, args)
+            reach = reach * mods[i].slope(score, modded, q_pos, k_idx, place.head, place.batch, [
+                mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         score = modded
     return score, reach

@@ -61,9 +61,9 @@ def span(cu, used, batch, length):
     start = tl.full([], 0, tl.int32)
     if len(cu) > 0:
         start = tl.load(cu[0] + batch).to(tl.int32)
-        length = tl.load(cu[0] + batch + 1).to(tl.int32) - start
+        length = tl.minimum(tl.load(cu[0] + batch + 1).to(tl.int32) - start, length)  # no list or bias is longer
     if len(used) > 0:
-        length = tl.maximum(tl.minimum(length, tl.load(used[0] + batch).to(tl.int32)), 0)
+        length = tl.maximum(tl.minimum(tl.load(used[0] + batch).to(tl.int64), length), 0).to(tl.int32)
     return start, length
 
 

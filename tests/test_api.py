@@ -1,7 +1,6 @@
 """What people meet at the surface: names, errors that name their argument, refusals, and the choice of a backend."""
 
 import inspect
-import math
 import os
 import subprocess
 import sys
@@ -13,10 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd_ad
-from support.guard import memory_guard
 
 import fused_attn
-from fused_attn import attention, autograd, dispatch, explain, reference, reference_attention, scaled_dot_product_attention
+from fused_attn import (
+    RelativeBias,
+    attention,
+    attention_varlen,
+    autograd,
+    dispatch,
+    explain,
+    reference,
+    reference_attention,
+    scaled_dot_product_attention,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSAL = (NotImplementedError, RuntimeError)
@@ -38,7 +46,9 @@ def test_public_names():
     public = {name for name, value in vars(fused_attn).items()
               if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     assert public == set(fused_attn.__all__)
-    assert {"attention", "explain", "reference_attention", "scaled_dot_product_attention", "strict"} <= public
+    assert {"attention", "attention_varlen", "explain", "reference_attention", "scaled_dot_product_attention", "strict",
+            "MaskMod", "RelativeBias", "ScoreMod", "document_mask", "prefix_lm_mask", "soft_tree_mask", "t5_bias",
+            "tree_intervals", "tree_mask"} <= public
     for name in fused_attn.__all__:
         assert len(inspect.getdoc(getattr(fused_attn, name)) or "") > 40, f"{name} is not documented"
 
@@ -48,104 +58,22 @@ def test_arguments_of_attention():
     defaults = {"causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None,
                 "key_lengths": None, "alibi_slopes": None, "sinks": None, "dropout_p": 0.0, "score_mod": None,
                 "mask_mod": None, "mod_args": (), "return_lse": False, "deterministic": None, "precise": False,
-                "strict": None, "backend": None}
+                "fp32_precision": None, "strict": None, "backend": None}
     assert [*parameters][:3] == ["q", "k", "v"]
     assert defaults.items() <= {name: p.default for name, p in parameters.items()}.items()
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in defaults)
     for name in ("q", "k", "v", *defaults):
         assert f"{name}:" in attention.__doc__ or f"{name}, " in attention.__doc__, f"{name} is not documented"
+    assert [*defaults] == [*parameters][3:]
 
 
-# --- errors ---
-
-T = torch.randn
-Q, K, V = T(2, 4, 5, 8), T(2, 2, 7, 8), T(2, 2, 7, 6)
-BAD = {  # name: (exception, pattern, positional, named)
-    "q list": (TypeError, r"q: expected a torch\.Tensor; got list", ([1.0], K, V), {}),
-    "v None": (TypeError, r"v: expected a torch\.Tensor; got NoneType", (Q, K, None), {}),
-    "q rank 3": (ValueError, r"q: expected 4 dimensions.*\(4, 5, 8\)", (Q[0], K, V), {}),
-    "v rank 5": (ValueError, r"v: expected 4 dimensions.*\(1, 2, 2, 7, 6\)", (Q, K, V[None]), {}),
-    "int": (TypeError, r"q: expected float16, bfloat16, float32 or float64; got torch\.int64", [x.long() for x in (Q, K, V)],
-            {}),
-    "k dtype": (TypeError, r"k: expected q's dtype torch\.float32; got torch\.float64", (Q, K.double(), V), {}),
-    "v dtype": (TypeError, r"v: expected q's dtype torch\.float32; got torch\.bfloat16", (Q, K, V.bfloat16()), {}),
-    "k device": (ValueError, r"k: expected q's device cpu; got meta", (Q, K.to("meta"), V), {}),
-    "v device": (ValueError, r"v: expected q's device cpu; got meta", (Q, K, V.to("meta")), {}),
-    "k batch": (ValueError, r"k: expected batch 2.*\(1, 2, 7, 8\)", (Q, K[:1], V[:1]), {}),
-    "k head dim": (ValueError, r"k: expected.*head_dim 8.*\(2, 2, 7, 4\)", (Q, K[..., :4], V), {}),
-    "v heads": (ValueError, r"v: expected k's.*heads.*\(2, 2, 7\).*\(2, 1, 7, 6\)", (Q, K, V[:, :1]), {}),
-    "v length": (ValueError, r"v: expected k's.*length.*\(2, 2, 7\).*\(2, 2, 6, 6\)", (Q, K, V[:, :, :6]), {}),
-    "heads": (ValueError, r"k: expected a number of heads that divides q's 4; got 3", (Q, T(2, 3, 7, 8), T(2, 3, 7, 6)), {}),
-    "head dim 0": (ValueError, r"q.*head dims? of at least 1; got 0", (Q[..., :0], K[..., :0], V), {}),
-    "value dim 0": (ValueError, r"v.*head dims? of at least 1; got 8 and 0", (Q, K, V[..., :0]), {}),
-    "window int": (ValueError, r"window: expected a pair \(left, right\); got 3", (Q, K, V), {"window": 3}),
-    "window triple": (ValueError, r"window: expected a pair.*got \(1, 2, 3\)", (Q, K, V), {"window": (1, 2, 3)}),
-    "window negative": (ValueError, r"window: expected left to be a non-negative int or None; got -4$", (Q, K, V),
-                        {"window": (-4, 0)}),
-    "window -1": (ValueError, r"window: expected right.*got -1; None, not -1, leaves a side open", (Q, K, V),
-                  {"window": (2, -1)}),
-    "window bool": (ValueError, r"window: expected left.*int or None; got True", (Q, K, V), {"window": (True, 0)}),
-    "window float": (ValueError, r"window: expected right.*int or None; got 2\.0", (Q, K, V), {"window": (1, 2.0)}),
-    "scale nan": (ValueError, r"scale: expected a finite float; got nan", (Q, K, V), {"scale": math.nan}),
-    "scale inf": (ValueError, r"scale: expected a finite float; got -inf", (Q, K, V), {"scale": -math.inf}),
-    "scale str": (TypeError, r"scale: expected .*float.*; got '?(a|str)", (Q, K, V), {"scale": "a"}),
-    "softcap 0": (ValueError, r"softcap: expected a positive finite float or None; got 0", (Q, K, V), {"softcap": 0.0}),
-    "softcap -1": (ValueError, r"softcap: expected a positive.*got -1", (Q, K, V), {"softcap": -1.0}),
-    "softcap nan": (ValueError, r"softcap: expected a positive.*got nan", (Q, K, V), {"softcap": math.nan}),
-    "softcap str": (TypeError, r"softcap: expected .*float.*; got '?(a|str)", (Q, K, V), {"softcap": "a"}),
-    "backend": (ValueError, r"backend: expected one of triton, torch, reference or None; got 'cudnn'", (Q, K, V),
-                {"backend": "cudnn"}),
-    "torch with softcap": (ValueError, r"backend: 'torch' cannot run this call: .*softcap", (Q, K, V),
-                           {"backend": "torch", "softcap": 1.0}),
-    "torch with LSE": (ValueError, r"backend: 'torch' cannot run this call: .*LSE", (Q, K, V),
-                       {"backend": "torch", "return_lse": True}),
-    "triton with head dim 257": (ValueError, r"backend: 'triton' cannot run this call: .*257.*256",
-                                 (T(1, 1, 1, 257), T(1, 1, 1, 257), T(1, 1, 1, 8)), {"backend": "triton"}),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("call", [attention, explain])
-def test_errors_name_the_argument_what_came_and_what_was_expected(case, call):
-    exception, pattern, tensors, named = BAD[case]
-    with memory_guard() as guard, pytest.raises(exception, match=pattern):
-        call(*tensors, **named)
-    assert guard.kernels == []
-
-
-def test_good_bounds_are_not_refused():
-    close(attention(Q, K, V, window=[None, 3], scale=2), attention(Q, K, V, window=(None, 3), scale=2.0), 1e-6)
-    assert attention(Q, K, V, window=(10**12, 10**12), softcap=50, backend="triton").shape == (2, 4, 5, 6)
-
-
-UNBUILT = {
-    "bias": [T(5, 7), torch.zeros(5, 7), torch.zeros(1), torch.zeros(())], "sinks": [T(4), torch.zeros(1)],
-    "mask": [torch.ones(5, 7, dtype=torch.bool), torch.zeros(1, dtype=torch.bool), torch.tensor(False)],
-    "key_lengths": [torch.tensor([7, 3]), torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)],
-    "alibi_slopes": [T(4), torch.zeros(1)], "dropout_p": [0.1, 1.0], "precise": [True],
-    "score_mod": [lambda *a: a[0], "softcap"], "mask_mod": [lambda *a: True], "mod_args": [(1,), (torch.zeros(1),), [T(3)]],
-}
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in UNBUILT.items() for value in values],
-                         ids=lambda x: x if isinstance(x, str) else "")
-def test_unbuilt_arguments_are_refused_by_name(name, value):
-    for call in (attention, reference_attention, explain):
-        with pytest.raises(NotImplementedError, match=name):
-            call(Q, K, V, **{name: value})
-
-
-def test_unknown_arguments_are_refused():
-    for call in (attention, reference_attention, explain):
-        for value in (None, 1):
-            with pytest.raises(TypeError, match="nonsense"):
-                call(Q, K, V, nonsense=value)
-
-
-@pytest.mark.parametrize("value", [None, True, False])
-def test_deterministic_is_accepted(value):
-    assert torch.equal(attention(Q, K, V, deterministic=value), attention(Q, K, V))
-    explain(Q, K, V, deterministic=value)
+def test_arguments_of_attention_varlen():
+    parameters = inspect.signature(attention_varlen).parameters
+    positional = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    named = ["seqused_q", "seqused_k", "return_lse", "deterministic", "strict", "backend"]
+    assert [*parameters] == [*positional, *named, "arguments"]
+    for name in (*positional, "seqused_q", "seqused_k", "arguments"):
+        assert f"{name}:" in attention_varlen.__doc__ or f"{name}, " in attention_varlen.__doc__, f"{name} is not documented"
 
 
 # --- derivatives that are not built: refused, never silently constant ---
@@ -257,9 +185,19 @@ CALLS = {
     "plain": ({}, {}, "torch"), "causal": ({}, {"causal": True}, "torch"), "window": ({}, {"window": (1, 1)}, "torch"),
     "softcap": ({}, {"softcap": 2.0}, "reference"), "LSE": ({}, {"return_lse": True}, "reference"),
     "negative scale, causal": ({}, {"scale": -1.0, "causal": True}, "torch"), "no keys": ({"n_keys": 0}, {}, "reference"),
-    "wide heads": ({"dim": 257}, {}, "torch"), "grouped": ({"heads": 4}, {}, "torch"), "Dv": ({"dim_v": 3}, {}, "torch"),
+    "wide heads": ({"dim": 577}, {}, "torch"), "wide values": ({"dim_v": 577}, {}, "torch"),
+    "wide heads on the kernels": ({"dim": 576, "dim_v": 512}, {"backend": "triton"}, "triton"),
+    "grouped": ({"heads": 4}, {}, "torch"), "Dv": ({"dim_v": 3}, {}, "torch"),
     "triton asked for": ({}, {"backend": "triton"}, "triton"), "torch asked for": ({}, {"backend": "torch"}, "torch"),
     "strict loses to a named backend": ({}, {"backend": "reference", "strict": True}, "reference"),
+    "mask": ({}, {"mask": torch.ones(4, 6, dtype=torch.bool).tril()}, "torch"), "bias": ({}, {"bias": torch.randn(6)}, "torch"),
+    "mask and bias": ({}, {"mask": torch.ones(4, 6, dtype=torch.bool).tril(), "bias": torch.randn(2, 1, 1)}, "torch"),
+    "bias with a gradient": ({}, {"bias": torch.randn(4, 6).requires_grad_()}, "reference"),
+    "relative bias": ({}, {"bias": RelativeBias(torch.randn(2, 9))}, "reference"),
+    "key lengths": ({}, {"key_lengths": torch.tensor([5])}, "torch"), "sinks": ({}, {"sinks": torch.randn(2)}, "reference"),
+    "ALiBi": ({}, {"alibi_slopes": torch.rand(2)}, "reference"), "dropout": ({}, {"dropout_p": 0.5}, "reference"),
+    "mask function": ({}, {"mask_mod": fused_attn.prefix_lm_mask(torch.tensor([3]))}, "reference"),
+    "twins alone": ({}, {"score_mod": fused_attn.ScoreMod("doubled", reference=lambda s, *_: 2 * s)}, "reference"),
 }
 
 
@@ -285,13 +223,37 @@ def test_explain_tells_what_runs(case, ran):
             attention(*inputs, **named, backend=backend)
 
 
+@pytest.mark.kernels
+def test_packed_sequences_choose_in_the_same_way(ran):
+    q, k, v = (x[0].transpose(0, 1) for x in qkv())
+    packing = (torch.tensor([0, 1, 4]), torch.tensor([0, 4, 6]), 3, 4)
+    for arguments, expected in (({}, "torch"), ({"seqused_k": torch.tensor([2, 2])}, "torch"),
+                                ({"bias": torch.zeros(4)}, "reference"), ({"return_lse": True}, "reference"),
+                                ({"backend": "triton"}, "triton")):
+        ran.clear()
+        attention_varlen(q, k, v, *packing, **arguments)
+        assert set(ran) == {expected}
+    with fused_attn.strict(), pytest.raises(RuntimeError, match=r"strict.*quadratic.*packed sequences"):
+        attention_varlen(q, k, v, *packing, bias=torch.zeros(4))
+
+
 def test_reasons_are_about_the_call():
     inputs = qkv()
     assert "softcap" in explain(*inputs, softcap=1.0).reasons["torch"][0]
     assert "LSE" in explain(*inputs, return_lse=True).reasons["torch"][0]
     assert "quadratic" in explain(*inputs).reasons["reference"][0]
     assert "empty" in explain(*qkv(n_keys=0)).reasons["torch"][0]
-    assert "256" in explain(*qkv(dim=300)).reasons["triton"][0]
+    assert "576" in explain(*qkv(dim=577)).reasons["triton"][0]
+    assert "sinks" in explain(*inputs, sinks=torch.zeros(2)).reasons["torch"][0]
+    assert "dropout" in explain(*inputs, dropout_p=0.1).reasons["torch"][0]
+    assert "alibi" in explain(*inputs, alibi_slopes=torch.zeros(2)).reasons["torch"][0]
+    assert "bias gradient" in explain(*inputs, bias=torch.zeros(6, requires_grad=True)).reasons["torch"][0]
+    documents = fused_attn.document_mask(torch.arange(6), torch.arange(4))
+    assert "mask functions" in explain(*inputs, mask_mod=documents).reasons["torch"][0]
+    assert "doubled" in explain(*inputs, score_mod=fused_attn.ScoreMod("doubled")).reasons["triton"][0]
+    assert explain(*qkv(dim=576, dim_v=512)).reasons["triton"] == ()
+    plain = {"mask": torch.ones(4, 6) > 0, "bias": torch.zeros(6), "key_lengths": torch.tensor([6])}
+    assert explain(*inputs, **plain).reasons["triton"] == explain(*inputs, **plain).reasons["torch"] == ()
     assert explain(*inputs).reasons["triton"] == explain(*inputs).reasons["torch"] == ()
     # Without causality torch's kernel has nothing against a negative scale.
     assert not any("causal" in reason for reason in explain(*inputs, scale=-1.0).reasons["torch"])

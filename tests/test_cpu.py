@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fused_attn
-from fused_attn import attention, explain, reference_attention
+from fused_attn import attention, attention_varlen, explain, reference_attention
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -51,6 +51,9 @@ def against_reference(inputs, tolerance=1e-12, **arguments):
     return recorder
 
 
+GENERATOR = torch.Generator().manual_seed(0)
+KEEP = torch.rand(37, 37, generator=GENERATOR) < 0.6
+BIAS = torch.randn(37, 37, generator=GENERATOR, dtype=torch.float64)
 CALLS = {  # shapes, arguments
     "full": ({}, {}),
     "causal": ({}, {"causal": True}),
@@ -74,6 +77,14 @@ CALLS = {  # shapes, arguments
     "wider values": ({"dim_v": 13}, {"causal": True}),
     "narrower values": ({"dim": 13, "dim_v": 3}, {}),
     "head dim 1": ({"dim": 1, "dim_v": 1}, {}),
+    "mask": ({}, {"mask": KEEP}), "mask by head, causal": ({"heads": 4}, {"mask": KEEP[None].repeat(4, 1, 1), "causal": True}),
+    "mask by batch and key": ({}, {"mask": KEEP[:2, None, None]}), "mask that empties rows": ({}, {"mask": KEEP & KEEP[:, :1]}),
+    "bias": ({}, {"bias": BIAS}), "bias by head, window": ({}, {"bias": BIAS[:2, None, :1], "window": (9, 3)}),
+    "bias that empties rows": ({}, {"bias": BIAS.masked_fill(~KEEP[:, :1], -torch.inf)}),
+    "bias and masks": ({"n_queries": 20}, {"bias": BIAS[:20], "mask": KEEP[:20], "causal": True, "scale": 0.7}),
+    "key lengths": ({}, {"key_lengths": torch.tensor([37, 11])}),
+    "no keys counted": ({}, {"key_lengths": torch.tensor([0, 50])}),
+    "key lengths, causal, bias": ({}, {"key_lengths": torch.tensor([30, 9]), "causal": True, "bias": BIAS}),
     "head dim 300": ({"dim": 300, "dim_v": 300, "n_queries": 5, "n_keys": 5}, {"causal": True}),
 }
 
@@ -129,7 +140,10 @@ def test_scale_that_is_not_positive(scale, arguments):
 
 
 @pytest.mark.parametrize("arguments", [
-    {"softcap": 2.0}, {"softcap": 2.0, "causal": True, "scale": -1.0}, {"return_lse": True}], ids=str)
+    {"softcap": 2.0}, {"softcap": 2.0, "causal": True, "scale": -1.0}, {"return_lse": True}, {"sinks": torch.ones(2)},
+    {"alibi_slopes": torch.ones(2)}, {"bias": torch.ones(11, requires_grad=True)}, {"dropout_p": 1.0},
+    {"bias": fused_attn.RelativeBias(torch.ones(2, 21))}, {"mask_mod": fused_attn.document_mask(torch.arange(11) // 4)},
+], ids=lambda arguments: ", ".join(arguments))
 def test_what_torch_lacks_is_answered_by_the_reference(arguments):
     inputs = qkv(11, 11)
     assert explain(*inputs, **arguments).backend == "reference"
@@ -138,6 +152,33 @@ def test_what_torch_lacks_is_answered_by_the_reference(arguments):
     assert FORWARD not in recorder.ops
     for a, b in zip(results, reference_attention(*inputs, **arguments), strict=True):
         assert torch.equal(a, b)
+
+
+def test_keys_that_do_not_count_may_be_nan():
+    q, k, v = qkv()
+    lengths = torch.tensor([37, 11])
+    clean = attention(q, k, v, key_lengths=lengths)
+    expected = torch.autograd.grad(clean.sin().sum(), (q, k, v))
+    with torch.no_grad():
+        k[1, :, 11:] = v[1, :, 11:] = torch.nan
+    out = attention(q, k, v, key_lengths=lengths)
+    for a, b in zip((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))), (clean, *expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": (3, 1)}], ids=str)
+def test_packed_sequences_are_torchs_one_by_one(arguments):
+    q, k, v = (x[0].transpose(0, 1).detach().requires_grad_() for x in qkv(heads=4))
+    cu_q, cu_k = torch.tensor([0, 5, 5, 30]), torch.tensor([0, 9, 20, 20])
+    with Recorder() as recorder:
+        out = attention_varlen(q, k, v, cu_q, cu_k, 25, 11, seqused_k=torch.tensor([7, 11, 0]), **arguments)
+        grads = torch.autograd.grad(out.sin().sum(), (q, k, v))
+    assert recorder.ops.count(FORWARD) == recorder.ops.count(BACKWARD) == 1  # the others have no queries or no keys
+    inner = [x[None, a:b].transpose(1, 2) for x, a, b in ((q, 0, 5), (k, 0, 7), (v, 0, 7))]
+    one = reference_attention(*inner, **arguments)[0].transpose(0, 1)
+    expected = torch.cat((one, torch.zeros(32, 4, 8)))
+    for a, b in zip((out, *grads), (expected, *torch.autograd.grad(expected.sin().sum(), (q, k, v))), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [{"n_queries": 0}, {"n_keys": 0}, {"batch": 0}], ids=str)

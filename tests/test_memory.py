@@ -251,8 +251,8 @@ def test_offsets_beyond_32_bits(dimension, stride, length, which, address_space,
     def far_apart(x):
         return address_space(x, far_strides(x.shape, dimension, stride))
 
-    def far_like(x, head_dim):
-        made.append(far_apart(torch.full((*x.shape[:3], head_dim), torch.nan, dtype=x.dtype)))
+    def far_like(x, head_dim, dtype=None):
+        made.append(far_apart(torch.full((*x.shape[:3], head_dim), torch.nan, dtype=dtype or x.dtype)))
         return made[-1]
 
     if which in ("all", "outputs"):
@@ -262,6 +262,27 @@ def test_offsets_beyond_32_bits(dimension, stride, length, which, address_space,
     for name, x, expected in zip(NAMES, guarded(*placed, window=(20, 0)), compact, strict=True):
         assert torch.equal(x, expected), name
     assert len(made) == (4 if which in ("all", "outputs") else 0)
+
+
+@pytest.mark.parametrize(("shape", "strides"), [
+    ((1, 1, 70, 70), (0, 0, WIDEST_STRIDE - 1, 1)), ((1, 1, 70, 70), (0, 0, 2**27, 1)), ((1, 1, 70, 70), (0, 0, 2**31 + 16, 1)),
+    ((1, 1, 70, 70), (0, 0, 1, 2**27)), ((1, 1, 1, 70), (0, 0, 0, 2**31 + 16)), ((1, 1, 70, 1), (0, 0, 2**27, 0)),
+    ((2, 1, 1, 70), (2**31 + 16, 0, 0, 1)), ((1, 3, 70, 1), (0, 2**31 + 16, 1, 0)),
+], ids=str)
+@pytest.mark.parametrize("which", ["bias", "mask"])
+def test_operands_beyond_32_bits(which, shape, strides, address_space):
+    """A bias or mask whose elements lie far apart gives, bit for bit, what a compact one gives, its gradient too."""
+    q, k, v, dout = draw(shape[0], shape[1], shape[1], 70, 70, 16, 16, torch.float16)
+    near = torch.randn(shape) if which == "bias" else torch.rand(shape) < 0.7
+    results = []
+    for operand in (near, address_space(near, strides)):
+        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in (q, k, v, operand)]
+        with memory_guard():
+            out = fused_attn.attention(*inputs[:3], causal=True, backend="triton", **{which: inputs[3]})
+            results.append((out, *torch.autograd.grad(out, [x for x in inputs if x.requires_grad], dout)))
+    for x, expected in zip(*results, strict=True):
+        assert torch.equal(x, expected)
+        assert (x != 0).any()
 
 
 # --- many programs ---

@@ -33,7 +33,9 @@ def check_e(case: Case, dtype: torch.dtype, *, with_dlse: bool = True) -> None:
     precision = 2.0**-51 if dtype == torch.float64 else 2.0**-22
     lse = want["lse"].masked_fill(empty, 0)
     error = (got["lse"].double().masked_fill(empty, 0) - lse).abs()
-    assert error.numel() == 0 or error.max() <= 8 * precision * max(1.0, largest, float(lse.abs().max()))
+    # The cheap tanh of halves is exact to 2**-23 of the cap, whatever the score (kernels/score.py).
+    cap = (case.arguments.get("softcap") or 0.0) / 8 if dtype in HALVES else 0.0
+    assert error.numel() == 0 or error.max() <= 8 * precision * max(1.0, largest, cap, float(lse.abs().max()))
 
 
 HEAD_DIMS = [1, 8, 40, 59, 64, 80, 96, 111, 128, 192, 256]

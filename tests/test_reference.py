@@ -1,5 +1,6 @@
 """The oracle against arithmetic that can be done by hand, and against a triple loop over Python floats."""
 
+import inspect
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_attn import reference_attention
+from fused_attn import attention, reference_attention
 
 INF = math.inf
 
@@ -340,8 +341,11 @@ def test_agrees_with_torch(arguments, n_queries, n_keys):
 
 def test_same_arguments_as_attention():
     q = torch.randn(1, 1, 2, 3)
-    with pytest.raises(NotImplementedError, match="dropout_p"):
-        reference_attention(q, q, q, dropout_p=0.5)
     with pytest.raises(ValueError, match="softcap"):
         reference_attention(q, q, q, softcap=-1.0)
+    with pytest.raises(ValueError, match="dropout_p"):
+        reference_attention(q, q, q, dropout_p=1.5)
+    named = {*inspect.signature(attention).parameters} - {"q", "k", "v", "backend"}
+    defaults = {name: inspect.signature(attention).parameters[name].default for name in named}
+    close(reference_attention(q, q, q, **defaults), reference_attention(q, q, q), 0)
     close(reference_attention(q, q, q, backend="triton"), reference_attention(q, q, q), 1e-6)

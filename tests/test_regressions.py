@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from support.guard import memory_guard
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_attn
 from fused_attn import tuning
 from fused_attn.kernels import launch
+from fused_attn.lowering import pack
+from fused_attn.spec import AttentionSpec, Companions
 
 pytestmark = pytest.mark.kernels
 ROOT = Path(__file__).parents[1]
@@ -35,7 +41,7 @@ def test_torch_func_inside_compile_raises_instead_of_giving_zeros(transform):
 def test_the_raw_op_is_not_a_constant():
     q, k, v = qkv(requires_grad=True)
     with pytest.raises(RuntimeError, match="carries no gradient of its own"):
-        torch.ops.fused_attn.forward(q, k, v, 0.25, None, None, True, None)
+        torch.ops.fused_attn.forward(q, k, v, *Companions(), *pack(AttentionSpec(0.25)))
 
 
 @pytest.mark.parametrize("arguments", [{"softcap": 5.0}, {"return_lse": True}, {"backend": "reference"}], ids=str)
@@ -117,6 +123,120 @@ def test_a_window_wider_than_64_bits_is_no_window(backend):
 def test_an_empty_list_asks_for_nothing():
     q, k, v = qkv()
     assert torch.equal(fused_attn.attention(q, k, v, mod_args=[]), fused_attn.attention(q, k, v))
+
+
+@pytest.mark.parametrize("arguments", [
+    {"key_lengths": torch.tensor([3, 9, 5, 9])[::2]}, {"key_lengths": torch.tensor([3]).expand(2)},
+    {"sinks": torch.linspace(-2, 2, 8)[::2]}, {"sinks": torch.ones(1).expand(4)},
+], ids=["key_lengths strided", "key_lengths expanded", "sinks strided", "sinks expanded"])
+def test_small_tensors_of_any_stride(arguments):
+    q, k, v = torch.randn(2, 4, 5, 16), *(torch.randn(2, 2, 7, 16) for _ in range(2))
+    with memory_guard():
+        out = fused_attn.attention(q, k, v, backend="triton", **arguments)
+    torch.testing.assert_close(out, fused_attn.reference_attention(q, k, v, **arguments))
+
+
+def test_seqused_of_any_stride():
+    x, cu = torch.randn(10, 2, 16), torch.tensor([0, 4, 10], dtype=torch.int32)
+    used = torch.tensor([3, 9, 5, 9])[::2]
+    with memory_guard():
+        out = fused_attn.attention_varlen(x, x, x, cu, cu, 6, 6, seqused_q=used, seqused_k=used, backend="triton")
+    torch.testing.assert_close(out[4:9], fused_attn.attention(*[x[4:9].transpose(0, 1)[None]] * 3)[0].transpose(0, 1))
+    assert (out[[3, 9]] == 0).all()
+
+
+def test_mods_of_one_name_are_not_mixed_up():
+    """Reference-only mods had their name for a key, which also named the shipped ones."""
+    q, k, v = qkv()
+    bias = torch.randn(6)
+    biased = fused_attn.attention(q, k, v, bias=bias, backend="reference")
+    twice, zero = (fused_attn.ScoreMod("bias", reference=lambda s, *_, f=f: s * f) for f in (2, 0))
+    assert torch.equal(fused_attn.attention(q, k, v, bias=bias, backend="reference"), biased)
+    doubled = fused_attn.attention(q, k, v, score_mod=twice, backend="reference")
+    torch.testing.assert_close(doubled, fused_attn.attention(q, k, v, scale=0.5, backend="reference"))
+    torch.testing.assert_close(fused_attn.attention(q, k, v, score_mod=zero, backend="reference"), v.mean(2, True).expand_as(v))
+
+
+@triton.jit
+def times(score, q_pos, k_idx, head, batch, args):
+    return score * tl.abs(args[0])
+
+
+@pytest.mark.parametrize(("wanted", "message"), [
+    ("q", "times has no slope, which gradients need"), ("k", "times has no slope, which gradients need"),
+    ("w", "times has no slope for argument 0, which its gradient needs")])
+def test_a_slope_that_is_missing_is_told_and_not_taken_for_1(wanted, message):
+    mod = fused_attn.ScoreMod("times", times, None, (), lambda s, q, k, h, b, args: s * args[0].abs())
+    tensors = dict(zip("qkv", qkv(), strict=True)) | {"w": torch.full((2, 1, 1), 3.0)}
+    call = lambda **more: fused_attn.attention(*(tensors[x] for x in "qkv"), score_mod=mod(tensors["w"]), **more)  # noqa: E731
+    expected = call(backend="reference")
+    tensors[wanted].requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(call(backend="triton"), expected)
+    with pytest.raises(ValueError, match=message):
+        call(backend="triton")
+
+
+def test_explaining_a_call_draws_no_numbers():
+    q, k, v = qkv()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    fused_attn.explain(q, k, v, dropout_p=0.5)
+    with fused_attn.strict(), pytest.raises(RuntimeError, match="strict"):
+        fused_attn.attention(q, k, v, dropout_p=0.5)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64], ids=str)
+def test_torch_keeps_the_digits_of_a_bias_beside_halves(dtype, bias_dtype):
+    q, k, v = (x.to(dtype) for x in qkv(40, 40))
+    bias = 100 + torch.randn(40, 40, dtype=bias_dtype)
+    exact = fused_attn.reference_attention(q.double(), k.double(), v.double(), bias=bias)
+    error = (fused_attn.attention(q, k, v, bias=bias, backend="torch").double() - exact).abs().max()
+    assert error < 4 * torch.finfo(dtype).eps
+
+
+def test_the_lse_of_packed_sequences_may_lose_its_strides():
+    """Hooks on saved tensors (offloading, compression) give them back contiguous, while packed rows lie padded."""
+    inputs, cu = [torch.randn(10, 2, 16).requires_grad_() for _ in range(3)], torch.tensor([0, 4, 10], dtype=torch.int32)
+
+    def gradients():
+        out, lse = fused_attn.attention_varlen(*inputs, cu, cu, 6, 6, return_lse=True, backend="triton")
+        return torch.autograd.grad(out.sin().sum() + lse.sin().sum(), inputs)
+
+    plain = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x), \
+            memory_guard():
+        assert all(torch.equal(x, y) for x, y in zip(gradients(), plain, strict=True))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_compiled_gradients_of_a_relative_bias(heads):
+    torch._dynamo.reset()
+    inputs = (*qkv(), torch.randn(heads, 11, requires_grad=True))
+
+    def call(q, k, v, values):
+        return fused_attn.attention(q, k, v, bias=fused_attn.RelativeBias(values), backend="triton").sin().sum()
+
+    (expected,) = torch.autograd.grad(call(*inputs), inputs[3])
+    (grad,) = torch.autograd.grad(torch.compile(call, backend="inductor", fullgraph=True)(*inputs), inputs[3])
+    assert grad.stride() == expected.stride()
+    torch.testing.assert_close(grad, expected)
+
+
+def test_packed_sequences_are_traced_without_looking_at_them():
+    torch._dynamo.reset()
+    x, cu = torch.randn(10, 2, 16), torch.tensor([0, 4, 10], dtype=torch.int32)
+
+    def call(x, cu):
+        return fused_attn.attention_varlen(x, x, x, cu, cu, 6, 6, causal=True, backend="triton")
+
+    out = call(x, cu)
+    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(x, cu), out)
+    with FakeTensorMode() as mode:
+        assert call(mode.from_tensor(x), mode.from_tensor(cu)).stride() == out.stride()
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])

@@ -1,22 +1,19 @@
-"""The kernels as a citizen of PyTorch: compile, autograd, autocast, checkpointing, transforms, FLOP counts, devices."""
+"""The kernels as a citizen of PyTorch: compile, autograd, autocast, checkpointing, transforms."""
 
 import contextlib
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.guard import memory_guard
+from support.layouts import LAYOUTS
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
 from fused_attn import reference_attention as reference
-from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 
@@ -43,16 +40,6 @@ def close(actual, expected, tolerance=1e-12):
 def close_all(actual, expected, tolerance=1e-12):
     for a, e in zip(actual, expected, strict=True):
         close(a, e, tolerance)
-
-
-LAYOUTS = {
-    "contiguous": lambda *shape: torch.randn(*shape),
-    "length before heads": lambda b, h, n, d: torch.randn(b, n, h, d).transpose(1, 2),
-    "head dim before length": lambda b, h, n, d: torch.randn(b, h, d, n).transpose(2, 3),
-    "expanded heads": lambda b, h, n, d: torch.randn(b, 1, n, d).expand(b, h, n, d),
-    "every second column": lambda b, h, n, d: torch.randn(b, h, n, 2 * d)[..., ::2],
-    "part of a packed tensor": lambda b, h, n, d: torch.randn(b, n, 3, h, d)[:, :, 1].transpose(1, 2),
-}
 
 
 @pytest.fixture
@@ -140,43 +127,18 @@ def test_export_with_a_dynamic_length():
     assert torch.equal(program.module()(*other), attention(*other, causal=True))
 
 
-# --- the ops ---
-
-FULL, CAUSAL, CAPPED = (0.3, None, None, True, None), (0.3, None, 0, True, None), (0.3, 3, 1, False, 1.5)
-NEEDS = [(True, True, True), (False, True, False), (True, False, True)]
-OP_CASES = [  # layout, dtype, (scale, left, right, bottom_right, softcap), which gradients
-    ("contiguous", torch.float64, FULL, NEEDS[0]), ("length before heads", torch.bfloat16, CAUSAL, NEEDS[2]),
-    ("expanded heads", torch.float32, CAPPED, NEEDS[1]),
-    pytest.param("contiguous", torch.float16, CAPPED, NEEDS[1], marks=pytest.mark.slow),
-    *(pytest.param(layout, torch.float32, CAUSAL, NEEDS[0], marks=pytest.mark.slow) for layout in LAYOUTS)]
-
-
-@pytest.mark.parametrize(("layout", "dtype", "spec", "needs"), OP_CASES)
-def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
-    tensors = [LAYOUTS[layout](2, heads, n, 8) for heads, n in ((4, 5), (2, 7), (2, 7))]
-    tensors = [x if dtype == x.dtype else x.to(dtype) for x in tensors]
-    attention(*tensors)  # the ops exist from the first call on
-    forward, backward = torch.ops.fused_attn.forward.default, torch.ops.fused_attn.backward.default
-    out, lse = forward(*tensors, *spec)
-    rest = (torch.randn_like(out), torch.randn_like(lse) if all(needs) else None, *tensors, out, lse)
-    torch.library.opcheck(forward, (*tensors, *spec))
-    torch.library.opcheck(backward, (*rest, *spec, *needs))
-
-    with FakeTensorMode() as mode:
-        fakes = [None if x is None else mode.from_tensor(x) for x in rest]
-        fake = (*forward(*fakes[2:5], *spec), *backward(*fakes, *spec, *needs))
-    for r, f in zip((out, lse, *backward(*rest, *spec, *needs)), fake, strict=True):
-        assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
-
-
 # --- autograd: what is computed and kept ---
 
-NEEDED = {"q": ("dq_kernel", (True, False, False)), "k": ("dkv_kernel", (False, True, False)),
-          "v": ("dkv_kernel", (False, False, True))}
+NEEDED = {  # kernels beside delta_kernel, needs of q, k, v, bias and sinks
+    "q": (["dq_kernel"], (True, False, False, False, False)), "k": (["dkv_kernel"], (False, True, False, False, False)),
+    "v": (["dkv_kernel"], (False, False, True, False, False)), "sinks": ([], (False, False, False, False, True)),
+    "bias": (["operand_grad_kernel"], (False, False, False, True, False)),
+    "q and bias": (["dq_kernel", "operand_grad_kernel"], (True, False, False, True, False)),
+}
 
 
 class BackwardNeeds(TorchDispatchMode):
-    """The need_dq, need_dk, need_dv of every backward op."""
+    """The need_dq, need_dk, need_dv, need_dsinks and need_operands of every backward op."""
 
     def __init__(self):
         super().__init__()
@@ -184,21 +146,23 @@ class BackwardNeeds(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.fused_attn.backward.default:
-            self.seen.append(tuple(args[-3:]))
+            self.seen.append(tuple(args[-5:]))
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_only_wanted_gradients_are_computed(name):
-    kernel, needs = NEEDED[name]
-    inputs = qkv(grad=needs)
+    kernels, needs = NEEDED[name]
+    bias, sinks = (torch.randn(*shape, dtype=torch.float64, requires_grad=need)
+                   for shape, need in zip(((9, 9), (2,)), needs[3:], strict=True))
+    inputs = (*qkv(grad=needs[:3]), bias, sinks)
     exact = again(inputs)
-    out = attention(*inputs, causal=True)
+    out = attention(*inputs[:3], bias=bias, sinks=sinks, causal=True)
     with memory_guard() as guard, BackwardNeeds() as mode:
         out.sin().sum().backward()
-    assert [launched for launched in guard.kernels if launched != "delta_kernel"] == [kernel]
-    assert mode.seen == [needs]
-    reference(*exact, causal=True).sin().sum().backward()
+    assert [launched for launched in guard.kernels if launched != "delta_kernel"] == kernels
+    assert mode.seen == [(*needs[:3], needs[4], [needs[3]])]
+    reference(*exact[:3], bias=exact[3], sinks=exact[4], causal=True).sin().sum().backward()
     for x, e in zip(inputs, exact, strict=True):
         assert (x.grad is None) == (e.grad is None)
         if e.grad is not None:
@@ -336,65 +300,3 @@ def test_autocast_leaves_alone_what_torch_leaves_alone():
         assert attention(*inputs).dtype == F.scaled_dot_product_attention(*inputs).dtype == torch.float64
         with torch.autocast("cpu", enabled=False):
             assert attention(*(x.float() for x in inputs)).dtype == torch.float32
-
-
-# --- FLOPs, devices ---
-
-
-# B 2, H 4, D 8, Dv 4; 6 queries, 10 keys. Query i stands at i + 4. Kept pairs: full 6 * 10 = 60; causal 5 + 6 + ... + 10 = 45;
-# window (2, 1): keys i + 2 ... i + 5, 4 for i = 0 ... 4 and 3 for i = 5: 23. A product of depth d costs 2 d FLOPs a pair.
-@pytest.mark.parametrize(("arguments", "pairs"), [({}, 60), ({"causal": True}, 45), ({"window": (2, 1)}, 23)], ids=str)
-@pytest.mark.parametrize(("grad", "qk", "pv"), [((True, True, True), 3, 2), ((True, False, False), 2, 1),
-                                               ((False, False, True), 1, 1)])
-def test_flops(arguments, pairs, grad, qk, pv):
-    with FakeTensorMode():  # what is counted are shapes
-        q, k, v = qkv(6, 10, batch=2, heads=4, dim_v=4, grad=grad)
-        with FlopCounterMode(display=False) as forward:
-            out = attention(q, k, v, **arguments)
-        with FlopCounterMode(display=False) as backward:  # S, dQ, dK and dP, dV, as far as they are needed
-            out.sum().backward()
-    assert forward.get_total_flops() == 2 * 4 * pairs * 2 * (8 + 4)
-    assert backward.get_total_flops() == 2 * 4 * pairs * 2 * (qk * 8 + pv * 4)
-
-
-class FakeAccelerator:
-    """torch.accelerator for a machine with several devices, of which ``current`` is the active one."""
-
-    def __init__(self, monkeypatch, current):
-        self.current, self.entered = current, []
-        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
-        monkeypatch.setattr(torch.accelerator, "device_index", self.device_index)
-
-    @contextlib.contextmanager
-    def device_index(self, index):
-        before, self.current = self.current, index
-        self.entered.append(index)
-        try:
-            yield
-        finally:
-            self.current = before
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize(("device", "current", "entered"), [("cuda:1", 0, [1]), ("cuda:1", 1, []), ("cuda:0", 1, [0])])
-def test_launch_on_the_tensors_device(monkeypatch, device, current, entered, fails):
-    from fused_attn.kernels import launch
-
-    accelerator, seen = FakeAccelerator(monkeypatch, current), []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: seen.append((grid, accelerator.current, args, options)) or 1 / (not fails)
-
-    tensor, config = SimpleNamespace(device=torch.device(device)), TileConfig(16, 32, 8, 3, options=(("waves_per_eu", 2),))
-    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
-        launch.run(Kernel(), 7, (tensor, 5), config)
-    options = {"num_warps": 8, "num_stages": 3, "waves_per_eu": 2}
-    assert seen == [((7,), torch.device(device).index, (tensor, 5, config), options)]
-    assert accelerator.current == current
-    assert accelerator.entered == entered
-
-
-def test_launch_on_the_cpu_asks_no_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: pytest.fail("no accelerator is concerned"))
-    attention(*qkv())

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import fused_attn
+from fused_attn import describe, reference
+from fused_attn.describe import Described
 
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 E_LIMIT = {torch.float16: 1.25, torch.bfloat16: 1.25, torch.float32: 16.0, torch.float64: 64.0}
@@ -82,40 +84,76 @@ def error_ratio(x: torch.Tensor, ref: torch.Tensor) -> float:
 def amplitudes(inputs: list[torch.Tensor], dout: torch.Tensor, dlse: torch.Tensor | None, arguments: dict[str, Any],
                ) -> tuple[dict[str, torch.Tensor], float]:
     """The formulas of attention and its gradients with absolute values in place of the terms, and the largest score."""
-    q, k, v = (x.double() for x in inputs)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scale = arguments.get("scale")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores, slope = q @ k.mT * scale, torch.ones(())
-    largest = float(scores.abs().max()) if scores.numel() else 0.0
-    if (cap := arguments.get("softcap")) is not None:
-        tanh = torch.tanh(scores / cap)
-        scores, slope = cap * tanh, 1 - tanh**2
-    n_queries, n_keys = scores.shape[-2:]
-    position = torch.arange(n_queries)[:, None] + n_keys - n_queries
-    key = torch.arange(n_keys)[None, :]
-    left, right = arguments.get("window") or (None, None)
-    right = 0 if arguments.get("causal") else right
-    keep = torch.ones(n_queries, n_keys, dtype=torch.bool)
-    keep &= (key >= position - left) if left is not None else True
-    keep &= (key <= position + right) if right is not None else True
-    scores = scores.masked_fill(~keep, -math.inf)
-    p = torch.softmax(scores, -1).nan_to_num(0.0) if n_keys else scores
+    call = describe.describe(*(x.double() for x in inputs), **arguments)
+    return amplitudes_of(call, dout, dlse, inputs[0].dtype, {})
+
+
+def amplitudes_of(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, dtype: torch.dtype,
+                  leaves: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
+    """The same of any described call in fp64, run in ``dtype``, and for the ``leaves`` that its operands were made from.
+
+    dout [B, H, Nq, Dv] and dlse [B, H, Nq]; of packed sequences [1, H, T, Dv] and [1, H, T].
+    """
+    if call.spec.longest is None:
+        return _amplitudes(call, dout, dlse, dtype, leaves, 0)
+    whole = {"out": torch.zeros(*call.q.shape[:3], call.v.shape[3], dtype=torch.float64)}
+    whole |= {f"d{name}": torch.zeros_like(x) for name, x in (*zip("qkv", call[:3], strict=True), *leaves.items())}
+    largest, companions = 0.0, call.companions
+    spans = (reference.spans(companions.cu_q, companions.used_q), reference.spans(companions.cu_k, companions.used_k))
+    for batch, ((q0, q1), (k0, k1)) in enumerate(zip(*spans, strict=True)):
+        operands = tuple(reference._of_sequence(x, batch, call.spec.longest[0], q1 - q0, k1 - k0) for x in companions.operands)
+        one = Described(call.q[:, :, q0:q1], call.k[:, :, k0:k1], call.v[:, :, k0:k1], call.spec,
+                        companions._replace(cu_q=None, cu_k=None, used_q=None, used_k=None, operands=operands))
+        part, score = _amplitudes(one, dout[:, :, q0:q1], None if dlse is None else dlse[:, :, q0:q1], dtype, leaves, batch)
+        for name, rows in (("out", slice(q0, q1)), ("dq", slice(q0, q1)), ("dk", slice(k0, k1)), ("dv", slice(k0, k1))):
+            whole[name][:, :, rows] = part[name]
+        for name in leaves:
+            whole[f"d{name}"] += part[f"d{name}"]
+        largest = max(largest, score)
+    return whole, largest
+
+
+def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, dtype: torch.dtype,
+                leaves: dict[str, torch.Tensor], first_batch: int) -> tuple[dict[str, torch.Tensor], float]:
+    q, k, v, spec, companions = call
+    group, n_keys = q.shape[1] // k.shape[1], k.shape[2]
+    # Columns that add E, which is 0, to the products: its gradient is the slope of the score mods, scale and all.
+    products = torch.zeros(*q.shape[:3], n_keys, dtype=torch.float64, requires_grad=True)
+    unit = torch.eye(n_keys, dtype=torch.float64).expand(*k.shape[:2], -1, -1)
+    wide_q, wide_k = torch.cat((q.detach(), products), 3), torch.cat((k.detach(), unit), 3)
+    p, lse = reference.weights(wide_q, wide_k, spec._replace(dropout_p=0.0), companions, first_batch)
+    dropped = reference.weights(wide_q, wide_k, spec, companions, first_batch)[0].detach()
+    keep = p > 0
+    scores = torch.where(keep, torch.where(keep, p, 1.0).log() + lse.unsqueeze(-1), 0.0)
+    stays = torch.where(keep, dropped / p.detach(), 0.0)  # 0, or 1 / (1 - dropout_p)
     # Below the smallest normal number of the dtype rounding is absolute: there a weight errs as if it were that large.
-    p = torch.where(keep, p.clamp(min=torch.finfo(inputs[0].dtype).smallest_normal), 0.0)
-    out, grad = p @ v, dout.double()
-    reach = grad.abs() @ v.abs().mT + (grad * out).abs().sum(-1, keepdim=True)
+    p = torch.where(keep, p.detach().clamp(min=torch.finfo(dtype).smallest_normal), 0.0)
+    if companions.used_k is not None:
+        v = v.masked_fill((torch.arange(n_keys) >= companions.used_k[:, None])[:, None, :, None], 0)
+    k, v = (x.detach().repeat_interleave(group, 1) for x in (k, v))
+    out, grad = (p * stays) @ v, dout.double()
+    row = (grad * out).abs().sum(-1, keepdim=True)
     if dlse is not None:
-        reach = reach + dlse.double().abs().unsqueeze(-1)
-    w = abs(scale) * slope * p * reach
+        row = row + dlse.double().abs().unsqueeze(-1)
+    w = p * (stays * (grad.abs() @ v.abs().mT) + row)
+    operands = {name: x for name, x in leaves.items() if name != "sinks"}
+    slopes = torch.autograd.grad((w * scores).sum(), (products, *operands.values()), retain_graph=True,
+                                 allow_unused=True, materialize_grads=True)
+    reach = slopes[0].abs()
+    # Slopes of one sign: the sum of their products with W is the sum of the absolute values.
+    result = {f"d{name}": slope.abs() for name, slope in zip(operands, slopes[1:], strict=True)}
+    if "sinks" in leaves:
+        weight = (companions.sinks.detach()[None, :, None] - lse.detach()).exp().masked_fill(lse == -math.inf, 0)
+        result["dsinks"] = (weight * row.squeeze(-1)).sum((0, 2))
 
     def per_kv_head(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (-1, group)).sum(2)
 
-    return {
-        "out": p @ v.abs(), "dv": per_kv_head(p.mT @ grad.abs()),
-        "dq": w @ k.abs(), "dk": per_kv_head(w.mT @ q.double().abs()),
+    raw = (q @ k.mT * spec.scale).detach()[keep]
+    largest = max((float(x.detach().abs().max()) for x in (raw, scores[keep]) if x.numel()), default=0.0)
+    return result | {
+        "out": (p * stays) @ v.abs(), "dv": per_kv_head((p * stays).mT @ grad.abs()),
+        "dq": reach @ k.abs(), "dk": per_kv_head(reach.mT @ q.detach().abs()),
     }, largest
 
 

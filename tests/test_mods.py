@@ -1,0 +1,225 @@
+"""Custom score and mask functions: their derivatives and arguments, and what is told where one lacks something."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from support.features import COMB, NEAR, comb, near
+
+import fused_attn
+from fused_attn import MaskMod, ScoreMod, attention
+from fused_attn.kernels.score import one
+
+pytestmark = pytest.mark.kernels
+
+
+def qkv(n_queries=70, n_keys=90, dtype=torch.float64):
+    return [torch.randn(1, 2, n, 16, dtype=dtype) for n in (n_queries, n_keys, n_keys)]
+
+
+def run(q, k, v, *others, backend="triton", **arguments):
+    """out, dq, dk, dv and the gradients of ``others``, of a loss that weighs every element by another number."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, backend=backend, **arguments)
+    dout = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
+    return out.detach(), *torch.autograd.grad(out, [*leaves, *others], dout)
+
+
+def check(*others, **arguments):
+    tensors = qkv()
+    got = run(*tensors, *others, **arguments)
+    for i, (x, expected) in enumerate(zip(got, run(*tensors, *others, backend="reference", **arguments), strict=True)):
+        torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-11, msg=lambda text, i=i: f"result {i}: {text}")
+    return got
+
+
+# --- derivatives ---
+
+
+@triton.jit
+def curved(score, q_pos, k_idx, head, batch, args):
+    return args[0] * score * tl.abs(score) + args[1] * (head + 1) - args[2] * batch
+
+
+@triton.jit
+def curved_slope(score, modded, q_pos, k_idx, head, batch, args):
+    return 2.0 * args[0] * tl.abs(score)
+
+
+@triton.jit
+def curved_gain(score, modded, q_pos, k_idx, head, batch, args):
+    return score * tl.abs(score)
+
+
+CURVED = ScoreMod("curved", curved, curved_slope, (curved_gain, one, None),
+                  reference=lambda s, q, k, h, b, args: args[0] * s * s.abs() + args[1] * (h + 1) - args[2] * b)
+# The derivative by the second argument is head + 1, not 1: a mod that lies, so that the test below can see it.
+
+
+@triton.jit
+def head_slope(score, modded, q_pos, k_idx, head, batch, args):
+    return tl.zeros_like(score) + (head + 1)
+
+
+HONEST = ScoreMod("curved", curved, curved_slope, (curved_gain, head_slope, None), reference=CURVED.reference)
+
+
+@pytest.mark.parametrize(("shape", "more"), [
+    ((), {}), ((1, 2, 70, 90), {}), ((1, 1, 70, 1), {"causal": True, "softcap": 2.0}),
+    ((2, 1, 1), {"mask_mod": COMB(torch.ones(1, 1, 1, 90, dtype=torch.int32), 3)}),
+    ((90,), {"alibi_slopes": torch.tensor([0.1, 0.2]), "scale": -0.3}),
+], ids=lambda x: str(x) if isinstance(x, tuple) else "+".join(x))
+def test_a_curved_score_mod(shape, more):
+    """Slopes that depend on the score, and gradients of two arguments of any shape, in the right order."""
+    gain = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    shift = torch.rand(1, 1, 90, dtype=torch.float64, requires_grad=True)
+    check(gain, shift, score_mod=HONEST(gain, shift, 3), **more)
+
+
+def test_a_wrong_slope_shows():
+    gain, shift = (torch.rand(size, dtype=torch.float64, requires_grad=True) for size in ((2, 1, 1), (1, 1, 90)))
+    with pytest.raises(AssertionError, match="result 5"):
+        check(gain, shift, score_mod=CURVED(gain, shift, 3))
+
+
+@pytest.mark.parametrize("number", [1, -3, 0.1, -0.25, 1e-9, 2.0**70, 2**40, True])
+def test_numbers_as_arguments(number):
+    weight = torch.rand(2, 1, 1, dtype=torch.float64)
+    if number is True:
+        with pytest.raises(TypeError, match="score_mod: expected argument 1 to be a tensor or a number; got True"):
+            check(score_mod=NEAR(weight, number))
+        return
+    q, k, v = qkv()
+    q = q / max(1.0, abs(number))  # scores stay where a weight is not all or nothing
+    got, want = (run(q, k, v, score_mod=NEAR(weight, number), backend=backend) for backend in ("triton", "reference"))
+    for x, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-11 * max(1.0, abs(number)))
+
+
+def test_arguments_may_come_beside_the_mod():
+    weight = torch.rand(2, 1, 1, dtype=torch.float64)
+    tensors = qkv()
+    beside = run(*tensors, score_mod=NEAR, mod_args=(weight, 0.5))
+    for x, bound in zip(beside, run(*tensors, score_mod=NEAR(weight, 0.5)), strict=True):
+        assert torch.equal(x, bound)
+
+
+def test_strided_and_shared_arguments():
+    """One tensor as both arguments of a mod, transposed and expanded."""
+    both = torch.rand(90, 70, dtype=torch.float64, requires_grad=True)
+    check(both, score_mod=HONEST(both.T, both.T.expand(2, 70, 90), 1))
+
+
+# --- mods that share something ---
+
+
+def test_two_mods_of_one_name_keep_their_own_twins():
+    twins = [ScoreMod("same", reference=lambda s, q, k, h, b, args, n=n: s * n) for n in (1.0, 0.0)]
+    q, k, v = qkv()
+    plain = attention(q, k, v, backend="reference")
+    assert torch.equal(attention(q, k, v, score_mod=twins[0], backend="reference"), plain)
+    assert not torch.equal(attention(q, k, v, score_mod=twins[1], backend="reference"), plain)
+
+
+@triton.jit
+def stripes(q_pos, k_idx, head, batch, args):
+    return (k_idx + head) % args[0] != 0
+
+
+def test_two_mods_of_one_function_keep_their_own_settings():
+    """A function that differs by head, once told so and once not, and without a twin: the second must not change the first."""
+    by_head = MaskMod("stripes", stripes, by_head=True, reference=lambda q, k, h, b, args: (k + h) % args[0] != 0)
+    tensors = qkv()
+    want = attention(*tensors, mask_mod=by_head(3), backend="reference")
+    MaskMod("stripes", stripes)
+    for backend in ("triton", "reference"):
+        torch.testing.assert_close(attention(*tensors, mask_mod=by_head(3), backend=backend), want)
+
+
+def test_a_custom_mod_may_have_the_name_of_a_shipped_one():
+    own = ScoreMod("bias", reference=lambda s, q, k, h, b, args: s * 0)
+    bias = torch.randn(70, 90, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv()
+    want = torch.softmax(q @ k.mT / 4 + bias, -1) @ v
+    for backend in ("triton", "reference"):
+        torch.testing.assert_close(attention(q, k, v, bias=bias, backend=backend), want)
+    both = attention(q, k, v, bias=bias, score_mod=own, backend="reference")
+    torch.testing.assert_close(both, (torch.softmax(bias, -1) @ v).expand_as(both))
+
+
+def test_any_word_is_a_name():
+    """Names travel as text, with the arguments behind them."""
+    weight = torch.rand(2, 1, 1, dtype=torch.float64, requires_grad=True)
+    mod = ScoreMod("ünicode_2", near, NEAR.slope, NEAR.arg_slopes, reference=NEAR.reference)
+    check(weight, score_mod=mod(weight, 0.5), alibi_slopes=torch.tensor([0.1, 0.2]))
+    for name in ("a:b", "a;b", "a,b", "two words", "", None):
+        for kind, function in ((ScoreMod, near), (MaskMod, comb)):
+            with pytest.raises(ValueError, match="name: expected a word"):
+                kind(name, function)
+
+
+# --- what is missing is told ---
+
+
+def test_a_missing_function_is_told():
+    mod = ScoreMod("idea", reference=lambda s, q, k, h, b, args: s)
+    mask = MaskMod("idea", reference=lambda q, k, h, b, args: k >= 0)
+    for arguments in ({"score_mod": mod}, {"mask_mod": mask}):
+        with pytest.raises(ValueError, match="idea has no jit function"):
+            attention(*qkv(), backend="triton", **arguments)
+        assert attention(*qkv(), **arguments).isfinite().all(), "the reference runs it"
+
+
+def test_a_missing_twin_is_told():
+    weight, marks = torch.rand(2, 1, 1), torch.ones(90, dtype=torch.int32)
+    for arguments in ({"score_mod": ScoreMod("lone", near)(weight, 1)}, {"mask_mod": MaskMod("lone", comb)(marks, 3)}):
+        assert attention(*qkv(), backend="triton", **arguments).isfinite().all()
+        with pytest.raises(ValueError, match="plain PyTorch twin"):
+            attention(*qkv(), backend="reference", **arguments)
+
+
+def test_a_missing_slope_is_told_where_a_gradient_is_wanted():
+    mod = ScoreMod("near", near, reference=NEAR.reference)
+    weight = torch.rand(2, 1, 1, dtype=torch.float64)
+    tensors = qkv()
+    torch.testing.assert_close(attention(*tensors, score_mod=mod(weight, 0.5), backend="triton"),
+                               attention(*tensors, score_mod=mod(weight, 0.5), backend="reference"))
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"near.*slope|slope.*near"):
+        run(*tensors, score_mod=mod(weight, 0.5))
+
+
+@pytest.mark.parametrize("arg_slopes", [(), (None, None)], ids=str)
+def test_a_missing_slope_of_an_argument_is_told_where_its_gradient_is_wanted(arg_slopes):
+    mod = ScoreMod("near", near, NEAR.slope, arg_slopes, reference=NEAR.reference)
+    weight = torch.rand(2, 1, 1, dtype=torch.float64)
+    check(score_mod=mod(weight, 0.5))  # nobody asked for it
+    weight.requires_grad_()
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"near.*slope|slope.*near"):
+        run(*qkv(), weight, score_mod=mod(weight, 0.5))
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [
+    ({"score_mod": COMB}, TypeError, "score_mod: expected a fused_attn.ScoreMod"),
+    ({"mask_mod": NEAR}, TypeError, "mask_mod: expected a fused_attn.MaskMod"),
+    ({"score_mod": lambda s, *_: s}, TypeError, "score_mod: expected a fused_attn.ScoreMod"),
+    ({"score_mod": NEAR("1", 2)}, TypeError, "score_mod: expected argument 0 to be a tensor or a number"),
+    ({"score_mod": NEAR(torch.rand(2, 1, 1), float("inf"))}, ValueError, "score_mod: expected argument 1 to be finite"),
+    ({"score_mod": NEAR(torch.rand(3, 1, 1), 2)}, ValueError, "argument 0.*: expected a shape that broadcasts to"),
+    ({"score_mod": NEAR(torch.rand(1, 1, 2, 1, 1), 2)}, ValueError, "argument 0.*: expected a shape that broadcasts to"),
+    ({"score_mod": NEAR(torch.rand(2, 1, 1).cfloat(), 2)}, TypeError, "argument 0.*: expected a float tensor"),
+    ({"mod_args": (1,)}, ValueError, "mod_args: expected none without"),
+    ({"mask": torch.rand(70, 90)}, TypeError, "mask: expected a bool tensor"),
+    ({"mask": torch.ones(90, 70, dtype=torch.bool)}, ValueError, "mask: expected a shape that broadcasts to"),
+    ({"bias": torch.ones(70, 90, dtype=torch.bool)}, TypeError, "bias: expected a float tensor"),
+    ({"bias": fused_attn.RelativeBias(torch.rand(2, 160))}, ValueError, "bias: expected RelativeBias values"),
+    ({"alibi_slopes": torch.rand(3)}, ValueError, "alibi_slopes: expected shape"),
+    ({"sinks": torch.rand(2, 1)}, ValueError, "sinks: expected shape"),
+    ({"dropout_p": 1.5}, ValueError, "dropout_p: expected a float from 0 to 1"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a float from 0 to 1"),
+    ({"key_lengths": torch.tensor([70.0])}, TypeError, "key_lengths: expected an int32 or int64 tensor"),
+    ({"key_lengths": torch.tensor([70, 70])}, ValueError, "key_lengths: expected shape"),
+], ids=lambda x: "+".join(x) if isinstance(x, dict) else "")
+def test_arguments_that_do_not_fit_are_told(arguments, error, message):
+    for backend in ("triton", "reference", None):
+        with pytest.raises(error, match=message):
+            attention(*qkv(), backend=backend, **arguments)

@@ -1,0 +1,164 @@
+"""The ops of the kernels as torch sees them: schemas, FakeTensors, strides, devices, FLOP counts."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.layouts import LAYOUTS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_attn
+from fused_attn import mods
+from fused_attn.lowering import pack, unpack
+from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
+
+pytestmark = pytest.mark.kernels
+
+
+def attention(q, k, v, **arguments):
+    return fused_attn.attention(q, k, v, backend="triton", **arguments)
+
+
+def qkv(n_queries=9, n_keys=9, *, heads=2, kv_heads=2, dim=8, dim_v=8, batch=1, dtype=torch.float64, grad=(True, True, True)):
+    shapes = (batch, heads, n_queries, dim), (batch, kv_heads, n_keys, dim), (batch, kv_heads, n_keys, dim_v)
+    return tuple(torch.randn(s, dtype=dtype, requires_grad=g) for s, g in zip(shapes, grad, strict=True))
+
+
+# --- schemas, FakeTensors, strides ---
+
+FULL, CAUSAL = AttentionSpec(0.3), AttentionSpec(0.3, Window(None, 0))
+CAPPED = AttentionSpec(0.3, Window(3, 1), bottom_right=False, softcap=1.5)
+BIASED = AttentionSpec(0.3, Window(None, 1), score_mods=(Member(mods.BIAS.key, (TENSOR,)), Member(mods.ALIBI.key, (TENSOR,))),
+                       mask_mods=(Member(mods.MASK.key, (TENSOR,)),), dropout_p=0.25)
+RELATED = AttentionSpec(0.3, score_mods=(Member(mods.BIAS.key, (RELATIVE,)),), precise=True, fp32_precision="ieee")
+PACKED = AttentionSpec(0.3, Window(None, 0), precise=True, longest=(5, 9))
+NEEDS = [(True, True, True), (False, True, False), (True, False, True)]
+
+
+def operands(spec):
+    """The companions that a spec asks for, of 4 heads, 5 queries and 7 keys, or packed ones of 10 and 14."""
+    if spec == BIASED:
+        mask = torch.rand(2, 1, 5, 7) < 0.8
+        return Companions(sinks=torch.randn(4), seed=torch.tensor([2**40 + 7]), used_k=torch.tensor([7, 4]),
+                          operands=(torch.randn(4, 7, 5).mT[None], torch.randn(2, 4, 1, 1, dtype=torch.float64), mask))
+    if spec == RELATED:
+        return Companions(sinks=torch.randn(4, dtype=torch.float64), operands=(torch.randn(1, 4, 11),))
+    if spec == PACKED:
+        cu_q, cu_k = torch.tensor([0, 5, 5, 8], dtype=torch.int32), torch.tensor([0, 3, 4, 13], dtype=torch.int32)
+        used_q, used_k = torch.tensor([5, 0, 2]), torch.tensor([3, 1, 7], dtype=torch.int32)
+        return Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k)
+    return Companions()
+
+
+OP_CASES = [  # layout, dtype, spec, which of dQ, dK, dV
+    ("contiguous", torch.float64, FULL, NEEDS[0]), ("length before heads", torch.bfloat16, CAUSAL, NEEDS[2]),
+    ("expanded heads", torch.float32, CAPPED, NEEDS[1]), ("contiguous", torch.float32, BIASED, NEEDS[0]),
+    ("length before heads", torch.bfloat16, RELATED, NEEDS[2]), ("length before heads", torch.float32, PACKED, NEEDS[0]),
+    pytest.param("every second column", torch.float64, BIASED, NEEDS[1], marks=pytest.mark.slow),
+    pytest.param("contiguous", torch.float16, CAPPED, NEEDS[1], marks=pytest.mark.slow),
+    *(pytest.param(layout, torch.float32, CAUSAL, NEEDS[0], marks=pytest.mark.slow) for layout in LAYOUTS)]
+
+
+@pytest.mark.parametrize(("layout", "dtype", "spec", "needs"), OP_CASES)
+def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
+    batch, n_queries, n_keys = (1, 10, 14) if spec == PACKED else (2, 5, 7)
+    tensors = [LAYOUTS[layout](batch, heads, n, 8) for heads, n in ((4, n_queries), (2, n_keys), (2, n_keys))]
+    tensors = [x if dtype == x.dtype else x.to(dtype) for x in tensors]
+    attention(*tensors)  # the ops exist from the first call on
+    forward, backward = torch.ops.fused_attn.forward.default, torch.ops.fused_attn.backward.default
+    companions = operands(spec)
+    arguments = (*companions, *pack(spec))
+    out, lse, residual = forward(*tensors, *arguments)
+    assert bool(residual.numel()) == spec.precise
+    dlse = torch.randn_like(lse) if all(needs) else None
+    given = (torch.randn_like(out), dlse, *tensors, out, residual, lse)
+    wanted = (*needs, companions.sinks is not None, [x.is_floating_point() for x in companions.operands])
+    torch.library.opcheck(forward, (*tensors, *arguments))
+    torch.library.opcheck(backward, (*given, *arguments, *wanted))
+
+    with FakeTensorMode() as mode:
+        def fake(x):
+            return mode.from_tensor(x) if isinstance(x, torch.Tensor) else tuple(map(fake, x)) if isinstance(x, tuple) else x
+
+        fakes, more = fake(given), fake(arguments)
+        found = tree_leaves((forward(*fakes[2:5], *more), backward(*fakes, *more, *wanted)))
+    real = tree_leaves(((out, lse, residual), backward(*given, *arguments, *wanted)))
+    assert len(real) == 7 + len(companions.operands)
+    for r, f in zip(real, found, strict=True):
+        assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
+
+
+@pytest.mark.parametrize("spec", [FULL, CAUSAL, CAPPED, BIASED, RELATED, PACKED, FULL._replace(mask_mods=(
+    Member(mods.TREE.key, (TENSOR,) * 3), Member("own_0123456789abcdef", ("-1.5", "7", TENSOR, "1e-05")), Member("bare", ())))])
+def test_a_spec_survives_its_flat_form(spec):
+    assert unpack(pack(spec)) == spec
+    assert all(x is None or isinstance(x, (str, bool, int, float)) for x in pack(spec))
+
+
+# --- FLOPs ---
+
+
+
+# B 2, H 4, D 8, Dv 4; 6 queries, 10 keys. Query i stands at i + 4. Kept pairs: full 6 * 10 = 60; causal 5 + 6 + ... + 10 = 45;
+# window (2, 1): keys i + 2 ... i + 5, 4 for i = 0 ... 4 and 3 for i = 5: 23. A product of depth d costs 2 d FLOPs a pair.
+@pytest.mark.parametrize(("arguments", "pairs"), [({}, 60), ({"causal": True}, 45), ({"window": (2, 1)}, 23)], ids=str)
+@pytest.mark.parametrize(("grad", "qk", "pv"), [((True, True, True), 3, 2), ((True, False, False), 2, 1),
+                                               ((False, False, True), 1, 1)])
+def test_flops(arguments, pairs, grad, qk, pv):
+    with FakeTensorMode():  # what is counted are shapes
+        q, k, v = qkv(6, 10, batch=2, heads=4, dim_v=4, grad=grad)
+        with FlopCounterMode(display=False) as forward:
+            out = attention(q, k, v, **arguments)
+        with FlopCounterMode(display=False) as backward:  # S, dQ, dK and dP, dV, as far as they are needed
+            out.sum().backward()
+    assert forward.get_total_flops() == 2 * 4 * pairs * 2 * (8 + 4)
+    assert backward.get_total_flops() == 2 * 4 * pairs * 2 * (qk * 8 + pv * 4)
+
+
+# --- devices ---
+
+
+class FakeAccelerator:
+    """torch.accelerator for a machine with several devices, of which ``current`` is the active one."""
+
+    def __init__(self, monkeypatch, current):
+        self.current, self.entered = current, []
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
+        monkeypatch.setattr(torch.accelerator, "device_index", self.device_index)
+
+    @contextlib.contextmanager
+    def device_index(self, index):
+        before, self.current = self.current, index
+        self.entered.append(index)
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("device", "current", "entered"), [("cuda:1", 0, [1]), ("cuda:1", 1, []), ("cuda:0", 1, [0])])
+def test_launch_on_the_tensors_device(monkeypatch, device, current, entered, fails):
+    from fused_attn.kernels import launch
+
+    accelerator, seen = FakeAccelerator(monkeypatch, current), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append((grid, accelerator.current, args, options)) or 1 / (not fails)
+
+    tensor, config = SimpleNamespace(device=torch.device(device)), TileConfig(16, 32, 8, 3, options=(("waves_per_eu", 2),))
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        launch.run(Kernel(), 7, (tensor, 5), config)
+    options = {"num_warps": 8, "num_stages": 3, "waves_per_eu": 2}
+    assert seen == [((7,), torch.device(device).index, (tensor, 5, config), options)]
+    assert accelerator.current == current
+    assert accelerator.entered == entered
+
+
+def test_launch_on_the_cpu_asks_no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: pytest.fail("no accelerator is concerned"))
+    attention(*qkv())
