@@ -23,7 +23,7 @@ class Attention(torch.autograd.Function):
         (q, k, v), single = arguments[:3], arguments[3 : 3 + _SINGLE]
         spec, operands = arguments[3 + _SINGLE : _OPERANDS], arguments[_OPERANDS:]
         out, lse, residual = ops.forward(q, k, v, *single, operands, *spec)
-        ctx.save_for_backward(q, k, v, out, residual, lse, *single, *operands)
+        ctx.save_for_backward(q, k, v, out, residual if residual.numel() else None, lse, *single, *operands)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return out, lse

@@ -32,7 +32,7 @@ _SPEC = ("float scale, SymInt? left, SymInt? right, bool bottom_right, float? so
 _LIBRARY = torch.library.Library("fused_attn", "DEF")
 _LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_COMPANIONS}, {_SPEC}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor residual, Tensor lse, "
+    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor? residual, Tensor lse, "
     f"{_COMPANIONS}, {_SPEC}, bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, "
     "bool[] need_operands) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
@@ -126,7 +126,7 @@ def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments:
 
 
 def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-              out: torch.Tensor, residual: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
+              out: torch.Tensor, residual: torch.Tensor | None, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
     companions, spec, needs = _take_apart(arguments)
     dq, dk, dv = _gradients(q, k, v, needs)
     if companions.cu_q is not None or companions.used_k is not None:  # rows that do not count are no program's
@@ -143,7 +143,7 @@ def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k:
         delta = _lse_like(q, packed)
         dlse = None if dlse is None else _as_lse(dlse, q, packed)
         launch_delta(out, dout, lse, dlse, delta, call, config=config("delta"))
-        if residual.numel():
+        if residual is not None:
             rest = _lse_like(q, packed)
             launch_delta(residual, dout, lse, None, rest, call, config=config("delta"))
             delta += rest
@@ -181,7 +181,7 @@ def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs: Needs) 
 
 
 def _backward_fake(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                   out: torch.Tensor, residual: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
+                   out: torch.Tensor, residual: torch.Tensor | None, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
     companions, _, needs = _take_apart(arguments)
     sinks = companions.sinks
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and needs.dsinks else lse.new_empty(0)

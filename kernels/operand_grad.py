@@ -26,7 +26,7 @@ def split_index(index, Own: tl.constexpr, extent, own, walked):
     if Own:
         return own % extent, own // extent, walked
     else:
-        return (walked % extent).to(tl.int32), own, walked // extent
+        return tl.cast(walked % extent, tl.int32), own, walked // extent
 
 
 @triton.jit(do_not_specialize=["B", "H", "Nq", "Nk", "offset", "left", "right", "n_parts"])
@@ -64,7 +64,7 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
         head, own_left, walked = split_index(own, OWN[1], H, own_left, walked)
         if OWN[4]:
             diagonal = own_left
-            m_tile = walked.to(tl.int32)
+            m_tile = tl.cast(walked, tl.int32)
             n_tile = m_tile + diagonal - (m_tiles - 1)
         else:
             m_tile, own_left, walked = split_index(own, OWN[2], m_tiles, own_left, walked)

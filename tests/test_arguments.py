@@ -263,7 +263,7 @@ BAD_PACKED = [  # argument, exception, pattern, what it is given
     ("q", TypeError, r"expected float16, .*; got torch\.int64", QP.long()),
     ("k", TypeError, r"expected q's dtype torch\.float32; got torch\.float64", KP.double()),
     ("k", ValueError, r"expected q's device cpu; got meta", KP.to(META)),
-    ("k", ValueError, r"expected .*head_dim 8", KP[..., :4]), ("v", ValueError, r"expected k's .*length", VP[:13]),
+    ("k", ValueError, r"expected .*head_dim 8", KP[..., :4]), ("v", ValueError, r"expected k's tokens and heads", VP[:13]),
     ("v", ValueError, r"expected k's .*heads", T(14, 4, 6)),
     *((f"cu_seqlens_{side}", exception, pattern, value) for side in "qk" for exception, pattern, value in (
         (TypeError, r"expected an int32 tensor \[sequences \+ 1\]; got \[0, 5\]", [0, 5]),
