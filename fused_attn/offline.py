@@ -175,7 +175,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     call, roles = lower(q, k, spec, companions)
     if config is None:
         config = choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
-        config = fit_operands(config, call.loaded_bytes, max(head_dim, head_dim_v), element, target)
+        config = fit_operands(config, call.loaded_bytes, element)
     compiled: list[tuple[Any, str, float]] = []
 
     def compile_only(function: Any, programs: int, args: tuple[Any, ...], tile: TileConfig) -> None:

@@ -99,9 +99,8 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any)
 
 
 def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
-    arch, head_dim = arch_of(q.device), max(q.shape[3], v.shape[3])
-    config = choose(kernel, q.shape[3], v.shape[3], q.dtype, arch, call.heavy)
-    return fit_operands(config, call.loaded_bytes, head_dim, q.dtype, arch) if call.loaded_bytes else config
+    config = choose(kernel, q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
+    return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
 
 
 def _keeps_residual(spec: AttentionSpec) -> bool:

@@ -150,13 +150,13 @@ def has_tiles(arch: str) -> bool:
     return _SAME.get(arch, arch) in _HALVES
 
 
-def fit_operands(config: T, loaded_bytes: int, head_dim: int, dtype: torch.dtype, arch: str) -> T:
-    """``config``, not pipelined where operands take more of a small shared memory than the tables reckon with.
+def fit_operands(config: T, loaded_bytes: int, dtype: torch.dtype) -> T:
+    """``config``, not pipelined where operands take more bytes for each score than the tables reckon with.
 
-    They reckon with one operand of the inputs' type: a bias in fp32 beside a mask needs more for each stage of the pipeline.
+    They reckon with one operand of the inputs' type. A bias in fp32 beside a mask needs more shared memory for each stage
+    of the pipeline than a small card has, and on sm_90 serialises the matrix products (C7515).
     """
-    limit = SHARED_LIMIT.get(arch, 64 * 1024)
-    if loaded_bytes <= dtype.itemsize or config.num_stages == 1 or (limit > 128 * 1024 and head_dim <= 128):
+    if loaded_bytes <= dtype.itemsize or config.num_stages == 1:
         return config
     return dataclasses.replace(config, num_stages=1, edge_stages=None)
 
