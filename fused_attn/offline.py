@@ -197,7 +197,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
             list_tiles(call, q, k, config, keys_first=False, launch=compile_only)
         tiles = list_tiles(call, q, k, config, keys_first=kernel == "dkv", launch=ignore)
         if kernel == "forward":
-            launch_forward(q, k, v, out, lse, None, companions.sinks, tiles, call, config=config, launch=compile_only)
+            launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only)
         elif kernel == "delta":
             launch_delta(out, out, lse, None, lse, call, config=config, launch=compile_only)
         elif kernel == "dq":

@@ -82,20 +82,15 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any)
     packed = companions.cu_q is not None
     precise = _keeps_residual(spec)
     out, lse = _like(q, v.shape[3], _accumulates(q) if precise else None), _lse_like(q, packed)
-    sums = _lse_like(q, packed) if precise else None
     if packed:  # rows of no sequence are no program's
         out.zero_()
     config = _config("forward", q, v, call)
     tiles = list_tiles(call, q, k, config, keys_first=False)
-    launch_forward(q, k, v, out, lse, sums, companions.sinks, tiles, call, config=config)
-    if sums is None:
+    launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, precise=precise)
+    if not precise:
         return out, lse, out.new_empty(0)
-    # Weights are rounded before they meet V. Divided by what the rounded ones sum to, the output loses the part of that
-    # error that is common to all values: the one that a large mean of V blows up.
-    mass = _key_mass(lse, companions.sinks)
-    exact = out.mul_((mass / torch.where(sums == 0, 1, sums)).unsqueeze(-1))
-    rounded = _like(q, exact.shape[3]).copy_(exact)
-    return rounded, lse, _like(q, exact.shape[3]).copy_(exact.sub_(rounded))
+    rounded = _like(q, out.shape[3]).copy_(out)
+    return rounded, lse, _like(q, out.shape[3]).copy_(out.sub_(rounded))
 
 
 def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
@@ -106,11 +101,6 @@ def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> Til
 def _keeps_residual(spec: AttentionSpec) -> bool:
     """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact."""
     return spec.precise and spec.dropout_p == 0
-
-
-def _key_mass(lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """What the weights of a row's keys sum to, [B, H, Nq]."""
-    return torch.where(lse == float("-inf"), 0.0, 1.0 if sinks is None else 1 - _sink_weight(lse, sinks)).to(lse.dtype)
 
 
 def _sink_weight(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:

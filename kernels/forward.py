@@ -37,7 +37,7 @@ def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.co
            ACC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
     """Attends to the BLOCK_N keys of ``place``: one step of the sweep. ``MASKED`` where some may not count."""
     BLOCK_N: tl.constexpr = TILE.block_n
-    acc, row_max, row_sum, rounded_sum = state
+    acc, row_max, row_sum, key_sum, rounded_sum = state
     # [BLOCK_N, D]
     k = load_tile(k_view, place.k_first, D, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
@@ -57,27 +57,26 @@ def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.co
     v = load_tile(v_view, place.k_first, DV, BLOCK_N, MASKED, TILE.wide)
     acc = outer(p.to(v[0].dtype), v, scaled(acc, shrink[:, None]), ACC, PRECISION)
     if PRECISE:
+        key_sum = key_sum * shrink + tl.sum(p, 1)
         rounded_sum = rounded_sum * shrink + tl.sum(p.to(v[0].dtype).to(ACC), 1)
-    return acc, row_max, row_sum, rounded_sum
+    return acc, row_max, row_sum, key_sum, rounded_sum
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
-def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, sinks_ptr, strides,
+def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
                    H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles,
                    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr,
-                   PRECISION: tl.constexpr, TILE: tl.constexpr):
+                   PRECISION: tl.constexpr, PRECISE: tl.constexpr, TILE: tl.constexpr):
     """One program: BLOCK_M queries of one head against all keys in their window.
 
     q [B, H, Nq, D], k [B, H / GROUP, Nk, D], v [B, H / GROUP, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq], sinks [H] or
-    None, sums [B, H, Nq] or None: what the weights of a row sum to, each as rounded as for its product with V;
-    ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the
+    None; ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the
     position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``ACC`` the type of the softmax
     state, ``TILE`` a TileConfig. Packed sequences: q [H, T, D] and so on, Nq and Nk the longest.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     LISTED: tl.constexpr = len(tiles) > 0
-    PRECISE: tl.constexpr = sums_ptr is not None
     q_strides, k_strides, v_strides, out_strides = strides
     first, bh = program_tile(Nq, BLOCK_M, right is not None)
     batch = bh // H
@@ -92,7 +91,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, sinks_ptr, s
     k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
     v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
     row_max, row_sum = softmax_start(sinks_ptr, head, BLOCK_M, ACC)
-    state = zeros(DV, BLOCK_M, ACC), row_max, row_sum, tl.zeros([BLOCK_M], ACC) if PRECISE else 0
+    sums = tl.zeros([BLOCK_M], ACC) if PRECISE else 0
+    state = zeros(DV, BLOCK_M, ACC), row_max, row_sum, sums, sums
 
     if LISTED:
         sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
@@ -109,25 +109,26 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, sinks_ptr, s
     factor, lse = softmax_finish(state[1], state[2])
     if len(extras.dropout) > 0:
         factor *= extras.dropout.factor
+    if PRECISE:
+        # Weights are rounded before they meet V. Divided by what the rounded ones sum to, the output loses the part of
+        # that error that is common to all values: the one that a large mean of V blows up.
+        factor *= tl.where(state[4] == 0.0, 1.0, state[3] / tl.where(state[4] == 0.0, 1.0, state[4]))
     out_view = head_view(out_ptr, out_strides, batch, head, q_start, n_queries)
     store_tile(out_view, first, scaled(state[0], factor[:, None]), DV, BLOCK_M, TILE.wide)
     store_rows(row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries), first, lse, BLOCK_M)
-    if PRECISE:
-        sums_view = row_view(sums_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
-        store_rows(sums_view, first, state[3] * factor, BLOCK_M)
 
 
 def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-                   sums: torch.Tensor | None, sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *,
-                   config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``out``, ``lse`` and ``sums``; shapes as in ``forward_kernel``. ``tiles`` is what ``list_tiles`` gave."""
+                   sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
+                   precise: bool = False, launch: Launcher = run) -> None:
+    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``. ``tiles`` is what ``list_tiles`` gave."""
     heads = q.shape[1]
     if out.numel() == 0:
         return
     args = (
-        q, k, v, out, lse, sums, sinks, call.strides(q, k, v, out),
+        q, k, v, out, lse, sinks, call.strides(q, k, v, out),
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
-        heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision,
+        heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, precise,
     )
     launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
            fit_offsets(config, call, q, k, v, out))

@@ -85,7 +85,7 @@ def test_a_new_length_never_compiles_again():
             lse = torch.empty(1, 2, n_queries, device="meta")
             call = Call(scale, None, right, n_keys - n_queries, "ieee", 1, n_queries, n_keys)
             config = choose("forward", dim, dim, torch.bfloat16, "sm_80")
-            forward.launch_forward(q, k, k, q, lse, None, None, (), call, config=config, launch=launch)
+            forward.launch_forward(q, k, k, q, lse, None, (), call, config=config, launch=launch)
         for n_queries, n_keys, right, scale in ((1, 1, 0, .1), (1, 16, 1, .2), (16, 1000, 0, .1), (1001, 17, 16, 1.)):
             call(n_queries, n_keys, 64, right, scale)
         print(len(kernels))

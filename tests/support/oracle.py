@@ -123,7 +123,7 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     wide_q, wide_k = torch.cat((q.detach(), products), 3), torch.cat((k.detach(), unit), 3)
     p, lse = reference.weights(wide_q, wide_k, spec._replace(dropout_p=0.0), companions, first_batch)
     dropped = reference.weights(wide_q, wide_k, spec, companions, first_batch)[0].detach()
-    keep = p > 0
+    keep = p > 1e-250  # the derivative of a logarithm below that leaves the range of fp64
     scores = torch.where(keep, torch.where(keep, p, 1.0).log() + lse.unsqueeze(-1), 0.0)
     stays = torch.where(keep, dropped / p.detach(), 0.0)  # 0, or 1 / (1 - dropout_p)
     # Below the smallest normal number of the dtype rounding is absolute: there a weight errs as if it were that large.
