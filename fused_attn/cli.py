@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_.add_argument("--target", help="sm_80, sm_90, gfx942, ...")
     compile_.add_argument("--head-dim", type=int, choices=range(1, 577), metavar="D", nargs="+", default=[128],
                           help="1 to 576")
-    compile_.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "fp64"), nargs="+", default=["bf16"])
+    compile_.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "tf32", "tf32x3", "fp64"), nargs="+", default=["bf16"])
     compile_.add_argument("--causal", action="store_true")
     compile_.add_argument("--feature", choices=FEATURES, default="plain", help="what the kernels do beside plain attention")
     compile_.add_argument("--pass", dest="which", choices=("forward", "backward", "all"), default="all")

@@ -66,7 +66,10 @@ def _reference_weights(call: Described) -> torch.Tensor:
 
 def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, *, backend: str | None = None,
                     strict: bool | None = None, **arguments: Any) -> AttentionStats:
-    """Received weight per key, entropy and largest weight per query, in two sweeps and O(N) memory.
+    """Received weight per key, entropy and largest weight per query, in O(N) memory.
+
+    It multiplies Q and K twice, as much as one forward multiplies: once along rows, for entropy, maximum and LSE, once along
+    columns, which need the LSE of every row. (One sweep would add one of the two with atomics, in no fixed order.)
 
     ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores, dropout apart. The kernels give no
     gradients; ``backend="reference"`` does, with memory quadratic in the length.

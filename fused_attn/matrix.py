@@ -61,11 +61,14 @@ def compile_one(arguments: argparse.Namespace) -> int:
 def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
     """(target, dtype, head dims, causal, feature) of the whole matrix.
 
-    Plain attention: halves everywhere, fp32 and fp64 on three targets. Every feature: bf16, causal, sm_80, sm_90, gfx942.
+    Plain attention: halves everywhere, fp32 and fp64 on three targets, fp32 by TF32 on NVIDIA's two.
+    Every feature: bf16, causal, sm_80, sm_90, gfx942.
     """
     for causal, dtype, target in product((False, True), ("bf16", "fp16"), offline.TARGETS):
         yield target, dtype, (32, 64, 128, 256), causal, "plain"
     for dtype, target in product(("fp32", "fp64"), ("sm_80", "sm_90", "gfx942")):
+        yield target, dtype, (64,), True, "plain"
+    for dtype, target in product(("tf32", "tf32x3"), ("sm_80", "sm_90")):
         yield target, dtype, (64,), True, "plain"
     for feature, target in product(offline.FEATURES[1:], ("sm_80", "sm_90", "gfx942")):
         yield target, "bf16", (64, 128), True, feature

@@ -31,7 +31,9 @@ from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, fit_operands
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
+          "tf32x3": torch.float32, "fp64": torch.float64}
 
 _MATRIX = re.compile(r"^(HGMMA|HMMA|DMMA|UTCHMMA|UTCQMMA|v_mfma|v_wmma)")
 _FMA = re.compile(r"^(FFMA|DFMA|v_fma_f32|v_fmac_f32|v_pk_fma_f32|v_dot2|v_fma_f64)")
@@ -173,6 +175,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     fields, companions = _feature(feature, length, heads, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
     call, roles = lower(q, k, spec, companions)
+    call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")
     if config is None:
         config = choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
         config = fit_operands(config, call.loaded_bytes, element)

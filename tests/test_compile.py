@@ -54,6 +54,16 @@ def test_full_precision_compiles():
         assert any(name.startswith("DMMA") for name in row["matrix"])
 
 
+def test_fp32_by_tf32():
+    """Tensor cores take fp32 as TF32, and the threefold form as three products of it."""
+    products = []
+    for precision in ("tf32", "tf32x3"):
+        (row,) = compiled("--target", "sm_80", "--head-dim", "64", "--dtype", precision, "--pass", "forward", "--causal")
+        assert all("TF32" in name for name in row["matrix"])
+        products.append(sum(row["matrix"].values()))
+    assert products[1] == 3 * products[0] > 0
+
+
 def test_the_gate_sees_a_kernel_that_spills():
     script = """if True:
         from fused_attn import offline
