@@ -95,8 +95,11 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
 
 
 def seeded(call: Described) -> Described:
-    """``call`` with a seed where it drops weights: as late as this, so that a call that does not run draws none."""
-    if call.spec.dropout_p == 0:
+    """``call`` with a seed where it drops weights: as late as this, so that a call that does not run draws none.
+
+    One that has a seed keeps it: what runs twice, for its output and for its weights, drops the same.
+    """
+    if call.spec.dropout_p == 0 or call.companions.seed is not None:
         return call
     # Drawn on the device from torch's own generator: it follows torch.manual_seed, and CUDA graphs advance it.
     seed = torch.randint(2**63 - 1, (1,), device=call.q.device)

@@ -115,17 +115,18 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
         reasons += ("torch's fused kernel has no sinks",)
     if spec.precise and any(x.requires_grad for x in (q, call.k, call.v)):
         reasons += ("torch's fused kernel has no precise backward",)
-    if spec.dropout_p > 0:
-        reasons += ("torch's fused kernel draws no dropout mask of ours",)
     for member in spec.score_mods:
         if member.key != mods.BIAS.key:
             reasons += (f"torch's fused kernel has no score mod {mods.registered(member.key).name}",)
-        elif companions.operands[-1 - len(spec.mask_mods)].requires_grad or "relative" in member.args:
+    operands = iter(companions.operands)
+    for member in spec.score_mods:
+        tensors = [next(operands) for kind in member.args if kind in (TENSOR, RELATIVE)]
+        if member.key == mods.BIAS.key and (RELATIVE in member.args or tensors[0].requires_grad):
             reasons += ("torch's fused kernel gives no bias gradient and takes no relative bias",)
     if any(member.key != mods.MASK.key for member in spec.mask_mods):
         reasons += ("torch's fused kernel has no mask functions",)
-    if spec.longest is not None and (q.device.type != "cpu" or companions.operands):
-        reasons += ("torch's fused kernel takes no packed sequences with masks, and on a GPU none at all",)
+    if spec.longest is not None and (q.device.type != "cpu" or companions.operands or spec.dropout_p > 0):
+        reasons += ("torch's fused kernel takes no packed sequences with masks or dropout, and on a GPU none at all",)
     if 0 in q.shape or 0 in call.k.shape or 0 in call.v.shape:
         reasons += ("torch's fused kernel takes no empty tensors",)
     return reasons
@@ -144,6 +145,8 @@ def choose(call: Described, return_lse: bool, backend: str | None, strict: bool 
         return preferred
     reasons = against_triton(call) if preferred == "triton" else against_torch(call, return_lse)
     if not reasons:
+        if preferred == "torch" and asked is None and call.spec.dropout_p > 0 and settings.is_strict(strict):
+            raise RuntimeError("strict: on the CPU, torch's attention with dropout is quadratic in memory")
         return preferred
     if asked is not None:
         source = "backend" if backend is not None else "FUSED_ATTN_BACKEND"
@@ -192,7 +195,10 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
                     companions: Companions) -> torch.Tensor:
-    """The call by torch's own scaled_dot_product_attention, arranged so that its fused kernel takes it."""
+    """The call by torch's own scaled_dot_product_attention, arranged so that its fused kernel takes it.
+
+    Dropout is torch's: a mask of its own from torch's generator, and on the CPU torch's quadratic path.
+    """
     if spec.longest is not None:
         return _torch_packed(q, k, v, spec, companions)
     n_queries, n_keys, dim, dim_v = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
@@ -217,18 +223,18 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[3])) for x in (q, k, v))
     if q.device.type == "cpu":  # with another stride torch would leave its fused kernel for a quadratic one
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=spec.scale,
+    out = F.scaled_dot_product_attention(q, k, v, mask, spec.dropout_p, causal, scale=spec.scale,
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out if dim <= dim_v else out[..., :dim_v]
 
 
 def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec,
                  companions: Companions) -> torch.Tensor | None:
-    """One mask or bias for torch, of the masks and the bias of a call."""
-    operands = list(companions.operands)
-    bias = operands.pop(0) if spec.score_mods else None
-    for operand in operands:
+    """One mask or bias for torch, of the masks and the biases of a call: one tensor each, in this order."""
+    biases, masks = companions.operands[: len(spec.score_mods)], companions.operands[len(spec.score_mods) :]
+    for operand in masks:
         mask = operand if mask is None else mask & operand
+    bias = functools.reduce(torch.add, biases) if biases else None
     if bias is None:
         return mask
     # fp16 and bf16 would cost a bias of another type its digits; torch takes fp32 beside them.

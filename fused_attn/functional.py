@@ -19,12 +19,12 @@ def _check_switches(deterministic: bool | None, strict: bool | None) -> None:
             raise TypeError(f"{name}: expected a bool or None; got {value!r}")
 
 
-def _run(call: Described, return_lse: bool, backend: str | None, strict: bool | None) -> tuple[torch.Tensor, Any]:
+def run(call: Described, return_lse: bool, backend: str | None, strict: bool | None) -> tuple[torch.Tensor, Any]:
     """(out, lse or None) of a described call, on the backend that runs it."""
     chosen = dispatch.choose(call, return_lse, backend, strict)
-    call = describe.seeded(call)
     if chosen == "torch":
         return dispatch.torch_attention(*call), None
+    call = describe.seeded(call)
     if chosen == "triton":
         from fused_attn import autograd  # here, so that the package imports without Triton
 
@@ -78,7 +78,7 @@ def attention(
         alibi_slopes: [H] or [B, H]: scores lose slope * |position - key|. They have a gradient.
         sinks: [H]: a logit per head that takes part in the softmax and has no value. They have a gradient.
         dropout_p: probability that a weight becomes 0, while those that stay grow by 1 / (1 - p). Drawn from torch's
-            generator, one seed a call; a new value compiles once.
+            generator, one seed a call (on the "torch" backend, torch's own mask); a new value compiles once.
         score_mod, mask_mod, mod_args: a ``ScoreMod`` and a ``MaskMod``, bound to their arguments or given these.
         return_lse: also return the natural-log log-sum-exp of every row of scores, [B, H, Nq], fp32 (fp64 for fp64
             inputs), differentiable; sinks are in it, dropout is not.
@@ -113,7 +113,7 @@ def attention(
         key_lengths=key_lengths, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
         score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
     )
-    out, lse = _run(call, return_lse, backend, strict)
+    out, lse = run(call, return_lse, backend, strict)
     return (out, lse) if return_lse else out
 
 
@@ -139,7 +139,7 @@ def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqle
     _check_switches(deterministic, strict)
     call = describe.describe_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
                                     **arguments)
-    out, lse = _run(call, return_lse, backend, strict)
+    out, lse = run(call, return_lse, backend, strict)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

@@ -195,7 +195,8 @@ CALLS = {
     "bias with a gradient": ({}, {"bias": torch.randn(4, 6).requires_grad_()}, "reference"),
     "relative bias": ({}, {"bias": RelativeBias(torch.randn(2, 9))}, "reference"),
     "key lengths": ({}, {"key_lengths": torch.tensor([5])}, "torch"), "sinks": ({}, {"sinks": torch.randn(2)}, "reference"),
-    "ALiBi": ({}, {"alibi_slopes": torch.rand(2)}, "reference"), "dropout": ({}, {"dropout_p": 0.5}, "reference"),
+    "ALiBi": ({}, {"alibi_slopes": torch.rand(2)}, "reference"), "dropout": ({}, {"dropout_p": 0.5}, "torch"),
+    "dropout and a mask": ({}, {"dropout_p": 0.5, "mask": torch.ones(6, dtype=torch.bool)}, "torch"),
     "mask function": ({}, {"mask_mod": fused_attn.prefix_lm_mask(torch.tensor([3]))}, "reference"),
     "twins alone": ({}, {"score_mod": fused_attn.ScoreMod("doubled", reference=lambda s, *_: 2 * s)}, "reference"),
 }
@@ -229,7 +230,7 @@ def test_packed_sequences_choose_in_the_same_way(ran):
     packing = (torch.tensor([0, 1, 4]), torch.tensor([0, 4, 6]), 3, 4)
     for arguments, expected in (({}, "torch"), ({"seqused_k": torch.tensor([2, 2])}, "torch"),
                                 ({"bias": torch.zeros(4)}, "reference"), ({"return_lse": True}, "reference"),
-                                ({"backend": "triton"}, "triton")):
+                                ({"dropout_p": 0.1}, "reference"), ({"backend": "triton"}, "triton")):
         ran.clear()
         attention_varlen(q, k, v, *packing, **arguments)
         assert set(ran) == {expected}
@@ -245,7 +246,6 @@ def test_reasons_are_about_the_call():
     assert "empty" in explain(*qkv(n_keys=0)).reasons["torch"][0]
     assert "576" in explain(*qkv(dim=577)).reasons["triton"][0]
     assert "sinks" in explain(*inputs, sinks=torch.zeros(2)).reasons["torch"][0]
-    assert "dropout" in explain(*inputs, dropout_p=0.1).reasons["torch"][0]
     assert "alibi" in explain(*inputs, alibi_slopes=torch.zeros(2)).reasons["torch"][0]
     assert "bias gradient" in explain(*inputs, bias=torch.zeros(6, requires_grad=True)).reasons["torch"][0]
     documents = fused_attn.document_mask(torch.arange(6), torch.arange(4))

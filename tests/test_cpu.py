@@ -141,7 +141,7 @@ def test_scale_that_is_not_positive(scale, arguments):
 
 @pytest.mark.parametrize("arguments", [
     {"softcap": 2.0}, {"softcap": 2.0, "causal": True, "scale": -1.0}, {"return_lse": True}, {"sinks": torch.ones(2)},
-    {"alibi_slopes": torch.ones(2)}, {"bias": torch.ones(11, requires_grad=True)}, {"dropout_p": 1.0},
+    {"alibi_slopes": torch.ones(2)}, {"bias": torch.ones(11, requires_grad=True)},
     {"bias": fused_attn.RelativeBias(torch.ones(2, 21))}, {"mask_mod": fused_attn.document_mask(torch.arange(11) // 4)},
 ], ids=lambda arguments: ", ".join(arguments))
 def test_what_torch_lacks_is_answered_by_the_reference(arguments):
@@ -152,6 +152,22 @@ def test_what_torch_lacks_is_answered_by_the_reference(arguments):
     assert FORWARD not in recorder.ops
     for a, b in zip(results, reference_attention(*inputs, **arguments), strict=True):
         assert torch.equal(a, b)
+
+
+def test_dropout_is_torchs_own():
+    """Its rate, and a mean that stays; the default on the CPU, unless quadratic memory is forbidden."""
+    q, k, v = qkv(11, 11)
+    everything = torch.ones_like(v)
+    assert not attention(q, k, everything, dropout_p=1.0).any()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        kept = torch.stack([attention(q, k, everything, dropout_p=0.25, causal=True) for _ in range(4000)])
+    first = kept[:, :, :, 0]  # of one key, of weight 1: kept and grown, or dropped
+    assert set(first.unique().tolist()) == {0.0, 1 / 0.75}
+    torch.testing.assert_close(kept.mean(0), torch.ones_like(kept[0]), atol=0.05, rtol=0)
+    torch.testing.assert_close((first == 0).double().mean(), torch.tensor(0.25, dtype=torch.float64), atol=0.01, rtol=0)
+    with fused_attn.strict(), pytest.raises(RuntimeError, match="strict.*dropout is quadratic"):
+        attention(q, k, v, dropout_p=0.25)
 
 
 def test_keys_that_do_not_count_may_be_nan():
