@@ -1,5 +1,6 @@
 """Gradients: thin autograd Functions over the ops, and the only file with a ``ctx``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,3 +91,46 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
         distinct.append(x.view_as(x) if any(x is y for y in (*tensors, *distinct)) else x)
     out, lse = Attention.apply(*tensors, *packed, *distinct)
     return out, lse
+
+
+class Rotary(torch.autograd.Function):
+    """The rotary op, whose gradient is the rotation back: differentiable in x to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.turn = interleaved, back
+        return ops.rotary(x, cos, sin, interleaved, back)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (cos, sin), (interleaved, back) = ctx.saved_tensors, ctx.turn
+        return rotary(dout, cos, sin, interleaved, not back), None, None, None, None
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False) -> torch.Tensor:
+    """x [B, H, N, D] turned by the kernel, with cos and sin [B, N, pairs]."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: torch.Tensor = Rotary.apply(x, cos, sin, interleaved, back)
+        return result
+    return ops.rotary(x, cos, sin, interleaved, back)
+
+
+class Recomputed(torch.autograd.Function):
+    """``run(*tensors)``, with the gradients of ``twin(*tensors)``: the same in plain PyTorch, computed in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., torch.Tensor], twin: Callable[..., torch.Tensor], *tensors: Any) -> torch.Tensor:
+        ctx.twin = twin
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        again, needs = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            # Views, so that one tensor passed twice receives each of its gradients once.
+            tensors = [x.view_as(x) if need else x for x, need in zip(ctx.saved_tensors, needs, strict=True)]
+            wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
+            grads = iter(torch.autograd.grad(ctx.twin(*tensors), wanted, grad, create_graph=again, allow_unused=True))
+        return None, None, *(next(grads) if need else None for need in needs)

@@ -43,20 +43,49 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None =
     """The weights [B, H, Nq, Nk] that ``attention`` would multiply with V, in q's dtype.
 
     ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores; with ``dropout_p``, a mask is drawn
-    for this call. Differentiable: where a gradient is wanted they are computed in plain PyTorch, and again in the backward,
+    for this call. Differentiable: their gradients are computed in plain PyTorch, from weights computed again in the backward,
     so that nothing of their size is kept in between.
     """
     call = _described(q, k, v, arguments)
+    return _weights(call, _runs_kernels(call, backend, None, quadratic=False))
+
+
+def attention_and_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                          **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, weights) of one call, with one dropout mask; ``arguments`` are those of ``attention`` that shape the scores.
+
+    Where the kernels are not the default, both come from the one matrix of weights that the caller asked for anyway.
+    """
+    call = _described(q, k, v, arguments)
+    if (settings.BACKEND == "triton" or call.q.device.type != "cpu") and _runs_kernels(call, None, None, quadratic=False):
+        from fused_attn import autograd  # here, so that the package imports without Triton
+
+        return autograd.attention(*call)[0], _weights(call, True)
+    weights = _reference_weights(call)
+    values = call.v if call.v.shape[1] == call.q.shape[1] else call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+    return weights @ values, weights
+
+
+def _weights(call: Described, kernels: bool) -> torch.Tensor:
+    """Weights of a call that has its seed, by the kernels or by the reference."""
     companions = call.companions
-    tensors = [call.q, call.k, *(x for x in (companions.sinks, *companions.operands) if x is not None)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        result: torch.Tensor = checkpoint(_reference_weights, call, use_reentrant=False)
+    tensors = call.q, call.k, companions.sinks, *companions.operands
+
+    def twin(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, *operands: torch.Tensor) -> torch.Tensor:
+        return _reference_weights(call._replace(q=q, k=k, companions=companions._replace(sinks=sinks, operands=operands)))
+
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not kernels:
+        result: torch.Tensor = checkpoint(twin, *tensors, use_reentrant=False) if wanted else twin(*tensors)
         return result
-    if not _runs_kernels(call, backend, None, quadratic=False):
-        return _reference_weights(call)
     from fused_attn.weights import run_weights  # here, so that the package imports without Triton
 
-    return run_weights(call)
+    if not wanted:
+        return run_weights(call)
+    from fused_attn import autograd
+
+    result = autograd.Recomputed.apply(lambda *_: run_weights(call), twin, *tensors)
+    return result
 
 
 def _reference_weights(call: Described) -> torch.Tensor:

@@ -17,9 +17,10 @@ from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.launch import Call
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
+from fused_attn.kernels.rotary import launch_rotary
 from fused_attn.lowering import lower, lse_stride, unpack
 from fused_attn.spec import AttentionSpec, Companions, TileConfig, attention_flops, kept_pairs
-from fused_attn.tuning import Kernel, arch_of, choose, fit_operands
+from fused_attn.tuning import Kernel, arch_of, choose, choose_rotary, fit_operands
 
 if settings.interpreted():
     from fused_attn import interpreter
@@ -36,6 +37,7 @@ _LIBRARY.define(
     f"{_COMPANIONS}, {_SPEC}, bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, "
     "bool[] need_operands) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
+_LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor")
 N_COMPANIONS, N_SPEC = len(Companions._fields), 12
 
 
@@ -195,14 +197,24 @@ def _guard(name: str) -> Callable[..., Any]:
     return guard
 
 
-torch.library.impl(_LIBRARY, "forward", "CompositeExplicitAutograd")(_forward)
-torch.library.impl(_LIBRARY, "forward", "Autograd")(_guard("forward"))
-torch.library.impl(_LIBRARY, "backward", "Autograd")(_guard("backward"))
-torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")(_backward)
-torch.library.register_fake("fused_attn::forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("fused_attn::backward", _backward_fake, lib=_LIBRARY)
+def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+    out = _like(x, x.shape[3])
+    launch_rotary(x, cos, sin, out, interleaved, back, config=choose_rotary(x.shape[3]))
+    return out
+
+
+def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+    return _like(x, x.shape[3])
+
+
+for _name, _run, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake),
+                           ("rotary", _rotary, _rotary_fake)):
+    torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_run)
+    torch.library.impl(_LIBRARY, _name, "Autograd")(_guard(_name))
+    torch.library.register_fake(f"fused_attn::{_name}", _fake, lib=_LIBRARY)
 forward = torch.ops.fused_attn.forward.default
 backward = torch.ops.fused_attn.backward.default
+rotary = torch.ops.fused_attn.rotary.default
 
 
 def _pairs(q_shape: Any, k_shape: Any, cu_q: Any, spec: AttentionSpec) -> tuple[int, int]:

@@ -193,3 +193,9 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     width = next(width for width in sorted(by_width) if widest <= width)
     lean: T = _HEAVY.get(_SAME.get(arch, arch), {}).get(kernel, {}).get(width, by_width[width])
     return lean if heavy else by_width[width]
+
+
+@functools.cache
+def choose_rotary(head_dim: int) -> T:
+    """The configuration of the rotary kernel: about 4096 elements of each head a program, which memory bounds."""
+    return T(max(1, 4096 // max(64, 1 << (head_dim - 1).bit_length())), 1, 4, 1)

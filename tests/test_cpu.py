@@ -166,7 +166,7 @@ def test_dropout_is_torchs_own():
     assert set(first.unique().tolist()) == {0.0, 1 / 0.75}
     torch.testing.assert_close(kept.mean(0), torch.ones_like(kept[0]), atol=0.05, rtol=0)
     torch.testing.assert_close((first == 0).double().mean(), torch.tensor(0.25, dtype=torch.float64), atol=0.01, rtol=0)
-    with fused_attn.strict(), pytest.raises(RuntimeError, match="strict.*dropout is quadratic"):
+    with fused_attn.strict(), pytest.raises(RuntimeError, match=r"strict.*dropout is quadratic"):
         attention(q, k, v, dropout_p=0.25)
 
 

@@ -1,0 +1,338 @@
+"""torch.nn.MultiheadAttention on fused attention, and what came after the paper: grouped heads, windows, rotations, sinks."""
+
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_attn import describe, inspection
+from fused_attn.functional import attention, attention_varlen
+from fused_attn.mods import BIAS, MASK
+from fused_attn.nn.cache import KVCache, MemoryCache
+from fused_attn.nn.positions import RotaryEmbedding, alibi_slopes
+
+
+class Options(NamedTuple):
+    """What a ``MultiheadAttention`` does beyond torch's."""
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+
+
+class Heads(NamedTuple):
+    """A call after its projections: q [B, H, L, D], k and v [B, Hkv, S, D], and the arguments of ``attention`` it makes."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    arguments: dict[str, Any]
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention``, argument for argument and key for key, on fused attention.
+
+    Checkpoints load both ways, the same seed draws the same weights, and outputs, weights and gradients are torch's in
+    training and evaluation, for masks of both kinds, padding, ``add_bias_kv`` and ``add_zero_attn``. It differs where torch's
+    answer is NaN: a query that may attend to nothing gives 0, with weights 0. Ask ``need_weights=False`` where weights are
+    not wanted: they cost L x S memory, here as in torch.
+
+    No quick C++ path goes around it, and no mask is looked at to find out whether it is causal: pass ``is_causal=True``
+    beside it, or ``torch.nn.attention.bias.causal_upper_left`` in its place, or construct with ``causal=True``.
+
+    Args:
+        embed_dim ... dtype: as in torch.
+        num_kv_heads: heads of keys and values, each for a group of query heads; a divisor of ``num_heads``, by default all
+            of them. The projections of keys and values shrink accordingly.
+        causal: every call is causal, without a mask.
+        window: (left, right), as in ``attention``: positions around its own that a query sees.
+        softcap: cap of ``softcap * tanh(score / softcap)``.
+        alibi: scores lose slope * distance, with the slopes of ``alibi_slopes`` (a buffer that is not saved).
+        sinks: a learned logit for each head in the denominator, zero at first (parameter ``sinks`` [H]).
+        rope: a ``RotaryEmbedding`` that turns queries and keys.
+    """
+
+    options = Options()  # of modules that began as torch's
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, add_bias_kv: bool = False,
+                 add_zero_attn: bool = False, kdim: int | None = None, vdim: int | None = None, batch_first: bool = False,
+                 device: Any = None, dtype: Any = None, *, num_kv_heads: int | None = None, causal: bool = False,
+                 window: tuple[int | None, int | None] | None = None, softcap: float | None = None, alibi: bool = False,
+                 sinks: bool = False, rope: RotaryEmbedding | None = None) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
+                         dtype)
+        describe.describe_scores(self.head_dim, causal, window, None, softcap)  # which checks them
+        self.options = Options(causal, window, softcap)
+        appended = add_bias_kv or add_zero_attn
+        if appended and (causal or window is not None or alibi or rope is not None):
+            raise ValueError("add_bias_kv, add_zero_attn: expected neither with causal, window, alibi or rope, since the keys "
+                             "they append have no position")
+        if num_kv_heads is not None and num_kv_heads != num_heads:
+            self._group(num_kv_heads, device, dtype)
+        if alibi:
+            self.register_buffer("alibi_slopes", alibi_slopes(num_heads).to(device), persistent=False)
+        if sinks:
+            self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+        if rope is not None:
+            if rope.dim > self.head_dim:
+                raise ValueError(f"rope: expected at most {self.head_dim} columns, the head dim; got {rope.dim}")
+            self.rope = rope
+
+    def _group(self, num_kv_heads: int, device: Any, dtype: Any) -> None:
+        """Smaller projections of keys and values, drawn anew."""
+        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads {self.num_heads}; got {num_kv_heads!r}")
+        self._num_kv_heads = num_kv_heads
+        own, shared = self.embed_dim, num_kv_heads * self.head_dim
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        if self._qkv_same_embed_dim:
+            self.in_proj_weight = parameter(own + 2 * shared, own)
+        else:
+            self.k_proj_weight, self.v_proj_weight = parameter(shared, self.kdim), parameter(shared, self.vdim)
+        if self.in_proj_bias is not None:
+            self.in_proj_bias = parameter(own + 2 * shared)
+        if self.bias_k is not None:
+            self.bias_k, self.bias_v = parameter(1, 1, shared), parameter(1, 1, shared)
+        self._reset_parameters()
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        grouped: int = self.__dict__.get("_num_kv_heads", self.num_heads)
+        return grouped
+
+    def extra_repr(self) -> str:
+        options = [f"{name}={value}" for name, value in self.options._asdict().items() if value]
+        return ", ".join([f"{self.embed_dim}, {self.num_heads}", *options,
+                          *([f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads != self.num_heads else [])])
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                key_padding_mask: torch.Tensor | None = None, need_weights: bool = True,
+                attn_mask: torch.Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+                cache: KVCache | MemoryCache | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """torch's arguments and results; and ``cache``.
+
+        Jagged nested tensors [B, j, E] are taken as they are, with ``need_weights=False`` and without masks.
+
+        Args:
+            cache: a ``KVCache`` makes self-attention causal and remembers keys and values: pass the new tokens alone, padded
+                on the right if at all, with their ``key_padding_mask``. A ``MemoryCache`` keeps the projections of ``key``
+                and ``value`` of cross-attention from its first call.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._jagged(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache), None
+        batched = query.dim() == 3
+        if isinstance(cache, KVCache):
+            result = self._cached(query, key, value, key_padding_mask, need_weights, attn_mask, cache)
+            return result, None
+        q, k, v, arguments = self.heads(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            out, weights = inspection.attention_and_weights(q, k, v, dropout_p=dropout_p, **arguments)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            out = attention(q, k, v, dropout_p=dropout_p, **arguments)
+        return self._merge(out, batched), weights
+
+    def heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None = None,
+              attn_mask: torch.Tensor | None = None, is_causal: bool = False, need_weights: bool = False,
+              cache: MemoryCache | None = None) -> Heads:
+        """What ``forward`` gives to ``attention``, dropout apart."""
+        hint, attn_mask = _causal_bias(attn_mask)
+        batched = F._mha_shape_check(  # type: ignore[attr-defined]
+            query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        if is_causal and attn_mask is None and not hint:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+                               "`generate_square_subsequent_mask` to create this mask, or construct fused_attn.nn's modules "
+                               "with causal=True.")
+        if not batched:
+            query, key, value = self._batched_together(query, key, value)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        self._check_inputs(query, key, value)
+        batch_first = self.batch_first or not batched
+        q = k = v = None
+        if cache is not None:
+            q = self._project(query, None, None)[0]
+            k, v = cache.get(lambda: self._keys(*self._project(None, key, value), batch_first))
+        else:
+            q, k, v = self._project(query, key, value)
+            k, v = self._keys(k, v, batch_first)
+        q = _split_heads(q, self.num_heads, batch_first)
+        options = self.options
+        appended = (self.bias_k is not None) + bool(self.add_zero_attn)
+        n_keys = k.shape[2] - appended
+        # torch's hint aligns the first query with the first key: where lengths differ, the mask says it better.
+        hinted = (is_causal or hint) and q.shape[2] == n_keys and not appended
+        if hint and not hinted:
+            attn_mask = torch.ones(q.shape[2], n_keys, dtype=torch.bool, device=q.device).triu(1)
+        arguments = _mask_arguments(None if hinted else attn_mask, key_padding_mask, q, n_keys, appended)
+        if hinted or options.causal:
+            arguments["causal"] = True
+        arguments.update(self._variant())
+        rope = self._modules.get("rope")
+        if rope is not None:
+            q, k = rope(q, k)
+        return Heads(q, k, v, arguments)
+
+    def _variant(self) -> dict[str, Any]:
+        """The arguments of ``attention`` that the options make, apart from ``causal``."""
+        found = {"window": self.options.window, "softcap": self.options.softcap, "sinks": self._parameters.get("sinks"),
+                 "alibi_slopes": self._buffers.get("alibi_slopes")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _batched_together(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[1, N, E] of [N, E]; what was one tensor remains one, for one projection."""
+        views = {id(x): x.unsqueeze(0) for x in tensors}
+        return tuple(views[id(x)] for x in tensors)
+
+    def _check_inputs(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        if self.in_proj_weight is None:
+            if key.shape[:2] != value.shape[:2]:
+                raise AssertionError(f"key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}")
+        elif key.shape != value.shape:
+            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+
+    def _project(self, query: torch.Tensor | None, key: torch.Tensor | None,
+                 value: torch.Tensor | None) -> tuple[Any, ...]:
+        """The projections of what is given, [..., H D] and [..., Hkv D]: one product for what is one tensor."""
+        sizes = [self.embed_dim, *[self.num_kv_heads * self.head_dim] * 2]
+        if self.in_proj_weight is not None and query is not None and query is key and key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(sizes, -1)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+        if self.in_proj_weight is None:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        else:
+            weights = self.in_proj_weight.split(sizes)
+            if key is value and key is not None:
+                both = self.in_proj_weight[sizes[0] :], None if biases[1] is None else self.in_proj_bias[sizes[0] :]
+                k, v = F.linear(key, *both).split(sizes[1:], -1)
+                return (*self._linear((query,), weights, biases), k, v)
+        return self._linear((query, key, value), weights, biases)
+
+    def _linear(self, tensors: Any, weights: Any, biases: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(F.linear(x, w, b) for x, w, b in zip(tensors, weights, biases, strict=False) if x is not None)
+
+    def _keys(self, k: Any, v: Any, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projections as [B, Hkv, S, D], with the learned key, and the key of zeros, that the module may append."""
+        k, v = (_split_heads(x, self.num_kv_heads, batch_first) for x in (k, v))
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (torch.cat((x, b.view(1, self.num_kv_heads, 1, -1).expand(x.shape[0], -1, -1, -1)), 2)
+                    for x, b in ((k, self.bias_k), (v, self.bias_v)))
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        return k, v
+
+    def _merge(self, out: torch.Tensor, batched: bool) -> torch.Tensor:
+        """[B, H, L, D] as the module's output: [B, L, E], [L, B, E] or [L, E]."""
+        if not batched:
+            return self.out_proj(out.transpose(1, 2).flatten(2)).squeeze(0)
+        order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        return self.out_proj(out.permute(order).flatten(2))
+
+    def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None,
+                need_weights: bool, attn_mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        """Self-attention of new tokens to themselves and to all before them."""
+        if query is not key or key is not value or query.dim() != 3:
+            raise ValueError("cache: expected batched self-attention with a KVCache; cross-attention takes a MemoryCache")
+        if need_weights or attn_mask is not None or self.bias_k is not None or self.add_zero_attn or self.training:
+            raise ValueError("cache: expected need_weights=False, no attn_mask (it is causal), neither add_bias_kv nor "
+                             "add_zero_attn, and a module in eval()")
+        self._check_inputs(query, key, value)
+        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask: expected bool beside a cache; got {key_padding_mask.dtype}")
+        q, k, v = self._project(query, key, value)
+        q = _split_heads(q, self.num_heads, self.batch_first)
+        k, v = self._keys(k, v, self.batch_first)
+        rope = self._modules.get("rope")
+        if rope is not None:
+            q, k = rope(q, k, cache.positions(q.shape[2]))
+        cache.append(k, v, None if key_padding_mask is None else (~key_padding_mask).sum(1))
+        return self._merge(cache.attend(q, **self._variant()), True)
+
+    def _jagged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None,
+                need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool, cache: Any) -> torch.Tensor:
+        """Nested tensors [B, j, E]: packed sequences, without padding from end to end."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not x.is_nested or x.layout != torch.jagged or x.dim() != 3 or not x.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous jagged nested tensor [batch, j, features], as one of the "
+                                 f"three is nested; got {'nested ' if x.is_nested else ''}{x.layout} of {x.dim()} dimensions")
+        given = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "cache": cache, "bias_k": self.bias_k,
+                 "need_weights=True": need_weights or None, "add_zero_attn=True": self.add_zero_attn or None}
+        if found := [name for name, x in given.items() if x is not None]:
+            raise ValueError(f"{found[0]}: not taken with nested tensors, which have no padding")
+        packed: Any = {id(x): x.values() for x in (query, key, value)}
+        q, k, v = self._project(*(packed[id(x)] for x in (query, key, value)))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        offsets_q, offsets_k = query.offsets(), key.offsets()  # type: ignore[attr-defined]
+        rope = self._modules.get("rope")
+        if rope is not None:
+            q, k = (rope(x.transpose(0, 1)[None], x.transpose(0, 1)[None], _jagged_positions(x, offsets))[0][0].transpose(0, 1)
+                    for x, offsets in ((q, offsets_q), (k, offsets_k)))
+        out = attention_varlen(
+            q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), query._get_max_seqlen(),  # type: ignore[attr-defined]
+            key._get_max_seqlen(), causal=self.options.causal or is_causal,  # type: ignore[attr-defined]
+            dropout_p=self.dropout if self.training else 0.0, **self._variant())
+        nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(self.out_proj(out.flatten(1)), offsets_q)
+        return nested
+
+
+def _jagged_positions(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """int [T]: each token's position in its own sequence."""
+    starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=x.shape[0])
+    return torch.arange(x.shape[0], device=x.device) - starts
+
+
+def _split_heads(x: torch.Tensor, heads: int, batch_first: bool) -> torch.Tensor:
+    """[B, H, N, D] of [B, N, H D] or [N, B, H D]: a view."""
+    x = x.unflatten(-1, (heads, -1))
+    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+
+
+def _causal_bias(attn_mask: torch.Tensor | None) -> tuple[bool, torch.Tensor | None]:
+    """(whether the mask is torch's own causal one that exists in name only, the mask if it is another)."""
+    module = sys.modules.get("torch.nn.attention.bias")  # not imported by torch itself; without it there is no such mask
+    if module is None or not isinstance(attn_mask, module.CausalBias):
+        return False, attn_mask
+    if attn_mask.variant != module.CausalVariant.UPPER_LEFT and attn_mask.seq_len_q != attn_mask.seq_len_kv:
+        raise ValueError("attn_mask: expected causal_upper_left, or causal_lower_right of as many queries as keys")
+    return True, None
+
+
+def _mask_arguments(attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, q: torch.Tensor, n_keys: int,
+                    appended: int) -> dict[str, Any]:
+    """torch's masks, where True means masked, as arguments of ``attention``; each in its own shape, none expanded."""
+    batch, heads, n_queries, _ = q.shape
+    for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if given is not None and given.dtype != torch.bool and not given.is_floating_point():
+            raise AssertionError(f"only bool and floating types of {name} are supported")
+    if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
+        warnings.warn("Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
+                      stacklevel=4)
+    arguments: dict[str, Any] = {}
+    if attn_mask is not None:
+        dims = attn_mask.dim()
+        expected = (n_queries, n_keys) if dims == 2 else (batch * heads, n_queries, n_keys)
+        if attn_mask.shape != expected:
+            raise RuntimeError(f"The shape of the {dims}D attn_mask is {attn_mask.shape}, but should be {expected}.")
+        attn_mask = F.pad(attn_mask, (0, appended)) if appended else attn_mask
+        attn_mask = attn_mask if dims == 2 else attn_mask.unflatten(0, (batch, heads))
+        arguments.update({"mask": ~attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask})
+    if key_padding_mask is not None:
+        F._check_key_padding_mask(key_padding_mask, n_keys, batch)  # type: ignore[attr-defined]
+        padding = F.pad(key_padding_mask, (0, appended)) if appended else key_padding_mask
+        padding = padding[:, None, None, :]
+        if padding.dtype == torch.bool:
+            arguments.update({"mask": ~padding} if "mask" not in arguments else {"mask_mod": MASK(~padding)})
+        else:
+            arguments.update({"bias": padding} if "bias" not in arguments else {"score_mod": BIAS(padding)})
+    return arguments

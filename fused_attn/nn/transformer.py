@@ -1,0 +1,199 @@
+"""torch's transformer layers on fused attention, for training and for generation token by token.
+
+Each is torch's own class with another ``forward``: the submodules, the keys of the state dict and the order in which weights
+are drawn are torch's because torch's code does it. The forwards here never take torch's quick C++ path, which reads the
+weights of the attention module and goes around it, and never compare a mask with a causal one to find out what it is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_attn.nn.attention import MultiheadAttention
+from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache
+
+Activation = str | Callable[[torch.Tensor], torch.Tensor]
+_SELF_ONLY = ("causal", "window", "alibi", "rope")  # options that speak of positions: of no use between two sequences
+
+
+def _adopt(module: nn.MultiheadAttention, options: dict[str, Any], device: Any, dtype: Any) -> MultiheadAttention:
+    """torch's attention module as ours, with its weights; drawn anew where options change what it is."""
+    if not options:
+        module.__class__ = MultiheadAttention
+        assert isinstance(module, MultiheadAttention)
+        return module
+    return MultiheadAttention(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
+                              batch_first=module.batch_first, device=device, dtype=dtype, **options)
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """``torch.nn.TransformerEncoderLayer`` on fused attention; with ``causal=True``, the block of a decoder-only model.
+
+    Args:
+        d_model ... dtype: as in torch.
+        attention: options of ``MultiheadAttention`` beyond torch's: num_kv_heads, causal, window, softcap, alibi, sinks, rope.
+    """
+
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 activation: Activation = F.relu, layer_norm_eps: float = 1e-5, batch_first: bool = False,
+                 norm_first: bool = False, bias: bool = True, device: Any = None, dtype: Any = None, **attention: Any) -> None:
+        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+                         device, dtype)
+        self.self_attn = _adopt(self.self_attn, attention, device, dtype)
+
+    def forward(self, src: torch.Tensor, src_mask: torch.Tensor | None = None,
+                src_key_padding_mask: torch.Tensor | None = None, is_causal: bool = False, *,
+                cache: KVCache | None = None) -> torch.Tensor:
+        """torch's arguments; ``cache`` as in ``MultiheadAttention.forward``."""
+        attend = self._sa_block if cache is None else _with_cache(self.self_attn, self.dropout1, cache)
+        x = src
+        if self.norm_first:
+            x = x + attend(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + attend(x, src_mask, src_key_padding_mask, is_causal))
+        normed: torch.Tensor = self.norm2(x + self._ff_block(x))
+        return normed
+
+
+def _with_cache(module: nn.Module, dropout: nn.Module, cache: KVCache) -> Callable[..., torch.Tensor]:
+    """A layer's self-attention block that remembers."""
+
+    def attend(x: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None,
+               is_causal: bool) -> torch.Tensor:
+        result: torch.Tensor = dropout(module(x, x, x, key_padding_mask, False, attn_mask, cache=cache)[0])
+        return result
+
+    return attend
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """``torch.nn.TransformerDecoderLayer`` on fused attention: self-attention, then attention to the memory.
+
+    Args:
+        d_model ... dtype: as in torch.
+        attention: options as in ``TransformerEncoderLayer``; those about positions (causal, window, alibi, rope) go to the
+            self-attention alone.
+    """
+
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 activation: Activation = F.relu, layer_norm_eps: float = 1e-5, batch_first: bool = False,
+                 norm_first: bool = False, bias: bool = True, device: Any = None, dtype: Any = None, **attention: Any) -> None:
+        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+                         device, dtype)
+        self.self_attn = _adopt(self.self_attn, attention, device, dtype)
+        across = {name: value for name, value in attention.items() if name not in _SELF_ONLY}
+        self.multihead_attn = _adopt(self.multihead_attn, across, device, dtype)
+
+    def forward(self, tgt: torch.Tensor, memory: torch.Tensor, tgt_mask: torch.Tensor | None = None,
+                memory_mask: torch.Tensor | None = None, tgt_key_padding_mask: torch.Tensor | None = None,
+                memory_key_padding_mask: torch.Tensor | None = None, tgt_is_causal: bool = False,
+                memory_is_causal: bool = False, *, cache: DecoderCache | None = None) -> torch.Tensor:
+        """torch's arguments; ``cache`` makes self-attention causal and remembers, and projects ``memory`` once."""
+        attend, listen = self._sa_block, self._mha_block
+        if cache is not None:
+            attend = _with_cache(self.self_attn, self.dropout1, cache.own)
+            listen = self._listen_with(cache.memory)
+        x = tgt
+        if self.norm_first:
+            x = x + attend(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            x = x + listen(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+            return x + self._ff_block(self.norm3(x))
+        x = self.norm1(x + attend(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        x = self.norm2(x + listen(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
+        normed: torch.Tensor = self.norm3(x + self._ff_block(x))
+        return normed
+
+    def _listen_with(self, cache: MemoryCache) -> Callable[..., torch.Tensor]:
+        def listen(x: torch.Tensor, memory: torch.Tensor, attn_mask: torch.Tensor | None,
+                   key_padding_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+            heard = self.multihead_attn(x, memory, memory, key_padding_mask, False, attn_mask, is_causal=is_causal, cache=cache)
+            result: torch.Tensor = self.dropout2(heard[0])
+            return result
+
+        return listen
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """``torch.nn.TransformerEncoder`` without its detours: no C++ path, no conversion to nested tensors, no mask recognised.
+
+    ``enable_nested_tensor`` and ``mask_check`` are taken and kept, and change nothing. ``is_causal=None`` means False: say
+    True beside a causal mask, or construct the layers with ``causal=True``.
+    """
+
+    def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None,
+                 enable_nested_tensor: bool = True, mask_check: bool = True) -> None:
+        super().__init__(encoder_layer, num_layers, norm, False, mask_check)  # type: ignore[arg-type]
+        self.enable_nested_tensor = enable_nested_tensor
+
+    def forward(self, src: torch.Tensor, mask: torch.Tensor | None = None,
+                src_key_padding_mask: torch.Tensor | None = None, is_causal: bool | None = None, *,
+                cache: Sequence[KVCache] | None = None) -> torch.Tensor:
+        """torch's arguments; ``cache``, from ``new_cache()``, as in ``MultiheadAttention.forward``."""
+        output = src
+        for layer, more in zip(self.layers, _caches(cache, self.num_layers), strict=True):
+            output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal), **more)
+        return output if self.norm is None else self.norm(output)
+
+    def new_cache(self, capacity: int | None = None) -> list[KVCache]:
+        """An empty cache for each layer; ``capacity`` as in ``KVCache``."""
+        return [KVCache(capacity) for _ in range(self.num_layers)]
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    """``torch.nn.TransformerDecoder``; no mask is recognised, ``tgt_is_causal=None`` means False."""
+
+    def forward(self, tgt: torch.Tensor, memory: torch.Tensor, tgt_mask: torch.Tensor | None = None,
+                memory_mask: torch.Tensor | None = None, tgt_key_padding_mask: torch.Tensor | None = None,
+                memory_key_padding_mask: torch.Tensor | None = None, tgt_is_causal: bool | None = None,
+                memory_is_causal: bool = False, *, cache: Sequence[DecoderCache] | None = None) -> torch.Tensor:
+        """torch's arguments; ``cache``, from ``new_cache()``, as in ``TransformerDecoderLayer.forward``."""
+        output = tgt
+        for layer, more in zip(self.layers, _caches(cache, self.num_layers), strict=True):
+            output = layer(output, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+                           tgt_key_padding_mask=tgt_key_padding_mask, memory_key_padding_mask=memory_key_padding_mask,
+                           tgt_is_causal=bool(tgt_is_causal), memory_is_causal=memory_is_causal, **more)
+        return output if self.norm is None else self.norm(output)
+
+    def new_cache(self, capacity: int | None = None) -> list[DecoderCache]:
+        """An empty cache for each layer; ``capacity``, of the self-attention, as in ``KVCache``."""
+        return [DecoderCache(KVCache(capacity), MemoryCache()) for _ in range(self.num_layers)]
+
+
+def _caches(cache: Sequence[Any] | None, num_layers: int) -> list[dict[str, Any]]:
+    """What each layer is given beyond torch's arguments: nothing, so that layers of other code run too, or its cache."""
+    if cache is None:
+        return [{}] * num_layers
+    if len(cache) != num_layers:
+        raise ValueError(f"cache: expected one for each of {num_layers} layers; got {len(cache)}")
+    return [{"cache": one} for one in cache]
+
+
+class Transformer(nn.Transformer):
+    """``torch.nn.Transformer``, the paper's encoder and decoder, on fused attention.
+
+    Args:
+        d_model ... dtype: as in torch.
+        attention: options of the layers' attention, as in ``TransformerDecoderLayer``; ``causal`` goes to the decoder alone.
+    """
+
+    def __init__(self, d_model: int = 512, nhead: int = 8, num_encoder_layers: int = 6, num_decoder_layers: int = 6,
+                 dim_feedforward: int = 2048, dropout: float = 0.1, activation: Activation = F.relu,
+                 custom_encoder: Any = None, custom_decoder: Any = None, layer_norm_eps: float = 1e-5,
+                 batch_first: bool = False, norm_first: bool = False, bias: bool = True, device: Any = None,
+                 dtype: Any = None, **attention: Any) -> None:
+        shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+                 device, dtype)
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(d_model, layer_norm_eps, bias=bias, device=device, dtype=dtype)
+
+        if custom_encoder is None:
+            both = {name: value for name, value in attention.items() if name != "causal"}
+            custom_encoder = TransformerEncoder(TransformerEncoderLayer(*shape, **both), num_encoder_layers, norm())
+        if custom_decoder is None:
+            layer = TransformerDecoderLayer(*shape, **attention)
+            custom_decoder = TransformerDecoder(layer, num_decoder_layers, norm())
+        super().__init__(d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first)

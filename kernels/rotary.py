@@ -1,0 +1,87 @@
+"""Rotary positions: pairs of columns turned by an angle that grows with the position.
+
+    (a, b) -> (a cos t - b sin t, b cos t + a sin t)
+
+for the pairs (i, i + R / 2), or (2i, 2i + 1) interleaved, of the first R columns; the others pass through. A rotation's
+gradient is the rotation back. Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_attn.kernels.launch import Launcher, accumulator, run
+from fused_attn.spec import TileConfig
+
+HEADS = 4  # of one program: they share its cosines and sines
+
+
+@triton.jit
+def rows_and_columns(ptr, rows, cols, row_stride, col_stride, WIDE: tl.constexpr):
+    """Pointers [ROWS, COLS] to ``rows`` and ``cols`` of one head."""
+    if WIDE:
+        rows = rows.to(tl.int64)
+        cols = cols.to(tl.int64)
+    return ptr + (rows[:, None] * row_stride + cols[None, :] * col_stride)
+
+
+@triton.jit(do_not_specialize=["H", "N"])
+def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, D: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
+                  INTERLEAVED: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """One program: BLOCK_M rows of HEADS heads. x and out [B, H, N, D], cos and sin [B, N, PAIRS]; ``strides`` of all four.
+
+    ``BACK`` turns the other way.
+    """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    COLS: tl.constexpr = triton.next_power_of_2(PAIRS)
+    x_strides, cos_strides, sin_strides, out_strides = strides
+    n_tiles = tl.cdiv(N, BLOCK_M)
+    n_groups = tl.cdiv(H, HEADS)
+    pid = tl.program_id(0)
+    first = pid % n_tiles * BLOCK_M
+    first_head = pid // n_tiles % n_groups * HEADS
+    batch = tl.cast(pid // n_tiles // n_groups, tl.int64)
+    rows = first + tl.arange(0, BLOCK_M)
+    pairs = tl.arange(0, COLS)
+    # [BLOCK_M, COLS]
+    exists = (rows < N)[:, None] & (pairs < PAIRS)[None, :]
+    cos = tl.load(rows_and_columns(cos_ptr + batch * cos_strides[0], rows, pairs, cos_strides[1], cos_strides[2], TILE.wide),
+                  mask=exists, other=0.0).to(ACC)
+    sin = tl.load(rows_and_columns(sin_ptr + batch * sin_strides[0], rows, pairs, sin_strides[1], sin_strides[2], TILE.wide),
+                  mask=exists, other=0.0).to(ACC)
+    if BACK:
+        sin = -sin
+    a_cols = 2 * pairs if INTERLEAVED else pairs
+    b_cols = a_cols + 1 if INTERLEAVED else a_cols + PAIRS
+    for head in range(first_head, tl.minimum(first_head + HEADS, H)):
+        x_head = x_ptr + batch * x_strides[0] + tl.cast(head, tl.int64) * x_strides[1]
+        out_head = out_ptr + batch * out_strides[0] + tl.cast(head, tl.int64) * out_strides[1]
+        a = tl.load(rows_and_columns(x_head, rows, a_cols, x_strides[2], x_strides[3], TILE.wide), mask=exists, other=0.0)
+        b = tl.load(rows_and_columns(x_head, rows, b_cols, x_strides[2], x_strides[3], TILE.wide), mask=exists, other=0.0)
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        turned_a = (a.to(ACC) * cos - b.to(ACC) * sin).to(dtype)
+        turned_b = (b.to(ACC) * cos + a.to(ACC) * sin).to(dtype)
+        tl.store(rows_and_columns(out_head, rows, a_cols, out_strides[2], out_strides[3], TILE.wide), turned_a, mask=exists)
+        tl.store(rows_and_columns(out_head, rows, b_cols, out_strides[2], out_strides[3], TILE.wide), turned_b, mask=exists)
+        if 2 * PAIRS < D:
+            rest = 2 * PAIRS + tl.arange(0, triton.next_power_of_2(D - 2 * PAIRS))
+            passes = (rows < N)[:, None] & (rest < D)[None, :]
+            x = tl.load(rows_and_columns(x_head, rows, rest, x_strides[2], x_strides[3], TILE.wide), mask=passes, other=0.0)
+            tl.store(rows_and_columns(out_head, rows, rest, out_strides[2], out_strides[3], TILE.wide), x, mask=passes)
+
+
+def launch_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool, back: bool, *,
+                  config: TileConfig, launch: Launcher = run) -> None:
+    """Fills ``out``: shapes as in ``rotary_kernel``, cos and sin possibly expanded along the batch."""
+    batch, heads, length, head_dim = x.shape
+    if x.numel() == 0:
+        return
+    tensors = (x, cos, sin, out)
+    # Offsets inside a head are 32 bits where all of its elements lie so close.
+    if any((t.shape[-2] - 1) * t.stride(-2) + (t.shape[-1] - 1) * t.stride(-1) >= 2**31 for t in tensors):
+        config = dataclasses.replace(config, wide=True)
+    args = (*tensors, tuple(t.stride() for t in tensors), heads, length, head_dim, cos.shape[-1], accumulator(x.dtype),
+            interleaved, back, HEADS)
+    launch(rotary_kernel, -(-length // config.block_m) * -(-heads // HEADS) * batch, args, config)
