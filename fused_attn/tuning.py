@@ -72,7 +72,7 @@ _HEAVY: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
         "forward": {64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3)},
         "dq": {64: T(128, 32, 8, 2), 128: T(64, 64, 8, 2)},
-        "dkv": {64: T(32, 128, 8, 2)},
+        "dkv": {64: T(32, 128, 8, 2, edge_stages=1)},
     },
     "sm_90": {
         "forward": {64: T(128, 64, 8, 3, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},

@@ -2,6 +2,7 @@
 
 from fused_attn.nn.attention import MultiheadAttention
 from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache
+from fused_attn.nn.generation import generate, sample, stream
 from fused_attn.nn.positions import (
     LearnedPositions,
     RotaryEmbedding,
@@ -32,4 +33,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "alibi_slopes",
+    "generate",
+    "sample",
+    "stream",
 ]

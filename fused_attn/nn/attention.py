@@ -158,10 +158,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         self._check_inputs(query, key, value)
         batch_first = self.batch_first or not batched
-        q = k = v = None
         if cache is not None:
-            q = self._project(query, None, None)[0]
-            k, v = cache.get(lambda: self._keys(*self._project(None, key, value), batch_first))
+
+            def project() -> tuple[torch.Tensor, torch.Tensor]:
+                k, v = self._project(None, key, value)
+                return self._keys(k, v, batch_first)
+
+            (q,) = self._project(query, None, None)
+            k, v = cache.get(project)
         else:
             q, k, v = self._project(query, key, value)
             k, v = self._keys(k, v, batch_first)
