@@ -14,6 +14,9 @@ from fused_attn.mods import (
     tree_intervals,
     tree_mask,
 )
+from fused_attn.patch import PatchReport, patch_sdpa
+from fused_attn.replacement import Replacement, replace_attention
+from fused_attn.rotary import apply_rotary
 from fused_attn.settings import strict
 
 __version__ = "0.1.0"
@@ -22,16 +25,21 @@ __all__ = [
     "AttentionStats",
     "Explanation",
     "MaskMod",
+    "PatchReport",
     "RelativeBias",
+    "Replacement",
     "ScoreMod",
+    "apply_rotary",
     "attention",
     "attention_stats",
     "attention_varlen",
     "attention_weights",
     "document_mask",
     "explain",
+    "patch_sdpa",
     "prefix_lm_mask",
     "reference_attention",
+    "replace_attention",
     "scaled_dot_product_attention",
     "soft_tree_mask",
     "strict",

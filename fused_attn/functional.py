@@ -201,14 +201,10 @@ def scaled_dot_product_attention(
     heads. Calls on CPU tensors go to torch's own function, and so do those that it will refuse, for its own errors.
     ``is_causal`` aligns the first query with the first key, as torch does.
     """
-    reasons = _against_fused_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    call = None if reasons else _sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if call is not None:
-        reasons = list(dispatch.against_triton(call))
-    if call is None or reasons:
+    call, reasons = describe_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if call is None:
         if isinstance(query, torch.Tensor) and query.device.type != "cpu" and settings.BACKEND is None:
-            dispatch.warn_once("fused_attn: torch's scaled_dot_product_attention instead of the kernels: "
-                               + ("; ".join(reasons) or "arguments that torch will refuse"))
+            dispatch.warn_once(f"fused_attn: torch's scaled_dot_product_attention instead of the kernels: {'; '.join(reasons)}")
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                               enable_gqa=enable_gqa)
     from fused_attn import autograd  # here, so that the package imports without Triton
@@ -217,6 +213,20 @@ def scaled_dot_product_attention(
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads = (call.q.shape[1],) if max(query.dim(), key.dim(), value.dim()) > 2 else ()
     return out if len(lead) == 1 and heads else out.reshape(*lead, *heads, *out.shape[2:])
+
+
+def describe_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+                  ) -> tuple[Described | None, list[str]]:
+    """A call with torch's arguments as the kernels run it, or None and why they do not."""
+    reasons = _against_fused_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if reasons:
+        return None, reasons
+    call = _sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if call is None:
+        return None, ["arguments that torch will refuse"]
+    reasons = list(dispatch.against_triton(call))
+    return (None, reasons) if reasons else (call, [])
 
 
 def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,

@@ -32,6 +32,10 @@ class Heads(NamedTuple):
     arguments: dict[str, Any]
 
 
+def stay_in_python(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: torch's layers do not go around a module that has one by their C++ path."""
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention``, argument for argument and key for key, on fused attention.
 
@@ -64,6 +68,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                  sinks: bool = False, rope: RotaryEmbedding | None = None) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
                          dtype)
+        self.register_forward_pre_hook(stay_in_python)
         describe.describe_scores(self.head_dim, causal, window, None, softcap)  # which checks them
         self.options = Options(causal, window, softcap)
         appended = add_bias_kv or add_zero_attn
@@ -80,6 +85,21 @@ class MultiheadAttention(nn.MultiheadAttention):
             if rope.dim > self.head_dim:
                 raise ValueError(f"rope: expected at most {self.head_dim} columns, the head dim; got {rope.dim}")
             self.rope = rope
+
+    @classmethod
+    def adopt(cls, module: nn.MultiheadAttention) -> "MultiheadAttention":
+        """torch's module itself as one of this class: its weights, hooks, device, mode and place in a model stay."""
+        module.__class__ = cls
+        module.register_forward_pre_hook(stay_in_python)
+        assert isinstance(module, MultiheadAttention)
+        return module
+
+    def release(self) -> nn.MultiheadAttention:
+        """Undoes ``adopt``."""
+        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is stay_in_python]:
+            del self._forward_pre_hooks[key]
+        self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+        return self
 
     def _group(self, num_kv_heads: int, device: Any, dtype: Any) -> None:
         """Smaller projections of keys and values, drawn anew."""

@@ -22,9 +22,7 @@ _SELF_ONLY = ("causal", "window", "alibi", "rope")  # options that speak of posi
 def _adopt(module: nn.MultiheadAttention, options: dict[str, Any], device: Any, dtype: Any) -> MultiheadAttention:
     """torch's attention module as ours, with its weights; drawn anew where options change what it is."""
     if not options:
-        module.__class__ = MultiheadAttention
-        assert isinstance(module, MultiheadAttention)
-        return module
+        return MultiheadAttention.adopt(module)
     return MultiheadAttention(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
                               batch_first=module.batch_first, device=device, dtype=dtype, **options)
 
@@ -43,6 +41,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
                          device, dtype)
         self.self_attn = _adopt(self.self_attn, attention, device, dtype)
+        self.activation_relu_or_gelu = 0  # which keeps torch's own TransformerEncoder from making strided nested tensors
 
     def forward(self, src: torch.Tensor, src_mask: torch.Tensor | None = None,
                 src_key_padding_mask: torch.Tensor | None = None, is_causal: bool = False, *,
@@ -119,8 +118,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 class TransformerEncoder(nn.TransformerEncoder):
     """``torch.nn.TransformerEncoder`` without its detours: no C++ path, no conversion to nested tensors, no mask recognised.
 
-    ``enable_nested_tensor`` and ``mask_check`` are taken and kept, and change nothing. ``is_causal=None`` means False: say
-    True beside a causal mask, or construct the layers with ``causal=True``.
+    ``enable_nested_tensor`` and ``mask_check`` are taken and kept, and change nothing: outputs at padded positions are what
+    the layers make of them, in evaluation too, where torch's detour through nested tensors gives 0. ``is_causal=None`` means
+    False: say True beside a causal mask, or construct the layers with ``causal=True``.
     """
 
     def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None,
