@@ -27,6 +27,9 @@ BENCH = [
     "matplotlib",  # plots of the results
     "pytest-benchmark",  # overhead of a call, measured beside the tests
 ]
+TRANSFORMERS = [
+    "transformers>=5",  # fused_attn.integrations.transformers plugs into its attention interface
+]
 TEST = [
     "pytest",  # runs the suite
     "pytest-xdist",  # ... on several cores
@@ -40,6 +43,7 @@ TEST = [
     "import-linter",  # one-way imports
     "rich",  # tests run the command line
     "matplotlib",  # tests run the plots
+    *TRANSFORMERS,  # tests compare its models, of random weights
 ]
 
 setup(
@@ -58,6 +62,7 @@ setup(
     install_requires=[
         "torch>=2.10",  # tensors, autograd, torch.library; which build of it is the user's choice
     ],
-    extras_require={"triton": TRITON, "cli": CLI, "examples": EXAMPLES, "bench": BENCH, "test": TEST},
+    extras_require={"triton": TRITON, "cli": CLI, "examples": EXAMPLES, "bench": BENCH, "transformers": TRANSFORMERS,
+                    "test": TEST},
     entry_points={"console_scripts": ["fused-attn = fused_attn.cli:main"]},
 )

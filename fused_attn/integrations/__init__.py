@@ -1,0 +1,1 @@
+"""Plugs for other projects, one file each, imported only when asked for."""
