@@ -1,7 +1,14 @@
 """Fused attention in Triton, forward and backward, proven against a plain PyTorch reference."""
 
 from fused_attn.dispatch import Explanation
-from fused_attn.functional import attention, attention_varlen, explain, reference_attention, scaled_dot_product_attention
+from fused_attn.functional import (
+    additive_attention,
+    attention,
+    attention_varlen,
+    explain,
+    reference_attention,
+    scaled_dot_product_attention,
+)
 from fused_attn.inspection import AttentionStats, attention_stats, attention_weights
 from fused_attn.mods import (
     MaskMod,
@@ -29,6 +36,7 @@ __all__ = [
     "RelativeBias",
     "Replacement",
     "ScoreMod",
+    "additive_attention",
     "apply_rotary",
     "attention",
     "attention_stats",

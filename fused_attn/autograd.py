@@ -13,11 +13,12 @@ from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
 # The arguments of Attention: q, k, v, the single companions, the fields of the packed spec, then the operands.
 _SINGLE = ops.N_COMPANIONS - 1
 _OPERANDS = 3 + _SINGLE + ops.N_SPEC
+_NEEDED = 5  # q, k, v, sinks, score weight: the first arguments, and those that may want gradients beside operands
 _TENSORS = 8  # of the backward: dout, dlse, q, k, v, out, residual, lse
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) of fused attention, differentiable once in q, k, v, sinks and operands, through both."""
+    """(out, lse) of fused attention, differentiable once in q, k, v, sinks, score weight and operands, through both."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,15 +39,15 @@ class Attention(torch.autograd.Function):
         # With create_graph=True the gradients must not pass for constants: a second derivative raises.
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         backward = AttentionBackward.apply if differentiable else run_backward
-        dq, dk, dv, dsinks, *doperands = backward(
-            dout, dlse, q, k, v, out, residual, lse, *companions, *ctx.spec, *needs[:4], *needs[_OPERANDS:])
-        grads = (dq, dk, dv, dsinks, *(None for _ in range(_OPERANDS - 4)), *doperands)
+        dq, dk, dv, dsinks, dscore_weight, *doperands = backward(
+            dout, dlse, q, k, v, out, residual, lse, *companions, *ctx.spec, *needs[:_NEEDED], *needs[_OPERANDS:])
+        grads = (dq, dk, dv, dsinks, dscore_weight, *(None for _ in range(_OPERANDS - _NEEDED)), *doperands)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def run_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """The backward op with its lists of operands taken apart, as a Function's arguments and outputs must be."""
-    n_operands = (len(arguments) - _TENSORS - _SINGLE - ops.N_SPEC - 4) // 2
+    n_operands = (len(arguments) - _TENSORS - _SINGLE - ops.N_SPEC - _NEEDED) // 2
     spec_at = _TENSORS + _SINGLE + n_operands
     single, operands = arguments[_TENSORS : _TENSORS + _SINGLE], arguments[_TENSORS + _SINGLE : spec_at]
     spec_and_needs = arguments[spec_at : len(arguments) - n_operands]
@@ -75,7 +76,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     """(out, lse) by the kernels; the autograd graph is built only where a gradient is wanted."""
     packed = pack(spec)
     *single, operands = companions
-    sources = (q, k, v, companions.sinks, *operands)
+    sources = (q, k, v, companions.sinks, companions.score_weight, *operands)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # Forward AD and torch.func get torch's own clear errors from the Function, before the op's guard would raise.
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

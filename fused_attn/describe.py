@@ -36,11 +36,18 @@ class Extents(NamedTuple):
 
 def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, window: Any = None,
              scale: float | None = None, softcap: float | None = None, fp32_precision: str | None = None,
-             precise: bool = False, key_lengths: torch.Tensor | None = None, **others: Any) -> Described:
-    """The description of ``attention``'s arguments; ``others`` are those of ``_companions``."""
+             precise: bool = False, key_lengths: torch.Tensor | None = None, score_weight: torch.Tensor | None = None,
+             **others: Any) -> Described:
+    """The description of ``attention``'s arguments; ``others`` are those of ``_companions``.
+
+    ``score_weight`` [D] or [H, D] makes the score additive, with 1 for its scale where none is given.
+    """
     q, k, v = check_tensors(q, k, v)
+    scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     companions = NO_COMPANIONS
+    if score_weight is not None:
+        companions = companions._replace(score_weight=_score_weight(score_weight, q))
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, q)
         companions = companions._replace(used_k=key_lengths.contiguous())
@@ -53,7 +60,8 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
 def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
                     max_seqlen_q: int, max_seqlen_k: int, seqused_q: torch.Tensor | None, seqused_k: torch.Tensor | None, *,
                     causal: bool = False, window: Any = None, scale: float | None = None, softcap: float | None = None,
-                    fp32_precision: str | None = None, precise: bool = False, **others: Any) -> Described:
+                    fp32_precision: str | None = None, precise: bool = False, score_weight: torch.Tensor | None = None,
+                    **others: Any) -> Described:
     """The description of ``attention_varlen``'s arguments: packed tensors as [1, H, T, D]."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
@@ -83,11 +91,13 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     if q.device.type == "cpu" and type(cu_seqlens_q) is torch.Tensor and not torch.compiler.is_compiling():
         _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
+    scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     spec = spec._replace(longest=(max_seqlen_q, max_seqlen_k))
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
-    companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k)
+    companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
+                            score_weight=None if score_weight is None else _score_weight(score_weight, q))
     if _adds(**_known(others)):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
         spec, companions = _companions(q, extents, spec, companions, **others)
@@ -256,6 +266,17 @@ def _companions(q: torch.Tensor, extents: Extents, spec: AttentionSpec, companio
     spec = spec._replace(score_mods=score_mods, mask_mods=mask_mods, dropout_p=float(dropout_p))
     sinks = None if sinks is None else sinks.contiguous()
     return spec, companions._replace(sinks=sinks, operands=tuple(operands))
+
+
+def _score_weight(weight: Any, q: torch.Tensor) -> torch.Tensor:
+    heads, head_dim = q.shape[1], q.shape[3]
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
+        raise TypeError(f"score_weight: expected a float tensor [{head_dim}] or [{heads}, {head_dim}]; "
+                        f"got {getattr(weight, 'dtype', weight)!r}")
+    if weight.shape not in ((head_dim,), (heads, head_dim)) or weight.device != q.device:
+        raise ValueError(f"score_weight: expected shape ({head_dim},) or ({heads}, {head_dim}) on {q.device}; "
+                         f"got {tuple(weight.shape)} on {weight.device}")
+    return weight.contiguous().expand(heads, head_dim)
 
 
 def _slopes(slopes: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:

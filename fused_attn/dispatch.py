@@ -78,6 +78,8 @@ def against_triton(call: Described) -> tuple[str, ...]:
         reasons += (f"head dims {q.shape[3]} and {v.shape[3]}: the kernels carry up to {MAX_HEAD_DIM}",)
     if q.is_cuda and not reasons and (reason := tuning.against(q.shape[3], v.shape[3], q.dtype, tuning.arch_of(q.device))):
         reasons += (reason,)
+    if call.companions.score_weight is not None and q.shape[3] > tuning.MAX_ADDITIVE:
+        reasons += (f"head dim {q.shape[3]}: the kernels carry additive scores up to {tuning.MAX_ADDITIVE}",)
     for member in call.spec.score_mods + call.spec.mask_mods:
         mod = mods.registered(member.key)
         if mod.function is None and mod not in mods.SHIPPED:
@@ -89,7 +91,8 @@ def _missing_slopes(call: Described) -> tuple[str, ...]:
     """Slopes that the gradients of a call need and its mods lack."""
     reasons: tuple[str, ...] = ()
     operands = iter(call.companions.operands)
-    through = call.q.requires_grad or call.k.requires_grad  # whether a gradient passes through the mods to come
+    # whether a gradient passes through the mods to come
+    through = any(x is not None and x.requires_grad for x in (call.q, call.k, call.companions.score_weight))
     for member in call.spec.score_mods:
         mod = mods.registered(member.key)
         slopes = mod.arg_slopes + (None,) * len(member.args)
@@ -111,6 +114,8 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
         reasons += ("torch's fused kernel has no softcap",)
     if return_lse:
         reasons += ("torch's fused kernel gives no differentiable LSE",)
+    if companions.score_weight is not None:
+        reasons += ("torch's fused kernel has no additive score",)
     if companions.sinks is not None:
         reasons += ("torch's fused kernel has no sinks",)
     if spec.precise and any(x.requires_grad for x in (q, call.k, call.v)):

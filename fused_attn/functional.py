@@ -46,6 +46,7 @@ def attention(
     key_lengths: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    score_weight: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     score_mod: ScoreMod | Bound | None = None,
     mask_mod: MaskMod | Bound | None = None,
@@ -77,6 +78,7 @@ def attention(
         key_lengths: int [B]: how many keys of each batch entry count. The rest is never read; positions do not move.
         alibi_slopes: [H] or [B, H]: scores lose slope * |position - key|. They have a gradient.
         sinks: [H]: a logit per head that takes part in the softmax and has no value. They have a gradient.
+        score_weight: [D] or [H, D]: scores become additive, see ``additive_attention``.
         dropout_p: probability that a weight becomes 0, while those that stay grow by 1 / (1 - p). Drawn from torch's
             generator, one seed a call (on the "torch" backend, torch's own mask); a new value compiles once.
         score_mod, mask_mod, mod_args: a ``ScoreMod`` and a ``MaskMod``, bound to their arguments or given these.
@@ -102,8 +104,9 @@ def attention(
     if getattr(q, "is_nested", False):
         arguments = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
-            "alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p, "score_mod": score_mod, "mask_mod": mask_mod,
-            "mod_args": mod_args, "precise": precise, "fp32_precision": fp32_precision,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "score_weight": score_weight, "dropout_p": dropout_p,
+            "score_mod": score_mod, "mask_mod": mask_mod, "mod_args": mod_args, "precise": precise,
+            "fp32_precision": fp32_precision,
         }
         if key_lengths is not None:
             raise ValueError("key_lengths: expected None with nested tensors, which have lengths of their own")
@@ -111,7 +114,7 @@ def attention(
     call = describe.describe(
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, fp32_precision=fp32_precision, precise=precise,
         key_lengths=key_lengths, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
-        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
+        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, score_weight=score_weight,
     )
     out, lse = run(call, return_lse, backend, strict)
     return (out, lse) if return_lse else out
@@ -168,6 +171,28 @@ def _nested(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool,
     if lse is None:
         return nested
     return nested, torch.nested.nested_tensor_from_jagged(lse.T, offsets_q).transpose(1, 2)
+
+
+def additive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score_weight: torch.Tensor,
+                       **arguments: Any) -> Any:
+    """softmax(score) V with the additive score of alignment models, sum_d w_d tanh(q_d + k_d): ``attention(score_weight=w)``.
+
+    Forward and backward are fused: on the kernels no tensor of Nq x Nk x D exists. Projections are the caller's: with decoder
+    states s and encoder states h, q = W s and k = U h, and v = h. Head dims up to 256 on the kernels.
+
+    Args:
+        q, k, v: [B, H, Nq, D], [B, Hkv, Nk, D], [B, Hkv, Nk, Dv].
+        score_weight: w, [D] or [H, D], any float dtype; it has a gradient.
+        arguments: those of ``attention``, masks, windows, biases, sinks and dropout included. ``scale`` is 1 by default.
+
+    Returns:
+        out [B, H, Nq, Dv] in q's dtype, or (out, lse [B, H, Nq]). The weights: ``attention_weights(q, k, score_weight=w)``.
+
+    Source: Bahdanau, Cho & Bengio 2014, "Neural Machine Translation by Jointly Learning to Align and Translate".
+    """
+    if score_weight is None:
+        raise TypeError("score_weight: expected a float tensor; got None")
+    return attention(q, k, v, score_weight=score_weight, **arguments)
 
 
 def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Any:

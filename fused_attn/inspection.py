@@ -69,10 +69,12 @@ def attention_and_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 def _weights(call: Described, kernels: bool) -> torch.Tensor:
     """Weights of a call that has its seed, by the kernels or by the reference."""
     companions = call.companions
-    tensors = call.q, call.k, companions.sinks, *companions.operands
+    tensors = call.q, call.k, companions.sinks, companions.score_weight, *companions.operands
 
-    def twin(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, *operands: torch.Tensor) -> torch.Tensor:
-        return _reference_weights(call._replace(q=q, k=k, companions=companions._replace(sinks=sinks, operands=operands)))
+    def twin(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, score_weight: torch.Tensor | None,
+             *operands: torch.Tensor) -> torch.Tensor:
+        same = companions._replace(sinks=sinks, score_weight=score_weight, operands=operands)
+        return _reference_weights(call._replace(q=q, k=k, companions=same))
 
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if not kernels:

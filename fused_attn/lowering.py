@@ -11,6 +11,7 @@ from fused_attn.kernels.dropout import Dropout
 from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
 from fused_attn.kernels.operand import Operand
+from fused_attn.kernels.product import Additive
 from fused_attn.kernels.score import MODS, Mod, before_mods, one
 from fused_attn.kernels.tiles import Sequences
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
@@ -66,9 +67,10 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
     call = Call(spec.scale, left, right, spec.offset(n_queries, n_keys), precision(q, spec.fp32_precision), batch,
                 n_queries, n_keys)
     score_mods = before_mods(spec.scale, spec.softcap, bool(spec.score_mods), q.dtype)
+    additive = () if companions.score_weight is None else _additive(companions.score_weight)
     dense = companions.cu_q is None and companions.used_k is None
     if dense and not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0:
-        return Lowered(call._replace(extras=Extras(score_mods) if score_mods else PLAIN), ())
+        return Lowered(call._replace(extras=Extras(score_mods, additive=additive) if score_mods or additive else PLAIN), ())
 
     operands = list(companions.operands)
     roles: list[tuple[int, int] | None] = []
@@ -91,7 +93,7 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
         roles += [None] * len(tensors)
         function = KEEPS[mod.name] if mod.function is None else mod.function
         keeps += (Keep(function, _arguments(member, operands, n_queries), _order(member)),)
-    extras = Extras(score_mods, keeps, _sequences(companions, q), _dropout(spec, companions))
+    extras = Extras(score_mods, keeps, _sequences(companions, q), _dropout(spec, companions), additive)
     loaded = sum(x.element_size() for x in companions.operands if x.dim() == 3 or (x.stride(2) and x.stride(3)))
     widest = max((max(x.stride()[2:]) for x in companions.operands), default=0)
     return Lowered(call._replace(extras=extras, masks_by=(by_batch, by_head), widest=widest,
@@ -124,6 +126,10 @@ def _operand(x: torch.Tensor, n_queries: int) -> Operand:
     constant = tuple(tl.constexpr(0) if stride == 0 else stride for stride in strides)
     return Operand(x, tl.constexpr(0) if start == 0 else start, constant,
                    tl.constexpr(strides[2] != 0), tl.constexpr(strides[3] != 0), boolean)
+
+
+def _additive(weight: torch.Tensor) -> Additive:
+    return Additive(weight, tl.constexpr(0) if weight.stride(0) == 0 else weight.stride(0))
 
 
 def _sequences(companions: Companions, q: torch.Tensor) -> Sequences:

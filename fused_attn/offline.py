@@ -21,16 +21,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
+from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.lowering import lower
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
-from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, fit_operands
+from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, choose_additive, fit_operands
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
-FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed")
+FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
+            "additive")
 # What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
@@ -126,7 +127,7 @@ def gpu_target(name: str) -> GPUTarget:
     raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(TARGETS)}; got {name!r}")
 
 
-def _feature(name: str, length: int, heads: int, element: torch.dtype) -> tuple[dict[str, Any], Companions]:
+def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.dtype) -> tuple[dict[str, Any], Companions]:
     """A feature of ``FEATURES`` as fields of the spec, and its tensors."""
 
     def meta(*shape: int, dtype: torch.dtype = element) -> torch.Tensor:
@@ -148,6 +149,7 @@ def _feature(name: str, length: int, heads: int, element: torch.dtype) -> tuple[
                  Companions(operands=(meta(1, 1, length, length, dtype=torch.bool),))),
         "sinks": ({}, Companions(sinks=meta(heads))),
         "dropout": ({"dropout_p": 0.1}, Companions(seed=meta(1, dtype=torch.int64))),
+        "additive": ({}, Companions(score_weight=meta(heads, head_dim))),
         "packed": ({"longest": (length // 2, length // 2)}, Companions(cu_q=cu, cu_k=cu)),
     }
     return found[name]
@@ -172,11 +174,13 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     q, k = tensor(heads, head_dim), tensor(heads // group, head_dim)
     v, out = tensor(heads // group, head_dim_v), tensor(heads, head_dim_v)
     lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
-    fields, companions = _feature(feature, length, heads, element)
+    fields, companions = _feature(feature, length, heads, head_dim, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
     call, roles = lower(q, k, spec, companions)
     call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")
-    if config is None:
+    if config is None and call.extras.additive:
+        config = choose_additive(kernel, head_dim, target)
+    elif config is None:
         config = choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
         config = fit_operands(config, call.loaded_bytes, element)
     compiled: list[tuple[Any, str, float]] = []
@@ -204,6 +208,8 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         elif kernel == "delta":
             launch_delta(out, out, lse, None, lse, call, config=config, launch=compile_only)
         elif kernel == "dq":
+            if call.extras.additive:
+                call, _ = with_weight_sums(call, q, config)
             launch_dq(q, k, v, out, lse, lse, q, tiles, call, config=config, launch=compile_only)
         elif kernel == "dkv":
             launch_dkv(q, k, v, out, lse, lse, k, v, tiles, call, config=config, launch=compile_only)

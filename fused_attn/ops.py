@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_attn import settings
-from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
+from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.launch import Call
 from fused_attn.kernels.mask import list_tiles
@@ -20,14 +20,15 @@ from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
 from fused_attn.lowering import lower, lse_stride, unpack
 from fused_attn.spec import AttentionSpec, Companions, TileConfig, attention_flops, kept_pairs
-from fused_attn.tuning import Kernel, arch_of, choose, choose_rotary, fit_operands
+from fused_attn.tuning import Kernel, arch_of, choose, choose_additive, choose_rotary, fit_operands
 
 if settings.interpreted():
     from fused_attn import interpreter
 
     interpreter.repair()
 
-_COMPANIONS = "Tensor? sinks, Tensor? seed, Tensor? cu_q, Tensor? cu_k, Tensor? used_q, Tensor? used_k, Tensor[] operands"
+_COMPANIONS = ("Tensor? sinks, Tensor? score_weight, Tensor? seed, Tensor? cu_q, Tensor? cu_k, Tensor? used_q, "
+               "Tensor? used_k, Tensor[] operands")
 _SPEC = ("float scale, SymInt? left, SymInt? right, bool bottom_right, float? softcap, str score_mods, str mask_mods, "
          "float dropout_p, bool precise, str? fp32_precision, SymInt? longest_q, SymInt? longest_k")
 _LIBRARY = torch.library.Library("fused_attn", "DEF")
@@ -35,7 +36,7 @@ _LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_COMPANIONS}, {_SPEC}) 
 _LIBRARY.define(
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor? residual, Tensor lse, "
     f"{_COMPANIONS}, {_SPEC}, bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, "
-    "bool[] need_operands) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
+    "bool need_dscore_weight, bool[] need_operands) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 _LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor")
 N_COMPANIONS, N_SPEC = len(Companions._fields), 12
@@ -48,6 +49,7 @@ class Needs(NamedTuple):
     dk: bool
     dv: bool
     dsinks: bool
+    dscore_weight: bool
     operands: tuple[bool, ...]
 
 
@@ -96,6 +98,8 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any)
 
 
 def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
+    if call.extras.additive:
+        return choose_additive(kernel, q.shape[3], arch_of(q.device))
     config = choose(kernel, q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
     return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
 
@@ -130,7 +134,7 @@ def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k:
     config = functools.partial(_config, q=q, v=v, call=call)
     delta = lse  # where only dV is wanted delta is not read
     dsinks = lse.new_empty(0)
-    if needs.dq or needs.dk or needs.dsinks or any(needs.operands):
+    if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.operands):
         delta = _lse_like(q, packed)
         dlse = None if dlse is None else _as_lse(dlse, q, packed)
         launch_delta(out, dout, lse, dlse, delta, call, config=config("delta"))
@@ -141,9 +145,17 @@ def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k:
         if needs.dsinks:  # a sink is a key of value 0: its dP is 0
             weight = _sink_weight(lse, companions.sinks)
             dsinks = -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(companions.sinks.dtype)
-    if needs.dq:
+    dscore_weight = lse.new_empty(0)
+    if needs.dq or needs.dscore_weight:
         tiles = list_tiles(call, q, k, config("dq"), keys_first=False)
+        if needs.dscore_weight:
+            dq = dq if needs.dq else _like(q, q.shape[3])
+            call, parts = with_weight_sums(call, q, config("dq"))
         launch_dq(q, k, v, dout, lse, delta, dq, tiles, call, config=config("dq"))
+        if needs.dscore_weight:
+            weight = companions.score_weight
+            dscore_weight = parts.sum((0, 2)).to(weight.dtype)
+            dq = dq if needs.dq else q.new_empty(0)
     if needs.dk or needs.dv:
         tiles = list_tiles(call, q, k, config("dkv"), keys_first=True)
         launch_dkv(q, k, v, dout, lse, delta, dk if needs.dk else None, dv if needs.dv else None, tiles, call,
@@ -156,13 +168,13 @@ def _backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k:
         grad = launch_operand_grad(q, k, v, dout, lse, delta, operand, *role, call, config=config("operand_grad"))
         # As the FakeTensor has it: sums by k - q are a part of a longer line.
         doperands.append(grad.clone(memory_format=torch.contiguous_format) if operand.dim() == 3 else grad)
-    return dq, dk, dv, dsinks, doperands
+    return dq, dk, dv, dsinks, dscore_weight, doperands
 
 
 def _take_apart(arguments: tuple[Any, ...]) -> tuple[Companions, AttentionSpec, Needs]:
     end = N_COMPANIONS + N_SPEC
-    dq, dk, dv, dsinks, operands = arguments[end:]
-    needs = Needs(dq, dk, dv, dsinks, tuple(operands))
+    dq, dk, dv, dsinks, dscore_weight, operands = arguments[end:]
+    needs = Needs(dq, dk, dv, dsinks, dscore_weight, tuple(operands))
     return Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:end]), needs
 
 
@@ -174,11 +186,12 @@ def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs: Needs) 
 def _backward_fake(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                    out: torch.Tensor, residual: torch.Tensor | None, lse: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
     companions, _, needs = _take_apart(arguments)
-    sinks = companions.sinks
+    sinks, weight = companions.sinks, companions.score_weight
+    dscore_weight = weight.new_empty(weight.shape) if weight is not None and needs.dscore_weight else lse.new_empty(0)
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and needs.dsinks else lse.new_empty(0)
     doperands = [x.new_empty(x.shape) if need else x.new_empty(0)
                  for x, need in zip(companions.operands, needs.operands, strict=True)]
-    return *_gradients(q, k, v, needs), dsinks, doperands
+    return *_gradients(q, k, v, needs), dsinks, dscore_weight, doperands
 
 
 def _guard(name: str) -> Callable[..., Any]:

@@ -59,7 +59,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
         counted = _counted(companions.used_k, k.shape[2])[:, None, None, :]
         keys, keep = keys.masked_fill(~counted.mT, 0), keep & counted
 
-    scores = q.to(dtype) @ keys.mT * spec.scale
+    scores = _products(q.to(dtype), keys, companions.score_weight) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     operands = iter(companions.operands)
@@ -87,6 +87,14 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
         stays = dropout_mask(companions.seed, spec.dropout_p, p.shape, first_batch)
         p = p * stays / (1 - spec.dropout_p) if spec.dropout_p < 1 else p * 0
     return p, lse.squeeze(-1)
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, score_weight: torch.Tensor | None) -> torch.Tensor:
+    """[B, H, Nq, Nk]: q . k, or sum_d w_d tanh(q_d + k_d)."""
+    if score_weight is None:
+        return q @ k.mT
+    tanh = (q[:, :, :, None, :] + k[:, :, None, :, :]).tanh()
+    return (tanh * score_weight.to(q.dtype)[:, None, None, :]).sum(-1)
 
 
 def _counted(lengths: torch.Tensor, n: int) -> torch.Tensor:

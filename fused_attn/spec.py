@@ -52,12 +52,14 @@ class AttentionSpec(NamedTuple):
 class Companions(NamedTuple):
     """The tensors of a call beside q, k and v, None where it has none.
 
-    sinks [H]; seed [1] int64, of dropout; cu_q and cu_k [B + 1] int32, where packed sequences start; used_q and used_k [B],
-    how many of their rows count (used_k alone: key lengths of a dense batch); operands: the tensors of the mods, in order,
-    each [B', H', Nq', Nk'] with full or single extents, or [B', H', Nq + Nk - 1] for values by k - q.
+    sinks [H]; score_weight [H, D], of an additive score, its heads perhaps expanded; seed [1] int64, of dropout; cu_q and
+    cu_k [B + 1] int32, where packed sequences start; used_q and used_k [B], how many of their rows count (used_k alone: key
+    lengths of a dense batch); operands: the tensors of the mods, in order, each [B', H', Nq', Nk'] with full or single
+    extents, or [B', H', Nq + Nk - 1] for values by k - q.
     """
 
     sinks: Any = None
+    score_weight: Any = None
     seed: Any = None
     cu_q: Any = None
     cu_k: Any = None

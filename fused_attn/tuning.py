@@ -195,6 +195,21 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     return lean if heavy else by_width[width]
 
 
+MAX_ADDITIVE = 256  # head dim: a tile of tanh is [rows, rows, head dim] in registers
+
+
+@functools.cache
+def choose_additive(kernel: Kernel, head_dim: int, arch: str) -> T:
+    """The configuration of every kernel of an additive score: 64 values of the tile of tanh in each thread.
+
+    On NVIDIA targets that spills nothing up to head dim 64, and in the forward up to 128.
+    """
+    if arch == "interpreter":
+        return T(16, 16, 1, 1) if kernel == "operand_grad" else T(32, 16, 1, 1)  # square, for the sums along diagonals
+    warps = 4 if head_dim <= 64 else 8 if head_dim <= 128 else 16
+    return T(16, 16, warps if arch.startswith("gfx9") else 2 * warps, 1, split=head_dim > 64)
+
+
 @functools.cache
 def choose_rotary(head_dim: int) -> T:
     """The configuration of the rotary kernel: about 4096 elements of each head a program, which memory bounds."""

@@ -8,7 +8,7 @@ from fused_attn.kernels.inspection import launch_column_sums, launch_row_stats, 
 from fused_attn.kernels.launch import Call
 from fused_attn.lowering import lower
 from fused_attn.spec import TileConfig
-from fused_attn.tuning import arch_of, choose
+from fused_attn.tuning import arch_of, choose, choose_additive
 
 
 @torch.no_grad()
@@ -36,6 +36,8 @@ def run_weights(call: Described) -> torch.Tensor:
 def _lowered(call: Described) -> tuple[Call, TileConfig]:
     """The call as kernels take it, and tiles that hold one [BLOCK_M, BLOCK_N] of weights."""
     lowered = lower(call.q, call.k, call.spec, call.companions).call
+    if lowered.extras.additive:
+        return lowered, choose_additive("operand_grad", call.q.shape[3], arch_of(call.q.device))
     return lowered, choose("operand_grad", call.q.shape[3], 1, call.q.dtype, arch_of(call.q.device), True)
 
 

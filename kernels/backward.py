@@ -16,6 +16,7 @@ import triton.language as tl
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
+from fused_attn.kernels.product import Additive, products, pulled, weight_finish, weight_start, weight_step
 from fused_attn.kernels.score import apply_mods
 from fused_attn.kernels.softmax import LOG2E, lse_to_log2
 from fused_attn.kernels.tiles import (
@@ -65,17 +66,17 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
 
 
 @triton.jit
-def weights(products, lse2, place, left, right, scale, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
+def weights(raw, lse2, place, left, right, scale, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
             KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr, MASKED: tl.constexpr):
-    """P of a tile from its raw products q.k, and the derivative of the mods (see ``apply_mods``), in either orientation.
+    """P of a tile from its raw scores, and the derivative of the mods (see ``apply_mods``), in either orientation.
 
-    ``lse2`` is in base 2 and broadcasts against ``products``.
+    ``lse2`` is in base 2 and broadcasts against ``raw``.
     """
     if len(extras.mods) == 0:
         reach = 1.0
-        p = tl.exp2(products * (scale * LOG2E) - lse2)
+        p = tl.exp2(raw * (scale * LOG2E) - lse2)
     else:
-        score, reach = apply_mods(products * scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
+        score, reach = apply_mods(raw * scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
         p = tl.exp2(score * LOG2E - lse2)
     if MASKED:
         # Where a key does not count, exp2 may have overflowed: select, never multiply by 0.
@@ -84,21 +85,21 @@ def weights(products, lse2, place, left, right, scale, extras, MEMBER: tl.conste
 
 
 @triton.jit
-def dq_step(dq, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras, D: tl.constexpr, DV: tl.constexpr,
+def dq_step(dq, dw, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras, D: tl.constexpr, DV: tl.constexpr,
             ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Adds what the BLOCK_N keys of ``place`` give to dQ."""
+    """Adds what the BLOCK_N keys of ``place`` give to dQ, and to the gradient of an additive score's weights."""
     BLOCK_N: tl.constexpr = TILE.block_n
     # [BLOCK_N, D], [BLOCK_N, DV]
     k = load_tile(k_view, place.k_first, D, BLOCK_N, MASKED, TILE.wide)
     v = load_tile(v_view, place.k_first, DV, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
-    products = inner(q, k, ACC, PRECISION)
-    p, reach = weights(products, lse2[:, None], place, left, right, scale, extras, -1, 0, TILE, False, True, MASKED)
+    raw = products(q, k, place.head, extras.additive, D, ACC, PRECISION)
+    p, reach = weights(raw, lse2[:, None], place, left, right, scale, extras, -1, 0, TILE, False, True, MASKED)
     dp = inner(dout, v, ACC, PRECISION)
     if len(extras.dropout) > 0:
         dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
     ds = p * (dp - delta[:, None]) * reach  # without the factor scale, which dQ receives once at the end
-    return outer(ds.to(k[0].dtype), k, dq, ACC, PRECISION)
+    return pulled(ds, q, k, dq, place.head, extras.additive, D, ACC, PRECISION), weight_step(dw, ds, q, k, extras.additive, ACC)
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
@@ -129,6 +130,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
     v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
     dq = zeros(D, BLOCK_M, ACC)
+    dw = weight_start(extras.additive, D, ACC)
 
     if LISTED:
         sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
@@ -137,15 +139,16 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     inner_first, inner_stop = inner_range(sweep, tiles)
     for i in tl.range(inner_first, inner_stop, 1 if LISTED else BLOCK_N, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        dq = dq_step(dq, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras,
-                     D, DV, ACC, PRECISION, TILE, False)
+        dq, dw = dq_step(dq, dw, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras,
+                         D, DV, ACC, PRECISION, TILE, False)
     for i in tl.range(0, n_edges(sweep, tiles, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        dq = dq_step(dq, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras,
-                     D, DV, ACC, PRECISION, TILE, True)
+        dq, dw = dq_step(dq, dw, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras,
+                         D, DV, ACC, PRECISION, TILE, True)
 
     dq_view = head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries)
     store_tile(dq_view, first, scaled(dq, scale), D, BLOCK_M, TILE.wide)
+    weight_finish(dw, scale, extras.additive, D)
 
 
 @triton.jit
@@ -162,8 +165,8 @@ def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, place, left,
     # Queries past the end have LSE -inf, so their weights are 0, like those of a row with no key.
     lse2 = lse_to_log2(load_rows(lse_view, place.q_first, float("-inf"), BLOCK_M, MASKED))
     dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, MASKED, TILE.wide)
-    products = inner(k, q, ACC, PRECISION)
-    p, reach = weights(products, lse2[None, :], place, left, right, scale, extras, -1, 0, TILE, True, MASKED, MASKED)
+    raw = products(k, q, place.head, extras.additive, D, ACC, PRECISION)
+    p, reach = weights(raw, lse2[None, :], place, left, right, scale, extras, -1, 0, TILE, True, MASKED, MASKED)
     if len(extras.dropout) > 0:
         stays = dropout_keep(extras.dropout, place, TILE, True)
     if NEED_DV:
@@ -177,7 +180,7 @@ def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, place, left,
         if len(extras.dropout) > 0:
             dp = tl.where(stays, dp * extras.dropout.factor, 0.0)
         ds = p * (dp - delta[None, :]) * reach
-        dk = outer(ds.to(q[0].dtype), q, dk, ACC, PRECISION)
+        dk = pulled(ds, k, q, dk, place.head, extras.additive, D, ACC, PRECISION)
     return dk, dv
 
 
@@ -314,6 +317,19 @@ def launch_dq(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Ten
     )
     launch(dq_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
            fit_offsets(config, call, q, k, v, dout, dq))
+
+
+def with_weight_sums(call: Call, q: torch.Tensor, config: TileConfig) -> tuple[Call, torch.Tensor]:
+    """``call`` whose dQ also leaves the gradient of its additive score's weights in parts [B, H, tiles, D], and these.
+
+    Programs of no sequence leave nothing: the parts begin as 0.
+    """
+    heads, head_dim = q.shape[1], q.shape[3]
+    tiles = programs(call.n_queries, config.block_m, 1)
+    parts = torch.zeros(call.batch, heads, tiles, head_dim, device=q.device,
+                        dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    weight, stride, *_ = call.extras.additive
+    return call._replace(extras=call.extras._replace(additive=Additive(weight, stride, (parts,)))), parts
 
 
 def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,

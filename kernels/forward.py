@@ -12,12 +12,12 @@ import triton.language as tl
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
+from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
 from fused_attn.kernels.softmax import LOG2E, softmax_finish, softmax_start, softmax_step
 from fused_attn.kernels.tiles import (
     Place,
     head_view,
-    inner,
     load_tile,
     locate,
     outer,
@@ -41,7 +41,7 @@ def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.co
     # [BLOCK_N, D]
     k = load_tile(k_view, place.k_first, D, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
-    scores = inner(q, k, ACC, PRECISION)
+    scores = products(q, k, place.head, extras.additive, D, ACC, PRECISION)
     if len(extras.mods) == 0:
         to_log2 = scale * LOG2E
     else:

@@ -11,12 +11,12 @@ from fused_attn.kernels.backward import weights
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
 from fused_attn.kernels.mask import keep_tile
+from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
 from fused_attn.kernels.softmax import LN2, LOG2E, lse_to_log2
 from fused_attn.kernels.tiles import (
     Place,
     head_view,
-    inner,
     load_rows,
     load_tile,
     locate,
@@ -55,7 +55,8 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
         place = Place(batch, head, first, start, offset, n_queries, n_keys)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
         # [BLOCK_M, BLOCK_N], in base 2
-        scores, _ = apply_mods(inner(q, k, ACC, PRECISION) * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, True)
+        raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
+        scores, _ = apply_mods(raw * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, True)
         keep = keep_tile(place, left, right, extras.keeps, TILE, False)
         scores = tl.where(keep, scores * to_log2, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -108,7 +109,8 @@ def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
         q = load_tile(q_view, start, D, BLOCK_M, True, TILE.wide)
         lse2 = lse_to_log2(load_rows(lse_view, start, float("-inf"), BLOCK_M, True))
         # [BLOCK_N, BLOCK_M]
-        p, _ = weights(inner(k, q, ACC, PRECISION), lse2[None, :], place, left, right, scale, extras, NO_SLOPE, 0, TILE, True,
+        raw = products(k, q, head, extras.additive, D, ACC, PRECISION)
+        p, _ = weights(raw, lse2[None, :], place, left, right, scale, extras, NO_SLOPE, 0, TILE, True,
                        True, True)
         received += tl.sum(p, 1)
     store_rows((received_ptr + tl.cast(bh, tl.int64) * Nk, Nk), first, received, BLOCK_N)
@@ -137,7 +139,8 @@ def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
     for start in tl.range(0, Nk, BLOCK_N, num_stages=1):
         place = Place(batch, head, first, start, offset, n_queries, n_keys)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
-        p, _ = weights(inner(q, k, ACC, PRECISION), lse2[:, None], place, left, right, scale, extras, NO_SLOPE, 0, TILE,
+        raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
+        p, _ = weights(raw, lse2[:, None], place, left, right, scale, extras, NO_SLOPE, 0, TILE,
                        False, True, True)
         if len(extras.dropout) > 0:
             p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p * extras.dropout.factor, 0.0)

@@ -30,6 +30,7 @@ class Extras(NamedTuple):
     keeps: tuple[Any, ...] = ()  # of mask.Keep
     sequences: Sequences = Sequences()
     dropout: tuple[Any, ...] = ()  # a dropout.Dropout
+    additive: tuple[Any, ...] = ()  # a product.Additive, in place of the inner product
 
 
 PLAIN = Extras()

@@ -12,6 +12,7 @@ import triton.language as tl
 from fused_attn.kernels.backward import weights
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, run
+from fused_attn.kernels.product import products
 from fused_attn.kernels.softmax import lse_to_log2
 from fused_attn.kernels.tiles import Place, head_view, inner, load_rows, load_tile, locate, row_view
 from fused_attn.spec import TileConfig
@@ -86,9 +87,9 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             q = load_tile(q_view, place.q_first, D, BLOCK_M, True, TILE.wide)
             k = load_tile(k_view, place.k_first, D, BLOCK_N, True, TILE.wide)
             # [BLOCK_M, BLOCK_N]
-            products = inner(q, k, ACC, PRECISION)
+            raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
             lse2 = lse_to_log2(load_rows(lse_view, place.q_first, float("-inf"), BLOCK_M, True))
-            p, reach = weights(products, lse2[:, None], place, left, right, scale, extras, MEMBER, ARG, TILE, False, True,
+            p, reach = weights(raw, lse2[:, None], place, left, right, scale, extras, MEMBER, ARG, TILE, False, True,
                                True)
             dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, True, TILE.wide)
             v = load_tile(v_view, place.k_first, DV, BLOCK_N, True, TILE.wide)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.operand import load_operand, per_key, per_query
-from fused_attn.kernels.softmax import LOG2E
+from fused_attn.kernels.product import tanh_of
 
 
 class Mod(NamedTuple):
@@ -43,19 +43,7 @@ def softcap(score, q_pos, k_idx, head, batch, args):
     """cap * tanh(score / cap), args = (cap, accurate). Source: Bello et al. 2016; Gemma 2 (2024)."""
     CAP: tl.constexpr = args[0]
     ACCURATE: tl.constexpr = args[1]
-    # 1 - 2 / (1 + e^2x) saturates to +-1 without overflowing to NaN, at logits of 1e4 and beyond.
-    x = score * (1.0 / CAP)
-    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
-    if ACCURATE:
-        # Near 0 the difference loses digits that fp32 and fp64 users keep: Taylor there, error below 2**-53 |x|.
-        y = x * x
-        poly = -1382.0 / 155925.0 + y * (21844.0 / 6081075.0)
-        poly = 62.0 / 2835.0 + y * poly
-        poly = -17.0 / 315.0 + y * poly
-        poly = 2.0 / 15.0 + y * poly
-        poly = -1.0 / 3.0 + y * poly
-        tanh = tl.where(y < 0.01, x + x * y * poly, tanh)
-    return CAP * tanh
+    return CAP * tanh_of(score * (1.0 / CAP), ACCURATE)
 
 
 @triton.jit

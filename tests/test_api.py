@@ -56,9 +56,9 @@ def test_public_names():
 def test_arguments_of_attention():
     parameters = inspect.signature(attention).parameters
     defaults = {"causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None,
-                "key_lengths": None, "alibi_slopes": None, "sinks": None, "dropout_p": 0.0, "score_mod": None,
-                "mask_mod": None, "mod_args": (), "return_lse": False, "deterministic": None, "precise": False,
-                "fp32_precision": None, "strict": None, "backend": None}
+                "key_lengths": None, "alibi_slopes": None, "sinks": None, "score_weight": None, "dropout_p": 0.0,
+                "score_mod": None, "mask_mod": None, "mod_args": (), "return_lse": False, "deterministic": None,
+                "precise": False, "fp32_precision": None, "strict": None, "backend": None}
     assert [*parameters][:3] == ["q", "k", "v"]
     assert defaults.items() <= {name: p.default for name, p in parameters.items()}.items()
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in defaults)

@@ -34,6 +34,7 @@ CAPPED = AttentionSpec(0.3, Window(3, 1), bottom_right=False, softcap=1.5)
 BIASED = AttentionSpec(0.3, Window(None, 1), score_mods=(Member(mods.BIAS.key, (TENSOR,)), Member(mods.ALIBI.key, (TENSOR,))),
                        mask_mods=(Member(mods.MASK.key, (TENSOR,)),), dropout_p=0.25)
 RELATED = AttentionSpec(0.3, score_mods=(Member(mods.BIAS.key, (RELATIVE,)),), precise=True, fp32_precision="ieee")
+ADDITIVE = AttentionSpec(1.0, Window(None, 0))
 PACKED = AttentionSpec(0.3, Window(None, 0), precise=True, longest=(5, 9))
 NEEDS = [(True, True, True), (False, True, False), (True, False, True)]
 
@@ -50,6 +51,8 @@ def operands(spec):
         cu_q, cu_k = torch.tensor([0, 5, 5, 8], dtype=torch.int32), torch.tensor([0, 3, 4, 13], dtype=torch.int32)
         used_q, used_k = torch.tensor([5, 0, 2]), torch.tensor([3, 1, 7], dtype=torch.int32)
         return Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k)
+    if spec == ADDITIVE:
+        return Companions(score_weight=torch.randn(8).expand(4, 8))
     return Companions()
 
 
@@ -57,6 +60,7 @@ OP_CASES = [  # layout, dtype, spec, which of dQ, dK, dV
     ("contiguous", torch.float64, FULL, NEEDS[0]), ("length before heads", torch.bfloat16, CAUSAL, NEEDS[2]),
     ("expanded heads", torch.float32, CAPPED, NEEDS[1]), ("contiguous", torch.float32, BIASED, NEEDS[0]),
     ("length before heads", torch.bfloat16, RELATED, NEEDS[2]), ("length before heads", torch.float32, PACKED, NEEDS[0]),
+    ("length before heads", torch.bfloat16, ADDITIVE, NEEDS[1]),
     pytest.param("every second column", torch.float64, BIASED, NEEDS[1], marks=pytest.mark.slow),
     pytest.param("contiguous", torch.float16, CAPPED, NEEDS[1], marks=pytest.mark.slow),
     *(pytest.param(layout, torch.float32, CAUSAL, NEEDS[0], marks=pytest.mark.slow) for layout in LAYOUTS)]
@@ -75,7 +79,8 @@ def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
     assert bool(residual.numel()) == spec.precise
     dlse = torch.randn_like(lse) if all(needs) else None
     given = (torch.randn_like(out), dlse, *tensors, out, residual if spec.precise else None, lse)
-    wanted = (*needs, companions.sinks is not None, [x.is_floating_point() for x in companions.operands])
+    wanted = (*needs, companions.sinks is not None, companions.score_weight is not None,
+              [x.is_floating_point() for x in companions.operands])
     torch.library.opcheck(forward, (*tensors, *arguments))
     torch.library.opcheck(backward, (*given, *arguments, *wanted))
 
@@ -86,7 +91,7 @@ def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
         fakes, more = fake(given), fake(arguments)
         found = tree_leaves((forward(*fakes[2:5], *more), backward(*fakes, *more, *wanted)))
     real = tree_leaves(((out, lse, residual), backward(*given, *arguments, *wanted)))
-    assert len(real) == 7 + len(companions.operands)
+    assert len(real) == 8 + len(companions.operands)
     for r, f in zip(real, found, strict=True):
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
 

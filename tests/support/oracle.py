@@ -7,6 +7,7 @@ E compares with what rounding P, dS and the output once each may cost, and holds
 import math
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -117,12 +118,11 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
                 leaves: dict[str, torch.Tensor], first_batch: int) -> tuple[dict[str, torch.Tensor], float]:
     q, k, v, spec, companions = call
     group, n_keys = q.shape[1] // k.shape[1], k.shape[2]
-    # Columns that add E, which is 0, to the products: its gradient is the slope of the score mods, scale and all.
+    # 0, added to the raw scores: its gradient is the slope of the score mods, scale and all.
     products = torch.zeros(*q.shape[:3], n_keys, dtype=torch.float64, requires_grad=True)
-    unit = torch.eye(n_keys, dtype=torch.float64).expand(*k.shape[:2], -1, -1)
-    wide_q, wide_k = torch.cat((q.detach(), products), 3), torch.cat((k.detach(), unit), 3)
-    p, lse = reference.weights(wide_q, wide_k, spec._replace(dropout_p=0.0), companions, first_batch)
-    dropped = reference.weights(wide_q, wide_k, spec, companions, first_batch)[0].detach()
+    with mock.patch.object(reference, "_products", _plus(products)):
+        p, lse = reference.weights(q.detach(), k.detach(), spec._replace(dropout_p=0.0), companions, first_batch)
+        dropped = reference.weights(q.detach(), k.detach(), spec, companions, first_batch)[0].detach()
     keep = p > 1e-250  # the derivative of a logarithm below that leaves the range of fp64
     scores = torch.where(keep, torch.where(keep, p, 1.0).log() + lse.unsqueeze(-1), 0.0)
     stays = torch.where(keep, dropped / p.detach(), 0.0)  # 0, or 1 / (1 - dropout_p)
@@ -136,7 +136,7 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     if dlse is not None:
         row = row + dlse.double().abs().unsqueeze(-1)
     w = p * (stays * (grad.abs() @ v.abs().mT) + row)
-    operands = {name: x for name, x in leaves.items() if name != "sinks"}
+    operands = {name: x for name, x in leaves.items() if name not in ("sinks", "score_weight")}
     slopes = torch.autograd.grad((w * scores).sum(), (products, *operands.values()), retain_graph=True,
                                  allow_unused=True, materialize_grads=True)
     reach = slopes[0].abs()
@@ -149,12 +149,25 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     def per_kv_head(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (-1, group)).sum(2)
 
-    raw = (q @ k.mT * spec.scale).detach()[keep]
+    raw = (reference._products(q, k, companions.score_weight) * spec.scale).detach()[keep]
+    if companions.score_weight is None:
+        by_q, by_k = reach @ k.abs(), reach.mT @ q.detach().abs()
+    else:
+        tanh = (q[:, :, :, None].detach() + k[:, :, None]).tanh()
+        slope = reach.unsqueeze(-1) * (1 - tanh**2) * companions.score_weight.detach().abs()[:, None, None]
+        by_q, by_k = slope.sum(3), slope.sum(2)
+        result["dscore_weight"] = (reach.unsqueeze(-1) * tanh.abs()).sum((0, 2, 3))
     largest = max((float(x.detach().abs().max()) for x in (raw, scores[keep]) if x.numel()), default=0.0)
     return result | {
         "out": (p * stays) @ v.abs(), "dv": per_kv_head((p * stays).mT @ grad.abs()),
-        "dq": reach @ k.abs(), "dk": per_kv_head(reach.mT @ q.detach().abs()),
+        "dq": by_q, "dk": per_kv_head(by_k),
     }, largest
+
+
+def _plus(products: torch.Tensor) -> Any:
+    """The reference's raw scores with ``products`` added to them."""
+    raw = reference._products
+    return lambda q, k, score_weight: raw(q, k, score_weight) + products
 
 
 def bounded_error(x: torch.Tensor, ref: torch.Tensor, amplitude: torch.Tensor, largest_score: float) -> tuple[float, float]:

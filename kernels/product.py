@@ -1,0 +1,127 @@
+"""What a query and a key make of each other before anything else: an inner product, or an additive score.
+
+    q . k,    or    sum_d w_d tanh(q_d + k_d)
+
+Both are symmetric in their two tiles, so either may come first. The gradient of the additive score by q_d is
+w_d (1 - tanh^2(q_d + k_d)), and by w_d the tanh itself. A tile of it is three-dimensional, [rows, rows, columns], and
+lives in registers alone: small tiles, and no tensor of Nq x Nk x D. Source: Bahdanau, Cho & Bengio 2014, "Neural Machine
+Translation by Jointly Learning to Align and Translate".
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fused_attn.kernels.softmax import LOG2E
+from fused_attn.kernels.tiles import head_columns, inner, outer, rest_columns
+
+
+class Additive(NamedTuple):
+    """The additive score as kernels take it."""
+
+    weight: Any  # w [H, D] in memory, its heads ``stride`` apart
+    stride: Any  # a compile-time 0 where all heads share one
+    sums: Any = ()  # (pointer,): where each program of dQ leaves its part of the gradient of w, [programs, D]
+
+
+@triton.jit
+def tanh_of(x, ACCURATE: tl.constexpr):
+    """tanh without overflow; ``ACCURATE`` to the last digits near 0, where the plain form loses them."""
+    # 1 - 2 / (1 + e^2x) saturates to +-1 without overflowing to NaN, at 1e4 and beyond.
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    if ACCURATE:
+        # Near 0 the difference loses digits that fp32 and fp64 users keep: Taylor there, error below 2**-53 |x|.
+        y = x * x
+        poly = -1382.0 / 155925.0 + y * (21844.0 / 6081075.0)
+        poly = 62.0 / 2835.0 + y * poly
+        poly = -17.0 / 315.0 + y * poly
+        poly = 2.0 / 15.0 + y * poly
+        poly = -1.0 / 3.0 + y * poly
+        tanh = tl.where(y < 0.01, x + x * y * poly, tanh)
+    return tanh
+
+
+@triton.jit
+def weight_block(additive, head, FIRST_COL: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
+    """[COLS] of a head's weights from column ``FIRST_COL`` on, 0 past D."""
+    cols = FIRST_COL + tl.arange(0, COLS)
+    return tl.load(additive.weight + tl.cast(head, tl.int64) * additive.stride + cols, mask=cols < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def tanh_block(a, b, ACC: tl.constexpr):
+    """tanh of all sums of rows of two blocks of columns: [rows of a, rows of b, columns]."""
+    ACCURATE: tl.constexpr = a.dtype.primitive_bitwidth >= 32
+    return tanh_of(a.to(ACC)[:, None, :] + b.to(ACC)[None, :, :], ACCURATE)
+
+
+@triton.jit
+def products(a, b, head, additive, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """[rows of a, rows of b]: raw scores of two tiles."""
+    if len(additive) == 0:
+        return inner(a, b, ACC, PRECISION)
+    else:
+        HEAD: tl.constexpr = head_columns(D)
+        score = tl.sum(tanh_block(a[0], b[0], ACC) * weight_block(additive, head, 0, HEAD, D, ACC)[None, None, :], 2)
+        if len(a) > 1:
+            weight = weight_block(additive, head, HEAD, rest_columns(D), D, ACC)
+            score += tl.sum(tanh_block(a[1], b[1], ACC) * weight[None, None, :], 2)
+        return score
+
+
+@triton.jit
+def pulled_block(ds, a, b, weight, acc, ACC: tl.constexpr):
+    tanh = tanh_block(a, b, ACC)
+    return acc + tl.sum(ds[:, :, None] * (1.0 - tanh * tanh), 1) * weight[None, :]
+
+
+@triton.jit
+def pulled(ds, a, b, acc, head, additive, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc`` plus what dS [rows of a, rows of b] gives to the gradient of a."""
+    if len(additive) == 0:
+        return outer(ds.to(b[0].dtype), b, acc, ACC, PRECISION)
+    else:
+        HEAD: tl.constexpr = head_columns(D)
+        result = (pulled_block(ds, a[0], b[0], weight_block(additive, head, 0, HEAD, D, ACC), acc[0], ACC),)
+        if len(a) > 1:
+            weight = weight_block(additive, head, HEAD, rest_columns(D), D, ACC)
+            result = result + (pulled_block(ds, a[1], b[1], weight, acc[1], ACC),)
+        return result
+
+
+@triton.jit
+def weight_start(additive, D: tl.constexpr, ACC: tl.constexpr):
+    """The running sum of the gradient of w, a tuple of blocks [1, columns]; nothing where nobody asked for it."""
+    if len(additive) == 0 or len(additive.sums) == 0:
+        return (0,)
+    else:
+        sums = (tl.zeros([1, head_columns(D)], ACC),)
+        if rest_columns(D):
+            sums = sums + (tl.zeros([1, rest_columns(D)], ACC),)
+        return sums
+
+
+@triton.jit
+def weight_step(dw, ds, a, b, additive, ACC: tl.constexpr):
+    """``dw`` with what a tile of dS adds to it."""
+    if len(additive) == 0 or len(additive.sums) == 0:
+        return dw
+    else:
+        result = (dw[0] + tl.sum(tl.sum(ds[:, :, None] * tanh_block(a[0], b[0], ACC), 1), 0)[None, :],)
+        if len(a) > 1:
+            result = result + (dw[1] + tl.sum(tl.sum(ds[:, :, None] * tanh_block(a[1], b[1], ACC), 1), 0)[None, :],)
+        return result
+
+
+@triton.jit
+def weight_finish(dw, scale, additive, D: tl.constexpr):
+    """Leaves this program's part of the gradient of w."""
+    if len(additive) > 0 and len(additive.sums) > 0:
+        HEAD: tl.constexpr = head_columns(D)
+        base = additive.sums[0] + tl.cast(tl.program_id(0), tl.int64) * D
+        cols = tl.arange(0, HEAD)[None, :]
+        tl.store(base + cols, dw[0] * scale, mask=cols < D)
+        if len(dw) > 1:
+            rest = HEAD + tl.arange(0, rest_columns(D))[None, :]
+            tl.store(base + rest, dw[1] * scale, mask=rest < D)
