@@ -1,0 +1,167 @@
+"""Seeing attention: which token looks at which, head by head and layer by layer, of any model that uses ``fused_attn.nn``.
+
+    with viz.record(model) as recorded:
+        model(tokens)
+    viz.save(viz.layer_maps(recorded, labels), "attention.png")
+
+Recording computes weights beside the forward pass, for that pass alone: the model runs, and trains, as it always does.
+Drawing needs matplotlib (``pip install 'fused-attn[examples]'``).
+"""
+
+import base64
+import contextlib
+import html
+import inspect
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
+
+from fused_attn.inspection import attention_weights
+from fused_attn.nn import KVCache, MultiheadAttention
+
+_CELL, _SMALL, _LARGE = 0.16, 2.4, 14.0  # inches: of one cell, and the least and most that one map measures
+_LABELLED = 64  # tokens; more labels than that cannot be read
+
+
+@contextlib.contextmanager
+def record(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Within it, every ``MultiheadAttention`` of ``model`` leaves the weights of its last call: {name: [B, H, L, S]}.
+
+    In the dtype of the call, on its device, without gradients and before dropout. Layers that replaced torch's count, in the
+    order in which they first run; calls with a ``KVCache`` or nested tensors leave nothing.
+    """
+    recorded: dict[str, torch.Tensor] = {}
+    signature = inspect.signature(MultiheadAttention.forward)
+
+    def hook(name: str) -> Any:
+        def before(module: MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = signature.bind(module, *args, **kwargs).arguments
+            if given["query"].is_nested or isinstance(given.get("cache"), KVCache):
+                return
+            names = ("query", "key", "value", "key_padding_mask", "attn_mask", "is_causal", "cache")
+            with torch.no_grad():
+                q, k, _, arguments = module.heads(**{name: given[name] for name in names if name in given})
+                recorded[name] = attention_weights(q, k, **arguments)
+
+        return before
+
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in model.named_modules()
+               if isinstance(module, MultiheadAttention)]
+    if not handles:
+        raise ValueError("model: expected a fused_attn.nn.MultiheadAttention in it; replace_attention(model) makes them")
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rollout(weights: Sequence[torch.Tensor], residual: float = 0.5) -> torch.Tensor:
+    """How much of each input token reaches each token of the last layer: [B, N, N], rows that sum to 1.
+
+    Each layer's weights [B, H, N, N], averaged over heads, are mixed with the residual stream, ``residual`` of the whole,
+    and multiplied, first layer first. Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers".
+    """
+    if not weights or not 0 <= residual <= 1:
+        raise ValueError(f"weights, residual: expected at least one layer and 0 to 1; got {len(weights)} and {residual!r}")
+    flow: torch.Tensor | None = None
+    for layer in weights:
+        if layer.dim() != 4 or layer.shape[-1] != layer.shape[-2]:
+            raise ValueError(f"weights: expected self-attention [B, H, N, N]; got shape {tuple(layer.shape)}")
+        mean = layer.mean(1).to(torch.promote_types(layer.dtype, torch.float32))
+        seen = mean.sum(-1, keepdim=True)
+        mean = mean / torch.where(seen == 0, 1, seen)  # dropped or sunk weight is not someone's
+        mixed = (1 - residual) * mean + residual * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        mixed = torch.where(seen == 0, torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device), mixed)
+        flow = mixed if flow is None else mixed @ flow
+    assert flow is not None
+    return flow
+
+
+def _draw(axes: Axes, weights: torch.Tensor, rows: Sequence[str] | None, columns: Sequence[str] | None, title: str) -> None:
+    picture = weights.detach().float().cpu()
+    axes.imshow(picture.numpy(), cmap="magma", vmin=0.0, vmax=max(float(picture.max()), 1e-6) if picture.numel() else 1.0,
+                aspect="equal", interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    for axis, labels, length in ((axes.yaxis, rows, picture.shape[0]), (axes.xaxis, columns, picture.shape[1])):
+        if labels is not None and len(labels) != length:
+            raise ValueError(f"labels: expected {length}, one for each token; got {len(labels)}")
+        if labels is None or length > _LABELLED:
+            axis.set_ticks([])
+        else:
+            axis.set_ticks(range(length), [_plain(label) for label in labels], fontsize=6, family="monospace",
+                           rotation=90 if axis is axes.xaxis else 0)
+
+
+def _plain(label: str) -> str:
+    """A token as one line that matplotlib takes literally."""
+    return label.replace("\n", "\\n").replace("\t", "\\t").replace("$", r"\$") or "\u2423"
+
+
+def _size(shape: torch.Size) -> tuple[float, float]:
+    """Width and height in inches of a map [rows, columns]."""
+    height, width = (min(max(n * _CELL, _SMALL), _LARGE) for n in shape[-2:])
+    return width, height
+
+
+def attention_map(weights: torch.Tensor, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None,
+                  title: str = "") -> Figure:
+    """One map of weights [L, S], or of each head of [H, L, S] side by side: queries downwards, keys to the right.
+
+    ``rows`` and ``columns`` are the tokens of queries and keys; more than 64 are not written out.
+    """
+    if weights.dim() not in (2, 3):
+        raise ValueError(f"weights: expected [L, S] or [H, L, S], of one sequence; got shape {tuple(weights.shape)}")
+    heads = weights[None] if weights.dim() == 2 else weights
+    width, height = _size(heads.shape)
+    figure = Figure(figsize=(len(heads) * (width + 0.5), height + 0.9), layout="constrained")
+    for i, (axes, head) in enumerate(zip(figure.subplots(1, len(heads), squeeze=False)[0], heads, strict=True)):
+        _draw(axes, head, rows, columns, f"{title} head {i}".strip() if weights.dim() == 3 else title)
+    return figure
+
+
+def layer_maps(recorded: Mapping[str, torch.Tensor], rows: Sequence[str] | None = None, columns: Sequence[str] | None = None,
+               batch: int = 0) -> Figure:
+    """Every head of every layer that ``record`` left, of one sequence of the batch: a row of maps for each layer.
+
+    ``columns`` are the tokens of the keys where they are not those of the queries; maps of another width go without labels.
+    """
+    if not recorded:
+        raise ValueError("recorded: expected at least one layer; run the model within record()")
+    columns = rows if columns is None else columns
+    layers = [(name, weights[batch]) for name, weights in recorded.items()]
+    most = max(len(weights) for _, weights in layers)
+    sizes = [_size(weights.shape) for _, weights in layers]
+    figure = Figure(figsize=(most * (max(w for w, _ in sizes) + 0.4), sum(h + 0.7 for _, h in sizes)), layout="constrained")
+    grid = figure.subplots(len(layers), most, squeeze=False, gridspec_kw={"height_ratios": [h for _, h in sizes]})
+    for (name, weights), line in zip(layers, grid, strict=True):
+        down, across = (labels if labels is not None and len(labels) == n else None
+                        for labels, n in zip((rows, columns), weights.shape[1:], strict=True))
+        for i, axes in enumerate(line):
+            if i < len(weights):
+                _draw(axes, weights[i], down, across, f"{name} head {i}")
+            else:
+                axes.set_axis_off()
+    return figure
+
+
+def save(figure: Figure, path: str | Path, title: str = "attention") -> Path:
+    """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".html":
+        figure.savefig(path, dpi=150)
+        return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    data = base64.b64encode(picture.getvalue()).decode()
+    name = html.escape(title)
+    path.write_text(f'<!doctype html><meta charset="utf-8"><title>{name}</title><h1>{name}</h1>'
+                    f'<img alt="{name}" style="max-width:none" src="data:image/png;base64,{data}">\n', encoding="utf-8")
+    return path
