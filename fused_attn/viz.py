@@ -151,6 +151,18 @@ def layer_maps(recorded: Mapping[str, torch.Tensor], rows: Sequence[str] | None 
     return figure
 
 
+def side_by_side(maps: Mapping[str, torch.Tensor], rows: Sequence[str] | None = None,
+                 columns: Sequence[str] | None = None) -> Figure:
+    """Maps [L, S] of several models over the same tokens, each under its name."""
+    if not maps or any(weights.dim() != 2 for weights in maps.values()):
+        raise ValueError(f"maps: expected [L, S] for each name; got {({name: tuple(x.shape) for name, x in maps.items()})}")
+    width, height = _size(next(iter(maps.values())).shape)
+    figure = Figure(figsize=(len(maps) * (width + 0.6), height + 0.9), layout="constrained")
+    for axes, (name, weights) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        _draw(axes, weights, rows, columns, name)
+    return figure
+
+
 def save(figure: Figure, path: str | Path, title: str = "attention") -> Path:
     """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path."""
     path = Path(path)
