@@ -295,7 +295,8 @@ def main() -> None:
     viz.save(viz.side_by_side(maps, words[1], words[0]), options.out / "alignment.png")
     found = {name: {"accuracy": {str(edge): part for edge, (part, _) in results[name].items()},
                     "seconds": histories[name].seconds, "last_loss": sum(histories[name].losses[-20:]) / 20} for name in MODELS}
-    summarise({"seconds": time.perf_counter() - started, "steps": steps, "pairs": len(corpus.train), "models": found}, options.out)
+    summarise({"seconds": time.perf_counter() - started, "steps": steps, "pairs": len(corpus.train), "models": found},
+              options.out)
 
 
 if __name__ == "__main__":

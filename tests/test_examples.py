@@ -1,0 +1,119 @@
+"""The programs in examples/, shortened: they run as a user runs them, learn what they say, and take up where they stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))  # where a program finds its neighbours
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+
+
+def run(name: str, out: Path, *more: str) -> tuple[dict, str]:
+    """(summary.json, what was printed) of a shortened run."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", "--out", str(out), *more]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=out.parent, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads((out / "summary.json").read_text()), result.stdout
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_gpt_learns_and_pre_training_helps(tmp_path):
+    summary, printed = run("gpt", tmp_path / "out")
+    losses = summary["losses"]
+    assert losses["code, pre-trained"] < 2.8  # bytes alone: about 3.1
+    assert losses["prose, fine-tuned"] < losses["prose, before fine-tuning"] < losses["prose, from random weights"]
+    assert summary["sample"].startswith("The statement ")
+    assert len(summary["sample"]) > 80
+    assert summary["sample"] in printed  # written as it was drawn
+    assert all(is_png(tmp_path / "out" / f"{name}.png") for name in ("loss", "attention"))
+
+
+def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    """Stopped at step 7 of 20 and run again: the weights are those of a run in one piece."""
+    common = pytest.importorskip("common")
+    monkeypatch.setattr(common, "SAVE_EVERY", 5)
+
+    def training(out, stop=None):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+
+        def batch_at(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+        history = common.train("model", model, lambda x: model(x).square().mean(), batch_at, 20, out)
+        return model.state_dict(), history.losses
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path / "a", stop=7)
+    resumed, losses = training(tmp_path / "a")
+    whole, expected = training(tmp_path / "b")
+    assert losses == expected
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_stack_order_of_expressions():
+    translate = pytest.importorskip("translate")
+    import ast
+
+    cases = {"a + b * c": "a b c * +", "f(x.y, -1)[0]": "f x y . 1 neg call2 0 []", "not a or b in (c, 'd')":
+             "a not b c STR tuple2 in or", "x if y else z": None, "f(*args)": None, "a < b < c": None}
+    for text, expected in cases.items():
+        tree = ast.parse(text, mode="eval").body
+        if expected is None:
+            with pytest.raises((ValueError, KeyError)):
+                list(translate.postfix(tree))
+        else:
+            assert " ".join(translate.postfix(tree)) == expected
+    assert translate.infix("f(x, 'a b')[0]") == ["f", "(", "x", ",", "STR", ")", "[", "0", "]"]
+
+
+@pytest.mark.parametrize("name", ["transformer", "LSTM, additive alignment", "LSTM, dot-product scores", "LSTM"])
+def test_translators_decode_as_they_were_taught(name):
+    """Greedy decoding, token by token with a cache, against teacher forcing on what it wrote; padding changes nothing."""
+    translate = pytest.importorskip("translate")
+    from fused_attn.nn import generate
+
+    model = translate.MODELS[name](30, 16).double().eval()
+    source, lengths = torch.randint(3, 30, (3, 9)), torch.tensor([9, 4, 6])
+    begin = torch.full((3, 1), translate.BEGIN)
+    with torch.no_grad():
+        drawn = generate(model, begin, 7, cache=model.begin(source, lengths), temperature=0)
+        taught = model.teach(source, lengths, torch.cat((begin, drawn[:, :-1]), 1))
+        assert torch.equal(taught.argmax(-1), drawn)
+        alone = model.teach(source[1:2, :4], lengths[1:2], torch.cat((begin, drawn[:, :-1]), 1)[1:2])
+        torch.testing.assert_close(alone, taught[1:2], rtol=1e-9, atol=1e-9)
+        if name != "LSTM":
+            maps = model.maps(source, lengths, torch.cat((begin, drawn[:, :-1]), 1))
+            torch.testing.assert_close(maps.sum(-1), torch.ones(3, 7, dtype=torch.float64))
+            assert not maps[1, :, 4:].any()
+
+
+@pytest.mark.slow
+def test_translation_tells_its_story(tmp_path):
+    summary, _ = run("translate", tmp_path / "out")
+    assert set(summary["models"]) == {"LSTM", "LSTM, additive alignment", "LSTM, dot-product scores", "transformer"}
+    losses = {name: found["last_loss"] for name, found in summary["models"].items()}
+    assert losses["transformer"] < losses["LSTM"]
+    assert max(losses.values()) < 3.5
+    assert all(is_png(tmp_path / "out" / f"{name}.png") for name in ("comparison", "alignment", "loss"))
+
+
+@pytest.mark.slow
+def test_masked_encoder_learns(tmp_path):
+    summary, _ = run("masked", tmp_path / "out")
+    assert summary["gap loss"] < summary["gap loss without context"] - 0.1
+    assert all(is_png(tmp_path / "out" / f"{name}.png") for name in ("loss", "attention", "rollout"))
