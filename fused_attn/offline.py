@@ -25,13 +25,14 @@ from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, wit
 from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
+from fused_attn.kernels.rotary import launch_rotary
 from fused_attn.lowering import lower
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
-from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, choose_additive, fit_operands
+from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, choose_additive, choose_rotary, fit_operands
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
-            "additive")
+            "additive", "rotary")
 # What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
@@ -42,7 +43,9 @@ _LOCAL = re.compile(r"^(LDL|STL|scratch_)")
 
 
 def kernels(which: str, feature: str) -> tuple[Kernel, ...]:
-    """The kernels of a pass, "forward" or "backward"."""
+    """The kernels of a pass, "forward" or "backward"; rotary positions have one of their own for both."""
+    if feature == "rotary":
+        return ("rotary",) if which == "forward" else ()
     if which == "forward":
         return ("list", "forward") if "mask" in feature else ("forward",)
     has_operands = feature in ("bias", "bias fp32, mask", "alibi", "relative")
@@ -85,7 +88,7 @@ class Report:
             found.append(f"{self.local_in_loops} local-memory accesses in a main loop")
         if self.shared_bytes > self.shared_limit:
             found.append(f"{self.shared_bytes} bytes of shared memory of {self.shared_limit}")
-        if self.kernel not in ("delta", "list") and self.dtype in ("fp16", "bf16") and not self.matrix:
+        if self.kernel not in ("delta", "list", "rotary") and self.dtype in ("fp16", "bf16") and not self.matrix:
             found.append("no matrix instruction")
         if self.warnings:
             found.append("serialised matrix instructions: " + ", ".join(self.warnings))
@@ -149,6 +152,7 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
                  Companions(operands=(meta(1, 1, length, length, dtype=torch.bool),))),
         "sinks": ({}, Companions(sinks=meta(heads))),
         "dropout": ({"dropout_p": 0.1}, Companions(seed=meta(1, dtype=torch.int64))),
+        "rotary": ({}, empty),
         "additive": ({}, Companions(score_weight=meta(heads, head_dim))),
         "packed": ({"longest": (length // 2, length // 2)}, Companions(cu_q=cu, cu_k=cu)),
     }
@@ -178,7 +182,9 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
     call, roles = lower(q, k, spec, companions)
     call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")
-    if config is None and call.extras.additive:
+    if config is None and kernel == "rotary":
+        config = choose_rotary(head_dim)
+    elif config is None and call.extras.additive:
         config = choose_additive(kernel, head_dim, target)
     elif config is None:
         config = choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
@@ -203,7 +209,10 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         if kernel == "list":
             list_tiles(call, q, k, config, keys_first=False, launch=compile_only)
         tiles = list_tiles(call, q, k, config, keys_first=kernel == "dkv", launch=ignore)
-        if kernel == "forward":
+        if kernel == "rotary":
+            angles = tensor(1, head_dim // 2, dtype=torch.float32)[:, 0]
+            launch_rotary(q, angles, angles, q, interleaved=False, back=False, config=config, launch=compile_only)
+        elif kernel == "forward":
             launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only)
         elif kernel == "delta":
             launch_delta(out, out, lse, None, lse, call, config=config, launch=compile_only)

@@ -13,7 +13,7 @@ import torch
 
 from fused_attn.spec import TileConfig as T
 
-Kernel = Literal["forward", "delta", "dq", "dkv", "operand_grad", "list"]
+Kernel = Literal["forward", "delta", "dq", "dkv", "operand_grad", "list", "rotary"]
 
 _CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
 _CDNA2 = (*_CDNA, ("waves_per_eu", 2))
