@@ -71,6 +71,8 @@ FEATURES = (
             lambda t: {"bias": fused_attn.t5_bias(t["table"], int(t["n"]), int(t["n"]))}, ("table",), causal=False),
     Feature("alibi", lambda s, draw: {"slopes": draw(s.heads).abs() * 0.1}, lambda t: {"alibi_slopes": t["slopes"]},
             ("slopes",)),
+    Feature("additive score", lambda s, draw: {"weight": draw(s.head_dim)}, lambda t: {"score_weight": t["weight"]},
+            ("weight",)),
     Feature("sinks", lambda s, draw: {"sinks": draw(s.heads)}, lambda t: {"sinks": t["sinks"]}, ("sinks",)),
     Feature("mask", lambda s, draw: {"mask": draw(s.batch, 1, s.length, s.length) > -1}, lambda t: {"mask": t["mask"]},
             causal=False, sdpa=lambda t: t["mask"]),
