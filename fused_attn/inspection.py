@@ -1,5 +1,6 @@
 """Attention weights on request, and what can be said of them without holding them; the fused path keeps neither."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ def _described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, argumen
 
 
 def _runs_kernels(call: Described, backend: str | None, strict: bool | None, quadratic: bool) -> bool:
-    asked = settings.BACKEND if backend is None else backend
+    preset = "reference" if settings.BACKEND == "torch" else settings.BACKEND  # torch has no weights to show
+    asked = preset if backend is None else backend
     if asked not in (None, "triton", "reference"):
         raise ValueError(f"backend: expected 'triton', 'reference' or None; got {asked!r}")
     reasons = dispatch.against_triton(call)
@@ -63,6 +65,10 @@ def attention_and_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         return autograd.attention(*call)[0], _weights(call, True)
     weights = _reference_weights(call)
     values = call.v if call.v.shape[1] == call.q.shape[1] else call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+    lengths = call.companions.used_k
+    if lengths is not None:  # what lies past the end may be NaN, and 0 * NaN is
+        past = torch.arange(values.shape[2], device=values.device) >= lengths[:, None]
+        values = values.masked_fill(past[:, None, :, None], 0)
     return weights @ values, weights
 
 
@@ -77,7 +83,7 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
         return _reference_weights(call._replace(q=q, k=k, companions=same))
 
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if not kernels:
+    if not kernels or torch.compiler.is_compiling():  # which traces plain PyTorch, and has a kernel of its own made of it
         result: torch.Tensor = checkpoint(twin, *tensors, use_reentrant=False) if wanted else twin(*tensors)
         return result
     from fused_attn.weights import run_weights  # here, so that the package imports without Triton
@@ -90,8 +96,14 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
     return result
 
 
+def _as_it_is(device: torch.device) -> Any:
+    """A context without autocast, on devices that have it."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
 def _reference_weights(call: Described) -> torch.Tensor:
-    with torch.autocast(call.q.device.type, enabled=False):
+    with _as_it_is(call.q.device):
         return reference.weights(call.q, call.k, call.spec, call.companions)[0].to(call.q.dtype)
 
 
@@ -112,7 +124,7 @@ def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = N
         from fused_attn.weights import run_stats
 
         return AttentionStats(*run_stats(call))
-    with torch.autocast(call.q.device.type, enabled=False):
+    with _as_it_is(call.q.device):
         p, _ = reference.weights(call.q, call.k, call.spec, call.companions)
     maximum = p.amax(-1) if p.shape[-1] else p.sum(-1)
     return AttentionStats(p.sum(-2), torch.special.entr(p).sum(-1), maximum)

@@ -202,7 +202,8 @@ def _guard(name: str) -> Callable[..., Any]:
         tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if wanted or any(torch._VF._unpack_dual(x, level=0).tangent is not None for x in tensors):
-            raise RuntimeError(f"fused_attn::{name} carries no gradient of its own: call fused_attn.attention; torch.func and "
+            instead = "apply_rotary" if name == "rotary" else "attention"
+            raise RuntimeError(f"fused_attn::{name} carries no gradient of its own: call fused_attn.{instead}; torch.func and "
                                "forward AD over backend 'triton' are not built yet, backend='reference' has them")
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.fused_attn, name).default(*args)

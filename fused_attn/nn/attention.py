@@ -1,7 +1,5 @@
 """torch.nn.MultiheadAttention on fused attention, and what came after the paper: grouped heads, windows, rotations, sinks."""
 
-import sys
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +8,9 @@ from torch import nn
 
 from fused_attn import describe, inspection
 from fused_attn.functional import attention, attention_varlen
-from fused_attn.mods import BIAS, MASK
 from fused_attn.nn.cache import KVCache, MemoryCache
-from fused_attn.nn.positions import RotaryEmbedding, alibi_slopes
+from fused_attn.nn.masks import causal_bias, check_new_padding, mask_arguments
+from fused_attn.nn.positions import RotaryEmbedding, Slopes
 
 
 class Options(NamedTuple):
@@ -21,6 +19,7 @@ class Options(NamedTuple):
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
+    alibi: bool = False
 
 
 class Heads(NamedTuple):
@@ -54,7 +53,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal: every call is causal, without a mask.
         window: (left, right), as in ``attention``: positions around its own that a query sees.
         softcap: cap of ``softcap * tanh(score / softcap)``.
-        alibi: scores lose slope * distance, with the slopes of ``alibi_slopes`` (a buffer that is not saved).
+        alibi: scores lose slope * distance, with the slopes of ``alibi_slopes``; they are not learned and not saved.
         sinks: a learned logit for each head in the denominator, zero at first (parameter ``sinks`` [H]).
         rope: a ``RotaryEmbedding`` that turns queries and keys.
     """
@@ -70,7 +69,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                          dtype)
         self.register_forward_pre_hook(stay_in_python)
         describe.describe_scores(self.head_dim, causal, window, None, softcap)  # which checks them
-        self.options = Options(causal, window, softcap)
+        self.options = Options(causal, window, softcap, alibi)
+        if rope is not None and not isinstance(rope, RotaryEmbedding):
+            raise TypeError(f"rope: expected a RotaryEmbedding or None; got {rope!r}")
         appended = add_bias_kv or add_zero_attn
         if appended and (causal or window is not None or alibi or rope is not None):
             raise ValueError("add_bias_kv, add_zero_attn: expected neither with causal, window, alibi or rope, since the keys "
@@ -78,7 +79,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if num_kv_heads is not None and num_kv_heads != num_heads:
             self._group(num_kv_heads, device, dtype)
         if alibi:
-            self.register_buffer("alibi_slopes", alibi_slopes(num_heads).to(device), persistent=False)
+            self._alibi = Slopes(num_heads)
         if sinks:
             self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
         if rope is not None:
@@ -103,7 +104,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _group(self, num_kv_heads: int, device: Any, dtype: Any) -> None:
         """Smaller projections of keys and values, drawn anew."""
-        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
+        whole = isinstance(num_kv_heads, int) and not isinstance(num_kv_heads, bool)
+        if not whole or num_kv_heads < 1 or self.num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads {self.num_heads}; got {num_kv_heads!r}")
         self._num_kv_heads = num_kv_heads
         own, shared = self.embed_dim, num_kv_heads * self.head_dim
@@ -120,6 +122,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.bias_k is not None:
             self.bias_k, self.bias_v = parameter(1, 1, shared), parameter(1, 1, shared)
         self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        super()._reset_parameters()
+        if (sinks := getattr(self, "sinks", None)) is not None:
+            nn.init.zeros_(sinks)
+
+    @property
+    def alibi_slopes(self) -> torch.Tensor | None:
+        """fp32 [H] where the module has them: no buffer, which ``bfloat16()`` would round and a checkpoint would miss."""
+        slopes = self.__dict__.get("_alibi")
+        return None if slopes is None else slopes(self.out_proj.weight.device)
 
     @property
     def num_kv_heads(self) -> int:
@@ -166,7 +179,7 @@ class MultiheadAttention(nn.MultiheadAttention):
               attn_mask: torch.Tensor | None = None, is_causal: bool = False, need_weights: bool = False,
               cache: MemoryCache | None = None) -> Heads:
         """What ``forward`` gives to ``attention``, dropout apart."""
-        hint, attn_mask = _causal_bias(attn_mask)
+        hint, attn_mask = causal_bias(attn_mask, query, key, self.batch_first)
         batched = F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None and not hint:
@@ -197,19 +210,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         hinted = (is_causal or hint) and q.shape[2] == n_keys and not appended
         if hint and not hinted:
             attn_mask = torch.ones(q.shape[2], n_keys, dtype=torch.bool, device=q.device).triu(1)
-        arguments = _mask_arguments(None if hinted else attn_mask, key_padding_mask, q, n_keys, appended)
+        arguments = mask_arguments(None if hinted else attn_mask, key_padding_mask, q, n_keys, appended)
         if hinted or options.causal:
             arguments["causal"] = True
         arguments.update(self._variant())
-        rope = self._modules.get("rope")
+        rope = getattr(self, "rope", None)
         if rope is not None:
-            q, k = rope(q, k)
+            q, k = rope.turn(q), rope.turn(k)
         return Heads(q, k, v, arguments)
 
     def _variant(self) -> dict[str, Any]:
         """The arguments of ``attention`` that the options make, apart from ``causal``."""
-        found = {"window": self.options.window, "softcap": self.options.softcap, "sinks": self._parameters.get("sinks"),
-                 "alibi_slopes": self._buffers.get("alibi_slopes")}
+        found = {"window": self.options.window, "softcap": self.options.softcap, "sinks": getattr(self, "sinks", None),
+                 "alibi_slopes": self.alibi_slopes}
         return {name: value for name, value in found.items() if value is not None}
 
     def _batched_together(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -272,12 +285,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError("cache: expected need_weights=False, no attn_mask (it is causal), neither add_bias_kv nor "
                              "add_zero_attn, and a module in eval()")
         self._check_inputs(query, key, value)
-        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask: expected bool beside a cache; got {key_padding_mask.dtype}")
+        if key_padding_mask is not None:
+            check_new_padding(key_padding_mask, query.shape[:2] if self.batch_first else query.shape[1::-1])
         q, k, v = self._project(query, key, value)
         q = _split_heads(q, self.num_heads, self.batch_first)
         k, v = self._keys(k, v, self.batch_first)
-        rope = self._modules.get("rope")
+        rope = getattr(self, "rope", None)
         if rope is not None:
             q, k = rope(q, k, cache.positions(q.shape[2]))
         cache.append(k, v, None if key_padding_mask is None else (~key_padding_mask).sum(1))
@@ -297,10 +310,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         packed: Any = {id(x): x.values() for x in (query, key, value)}
         q, k, v = self._project(*(packed[id(x)] for x in (query, key, value)))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        offsets_q, offsets_k = query.offsets(), key.offsets()  # type: ignore[attr-defined]
-        rope = self._modules.get("rope")
+        offsets_q, offsets_k, offsets_v = (x.offsets() for x in (query, key, value))  # type: ignore[attr-defined]
+        for name, other, like, expected in (("key", offsets_k, "query's batch", len(offsets_q)), ("value", offsets_v, "", 0)):
+            if len(other) != (expected or len(offsets_k)):
+                raise ValueError(f"{name}: expected {like or 'key lengths and batch'}; got a batch of {len(other) - 1}")
+        if offsets_v is not offsets_k and not torch.equal(offsets_v, offsets_k):
+            raise ValueError(f"value: expected key's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
+        rope = getattr(self, "rope", None)
         if rope is not None:
-            q, k = (rope(x.transpose(0, 1)[None], x.transpose(0, 1)[None], _jagged_positions(x, offsets))[0][0].transpose(0, 1)
+            q, k = (rope.turn(x.transpose(0, 1)[None], _jagged_positions(x, offsets))[0].transpose(0, 1)
                     for x, offsets in ((q, offsets_q), (k, offsets_k)))
         out = attention_varlen(
             q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), query._get_max_seqlen(),  # type: ignore[attr-defined]
@@ -320,43 +338,3 @@ def _split_heads(x: torch.Tensor, heads: int, batch_first: bool) -> torch.Tensor
     """[B, H, N, D] of [B, N, H D] or [N, B, H D]: a view."""
     x = x.unflatten(-1, (heads, -1))
     return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
-
-
-def _causal_bias(attn_mask: torch.Tensor | None) -> tuple[bool, torch.Tensor | None]:
-    """(whether the mask is torch's own causal one that exists in name only, the mask if it is another)."""
-    module = sys.modules.get("torch.nn.attention.bias")  # not imported by torch itself; without it there is no such mask
-    if module is None or not isinstance(attn_mask, module.CausalBias):
-        return False, attn_mask
-    if attn_mask.variant != module.CausalVariant.UPPER_LEFT and attn_mask.seq_len_q != attn_mask.seq_len_kv:
-        raise ValueError("attn_mask: expected causal_upper_left, or causal_lower_right of as many queries as keys")
-    return True, None
-
-
-def _mask_arguments(attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, q: torch.Tensor, n_keys: int,
-                    appended: int) -> dict[str, Any]:
-    """torch's masks, where True means masked, as arguments of ``attention``; each in its own shape, none expanded."""
-    batch, heads, n_queries, _ = q.shape
-    for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if given is not None and given.dtype != torch.bool and not given.is_floating_point():
-            raise AssertionError(f"only bool and floating types of {name} are supported")
-    if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
-        warnings.warn("Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
-                      stacklevel=4)
-    arguments: dict[str, Any] = {}
-    if attn_mask is not None:
-        dims = attn_mask.dim()
-        expected = (n_queries, n_keys) if dims == 2 else (batch * heads, n_queries, n_keys)
-        if attn_mask.shape != expected:
-            raise RuntimeError(f"The shape of the {dims}D attn_mask is {attn_mask.shape}, but should be {expected}.")
-        attn_mask = F.pad(attn_mask, (0, appended)) if appended else attn_mask
-        attn_mask = attn_mask if dims == 2 else attn_mask.unflatten(0, (batch, heads))
-        arguments.update({"mask": ~attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask})
-    if key_padding_mask is not None:
-        F._check_key_padding_mask(key_padding_mask, n_keys, batch)  # type: ignore[attr-defined]
-        padding = F.pad(key_padding_mask, (0, appended)) if appended else key_padding_mask
-        padding = padding[:, None, None, :]
-        if padding.dtype == torch.bool:
-            arguments.update({"mask": ~padding} if "mask" not in arguments else {"mask_mod": MASK(~padding)})
-        else:
-            arguments.update({"bias": padding} if "bias" not in arguments else {"score_mod": BIAS(padding)})
-    return arguments

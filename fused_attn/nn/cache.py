@@ -114,13 +114,19 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}; got {length}")
         if self.lengths is not None:
-            self.lengths = self.lengths.clamp(max=length)
+            self.lengths.clamp_(max=length)
         self.length = length
 
     def reorder(self, index: torch.Tensor) -> None:
         """Keeps the sequences ``index`` [B'] in this order, some perhaps twice: the step of a beam search."""
         if self.k is not None and self.v is not None and self.lengths is not None:
-            self.k, self.v, self.lengths = (x.index_select(0, index) for x in (self.k, self.v, self.lengths))
+            self.k, self.v, self.lengths = (_picked(x, index) for x in (self.k, self.v, self.lengths))
+
+
+def _picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows ``index`` of x, in x's own memory where there are as many."""
+    picked = x.index_select(0, index)
+    return x.copy_(picked) if picked.shape == x.shape else picked
 
 
 class MemoryCache:
@@ -143,7 +149,7 @@ class MemoryCache:
     def reorder(self, index: torch.Tensor) -> None:
         """As in ``KVCache``."""
         if self.k is not None and self.v is not None:
-            self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
+            self.k, self.v = _picked(self.k, index), _picked(self.v, index)
 
 
 class DecoderCache(NamedTuple):

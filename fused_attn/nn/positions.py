@@ -33,7 +33,8 @@ class SinusoidalPositions(nn.Module):
             raise ValueError(f"embed_dim: expected a positive even int; got {embed_dim!r}")
         self.embed_dim = embed_dim
         self.dropout = nn.Dropout(dropout)
-        self._angles = _Angles(10000.0 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float64) / embed_dim))
+        steps = torch.arange(0, embed_dim, 2, dtype=torch.float64, device="cpu")
+        self._angles = _Angles(10000.0 ** (-steps / embed_dim))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
         """x [B, N, d] with its positions added: those of ``positions`` [N] or [B, N], or counted from that int on (0)."""
@@ -98,8 +99,9 @@ class _Angles:
         table = self._tables.get((device, dtype))
         if table is None or table[0].shape[0] < stop:
             rows = max(stop, 2 * (0 if table is None else table[0].shape[0]), 256)
-            angles = torch.arange(rows, dtype=torch.float64)[:, None] * self.frequencies
-            table = (angles.cos().to(device, dtype), angles.sin().to(device, dtype))
+            with torch.inference_mode(False):  # a table outlives the call that made it
+                angles = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * self.frequencies
+                table = (angles.cos().to(device, dtype), angles.sin().to(device, dtype))
             self._tables[device, dtype] = table
         return table[0][first:stop], table[1][first:stop]
 
@@ -128,7 +130,7 @@ class RotaryEmbedding(nn.Module):
         if dim < 2 or dim % 2:
             raise ValueError(f"dim: expected a positive even int; got {dim!r}")
         if frequencies is None:
-            frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         if frequencies.shape != (dim // 2,):
             raise ValueError(f"frequencies: expected shape ({dim // 2},); got {tuple(frequencies.shape)}")
         self.dim, self.base, self.interleaved = dim, base, interleaved
@@ -137,8 +139,12 @@ class RotaryEmbedding(nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor,
                 positions: torch.Tensor | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B, H, N, D] and k [B, Hkv, N, D], turned; ``positions`` [N] or [B, N], or counted from that int on (0)."""
-        cos, sin = self._angles(positions, q.shape[2], q.device, q.dtype)
-        return tuple(apply_rotary(x, cos, sin, interleaved=self.interleaved) for x in (q, k))  # type: ignore[return-value]
+        return self.turn(q, positions), self.turn(k, positions)
+
+    def turn(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
+        """One of the two."""
+        cos, sin = self._angles(positions, x.shape[2], x.device, x.dtype)
+        return apply_rotary(x, cos, sin, interleaved=self.interleaved)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base:g}{', interleaved=True' if self.interleaved else ''}"
@@ -154,7 +160,27 @@ def alibi_slopes(heads: int) -> torch.Tensor:
     whole = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]
     slopes += [2.0 ** (-4 * (i + 1) / whole) for i in range(0, 2 * (heads - whole), 2)]
-    return torch.tensor(slopes, dtype=torch.float32)
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
+
+
+class Slopes:
+    """``alibi_slopes`` of a number of heads, kept for each device."""
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self._tables: dict[torch.device, torch.Tensor] = {}
+
+    def __call__(self, device: torch.device) -> torch.Tensor:
+        if device not in self._tables:
+            with torch.inference_mode(False):  # they outlive the call that made them
+                self._tables[device] = alibi_slopes(self.heads).to(device)
+        return self._tables[device]
+
+    def __deepcopy__(self, memo: object) -> "Slopes":
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"heads": self.heads, "_tables": {}}
 
 
 class T5RelativeBias(nn.Module):

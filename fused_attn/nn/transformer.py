@@ -47,6 +47,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 src_key_padding_mask: torch.Tensor | None = None, is_causal: bool = False, *,
                 cache: KVCache | None = None) -> torch.Tensor:
         """torch's arguments; ``cache`` as in ``MultiheadAttention.forward``."""
+        _check_types(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
         attend = self._sa_block if cache is None else _with_cache(self.self_attn, self.dropout1, cache)
         x = src
         if self.norm_first:
@@ -55,6 +56,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(x + attend(x, src_mask, src_key_padding_mask, is_causal))
         normed: torch.Tensor = self.norm2(x + self._ff_block(x))
         return normed
+
+
+def _check_types(**masks: torch.Tensor | None) -> None:
+    for name, mask in masks.items():
+        if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+            raise AssertionError(f"only bool and floating types of {name} are supported")
 
 
 def _with_cache(module: nn.Module, dropout: nn.Module, cache: KVCache) -> Callable[..., torch.Tensor]:
@@ -132,6 +139,7 @@ class TransformerEncoder(nn.TransformerEncoder):
                 src_key_padding_mask: torch.Tensor | None = None, is_causal: bool | None = None, *,
                 cache: Sequence[KVCache] | None = None) -> torch.Tensor:
         """torch's arguments; ``cache``, from ``new_cache()``, as in ``MultiheadAttention.forward``."""
+        _check_types(mask=mask, src_key_padding_mask=src_key_padding_mask)
         output = src
         for layer, more in zip(self.layers, _caches(cache, self.num_layers), strict=True):
             output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal), **more)
