@@ -10,6 +10,7 @@ additive alignment (Bahdanau et al. 2014), with dot-product scores (Luong et al.
 """
 
 import ast
+import bisect
 import io
 import keyword
 import random
@@ -29,7 +30,7 @@ from fused_attn import viz
 from fused_attn.nn import SinusoidalPositions, Transformer, generate
 
 PAD, BEGIN, END = 0, 1, 2
-LONGEST, FREQUENT, BINS = 40, 120, (8, 16, 24, 32, 40)
+LONGEST, FREQUENT, BINS = 32, 120, (8, 16, 24, 32)
 BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
           ast.BitOr: "|", ast.BitAnd: "&", ast.BitXor: "^", ast.LShift: "<<", ast.RShift: ">>", ast.Eq: "==", ast.NotEq: "!=",
           ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Is: "is", ast.IsNot: "isnot", ast.In: "in",
@@ -73,10 +74,10 @@ def infix(text: str) -> list[str]:
     return ["STR" if t.type == tokenize.STRING else t.string for t in tokens]
 
 
-def pairs() -> list[tuple[list[str], list[str]]]:
-    """Every expression of 3 to 40 tokens in the standard library, with its translation, once."""
+def pairs(files: str) -> list[tuple[list[str], list[str]]]:
+    """Every expression of 3 to 32 tokens in these files of the standard library, with its translation, once."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for _, text in stdlib("*.py"):
+    for _, text in stdlib(files):
         try:
             tree = ast.parse(text)
         except SyntaxError:
@@ -99,8 +100,8 @@ def is_name(token: str) -> bool:
 class Corpus:
     """Pairs as numbers. Rare names become x1, x2, ... in the order in which an expression names them."""
 
-    def __init__(self, seed: int) -> None:
-        drawn = pairs()
+    def __init__(self, seed: int, files: str) -> None:
+        drawn = pairs(files)
         counts = Counter(token for source, _ in drawn for token in source if is_name(token))
         known = {name for name, _ in counts.most_common(FREQUENT)}
         self.pairs = []
@@ -124,6 +125,7 @@ class Corpus:
         held = len(coded) // 10
         self.test, self.train = coded[:held], coded[held:]
         self.train.sort(key=lambda pair: len(pair[0]))  # batches of like lengths, with little padding
+        self.lengths = [len(source) for source, _ in self.train]
 
     def batch(self, chosen: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(source [B, S], its lengths [B], target [B, T] from BEGIN to END), padded on the right."""
@@ -134,7 +136,12 @@ class Corpus:
         return padded[0].to(device()), lengths.to(device()), padded[1].to(device())
 
     def batch_at(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        start = random.Random(step).randrange(max(1, len(self.train) - size))
+        """Half of the batches are of any pairs, half of a length that is as likely as any other: long ones are rare."""
+        draw = random.Random(step)
+        last = max(0, len(self.train) - size)
+        start = draw.randint(0, last)
+        if step % 2:
+            start = min(last, max(0, bisect.bisect(self.lengths, draw.randint(3, LONGEST)) - size // 2))
         return self.batch(self.train[start : start + size])
 
 
@@ -270,9 +277,9 @@ def comparison(results: dict[str, dict], histories: dict[str, History], path) ->
 
 def main() -> None:
     options = arguments(__doc__.splitlines()[0], "translate")
-    steps, batch, width, most = (600, 64, 64, 300) if options.quick else (3000, 64, 128, 2000)
+    steps, batch, width, most = (600, 64, 64, 300) if options.quick else (4000, 64, 128, 3000)
     started = time.perf_counter()
-    corpus = Corpus(options.seed)
+    corpus = Corpus(options.seed, "*.py" if options.quick else "**/*.py")
     print(f"{len(corpus.train)} pairs to learn, {len(corpus.test)} to test, {len(corpus.words)} words; e.g.")
     source, target = corpus.test[0]
     print(f"  {' '.join(corpus.words[t] for t in source)}\n  {' '.join(corpus.words[t] for t in target)}")
@@ -281,7 +288,8 @@ def main() -> None:
         torch.manual_seed(options.seed)
         model = models[name] = build(len(corpus.words), width).to(device())
         histories[name] = train(name.replace(",", "").replace(" ", "-"), model, lambda batch, model=model: loss(model, batch),
-                                lambda step: corpus.batch_at(step, batch), steps, options.out, lr=2e-3)
+                                lambda step: corpus.batch_at(step, batch), steps, options.out,
+                                lr=1e-3 if name == "transformer" else 2e-3)
         results[name] = accuracy(model, corpus, most)
         whole = sum(part * n for part, n in results[name].values()) / sum(n for _, n in results[name].values())
         print(f"{name}: {whole:.1%} translated without a mistake; {histories[name].seconds:.0f} s of training")
