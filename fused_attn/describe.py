@@ -293,7 +293,8 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
     kinds = []
     for i, arg in enumerate(bound.args):
         which = "score_mod" if isinstance(bound.mod, ScoreMod) else "mask_mod"
-        name = bound.mod.name if bound.mod in (mods.BIAS, mods.MASK) else f"{which}: argument {i} of {bound.mod.name}"
+        own = bound.mod in (mods.BIAS, mods.MASK, mods.HIDE)
+        name = bound.mod.name if own else f"{which}: argument {i} of {bound.mod.name}"
         if isinstance(arg, RelativeBias):
             operands.append(_relative(name, arg.values, extents, q))
             kinds.append(RELATIVE)

@@ -128,7 +128,7 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
         tensors = [next(operands) for kind in member.args if kind in (TENSOR, RELATIVE)]
         if member.key == mods.BIAS.key and (RELATIVE in member.args or tensors[0].requires_grad):
             reasons += ("torch's fused kernel gives no bias gradient and takes no relative bias",)
-    if any(member.key != mods.MASK.key for member in spec.mask_mods):
+    if any(member.key not in (mods.MASK.key, mods.HIDE.key) for member in spec.mask_mods):
         reasons += ("torch's fused kernel has no mask functions",)
     if spec.longest is not None and (q.device.type != "cpu" or companions.operands or spec.dropout_p > 0):
         reasons += ("torch's fused kernel takes no packed sequences with masks or dropout, and on a GPU none at all",)
@@ -237,7 +237,8 @@ def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec
                  companions: Companions) -> torch.Tensor | None:
     """One mask or bias for torch, of the masks and the biases of a call: one tensor each, in this order."""
     biases, masks = companions.operands[: len(spec.score_mods)], companions.operands[len(spec.score_mods) :]
-    for operand in masks:
+    for member, operand in zip(spec.mask_mods, masks, strict=True):
+        operand = operand == 0 if member.key == mods.HIDE.key else operand
         mask = operand if mask is None else mask & operand
     bias = functools.reduce(torch.add, biases) if biases else None
     if bias is None:

@@ -153,11 +153,12 @@ BIAS = ScoreMod("bias", reference=lambda s, q, k, h, b, args: s + args[0])
 ALIBI = ScoreMod("alibi", reference=lambda s, q, k, h, b, args: s - args[0] * (q - k).abs())
 SOFT_TREE = ScoreMod("soft_tree", reference=lambda s, q, k, h, b, args: s - (~_is_ancestor(args)).to(s.dtype) * args[3])
 MASK = MaskMod("mask", reference=lambda q, k, h, b, args: args[0] != 0)
+HIDE = MaskMod("hide", reference=lambda q, k, h, b, args: args[0] == 0)  # a mask that is True where a pair must not attend
 DOCUMENT = MaskMod("document", reference=lambda q, k, h, b, args: args[0] == args[1])
 PREFIX_LM = MaskMod("prefix_lm", reference=lambda q, k, h, b, args: (k < args[0]) | (k <= q))
 TREE = MaskMod("tree", reference=lambda q, k, h, b, args: _is_ancestor(args))
 
-SHIPPED = (BIAS, ALIBI, SOFT_TREE, MASK, DOCUMENT, PREFIX_LM, TREE)
+SHIPPED = (BIAS, ALIBI, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, TREE)
 
 
 def _per_token(name: str, x: Any) -> torch.Tensor:

@@ -46,6 +46,7 @@ class patch_sdpa(TorchFunctionMode):
         super().__init__()
         self.strict = strict
         self.report = PatchReport()
+        self._module_attention = _undispatched(F.multi_head_attention_forward, scaled_dot_product_attention=self._attend)
 
     def __enter__(self) -> PatchReport:
         super().__enter__()
@@ -57,26 +58,52 @@ class patch_sdpa(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            return _with_attention(func, self._attend)(*args, **kwargs)
+            return self._module_attention(*args, **kwargs)
+        if func in _BACKWARD:  # which may run forwards again, of checkpoints
+            with self:
+                return _BACKWARD[func](*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         named = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
         call, reasons = describe_sdpa(query, key, value, **named)
-        shown = ", ".join([f"q {list(query.shape)}", f"k {list(key.shape)}", f"v {list(value.shape)}", str(query.dtype)[6:],
-                           *(f"{name} {list(x.shape) if isinstance(x, torch.Tensor) else x}" for name, x in named.items()
-                             if x is not None and x is not False and x != 0.0)])
+        counts = not torch.compiler.is_compiling()  # a count that changes would have every call compiled anew
+        shown = _shown(query, key, value, named) if counts or self.strict else ""
         if call is not None:
-            self.report.fused[shown] += 1
+            if counts:
+                self.report.fused[shown] += 1
             return scaled_dot_product_attention(query, key, value, **named)
         if self.strict:
             raise RuntimeError(f"strict: scaled_dot_product_attention({shown}) cannot run fused: {'; '.join(reasons)}")
-        self.report.kept[shown, "; ".join(reasons)] += 1
+        if counts:
+            self.report.kept[shown, "; ".join(reasons)] += 1
         return F.scaled_dot_product_attention(query, key, value, **named)
 
 
-def _with_attention(function: Callable[..., Any], attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """torch's multi_head_attention_forward with another scaled_dot_product_attention: calls from inside reach no mode."""
-    assert isinstance(function, types.FunctionType)
-    names = {**function.__globals__, "scaled_dot_product_attention": attend}
-    return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+def _shown(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, named: dict[str, Any]) -> str:
+    """A call in words, without its values."""
+    tensors = [f"{name} {_shape(x)}" for name, x in (("q", query), ("k", key), ("v", value))]
+    others = [f"{name} {_shape(x) if isinstance(x, torch.Tensor) else x}" for name, x in named.items()
+              if isinstance(x, torch.Tensor) or x]
+    return ", ".join([*tensors, str(query.dtype)[6:], *others])
+
+
+def _shape(x: torch.Tensor) -> list[Any]:
+    return [x.size(0), "..."] if x.is_nested and x.layout == torch.strided else list(x.shape)
+
+
+def _undispatched(function: Any, **others: Any) -> Callable[..., Any]:
+    """A function of torch's that asks no mode before it runs, and some of whose names mean ``others``.
+
+    Called from inside a mode it would be handed to the modes around; what it calls still is.
+    """
+    asks = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda _: False)
+    names = {**function.__globals__, **asks, **others}
+    names.pop("__name__")  # torch.compile reads a module's globals where it finds this
+    copied = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+_BACKWARD: dict[Any, Callable[..., Any]] = {
+    function: _undispatched(function) for function in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)}

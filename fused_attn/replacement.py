@@ -96,7 +96,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Replacement:
         report.replaced.append(name)
     for _, module in found:  # torch's code in a class of one's own, around layers that are fused now
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and not isinstance(module, _OURS):
-            before = {key: value for key, value in vars(module).items() if key in _DETOURS}
+            before = {key: value for key, value in vars(module).items() if key in _DETOURS and value != _DETOURS[key]}
             report._before.append((module, type(module), before))
             vars(module).update({key: _DETOURS[key] for key in before})
     return report

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_attn import dispatch
+from fused_attn import dispatch, settings
 from fused_attn.describe import FLOATS
 
 
@@ -25,6 +25,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inter
     """
     _check(x, cos, sin)
     reasons = dispatch.device_reasons(x.device.type, x.device.index)
+    if backend is None and settings.BACKEND is not None:
+        backend = "triton" if settings.BACKEND == "triton" else "reference"
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend: expected 'triton', 'reference' or None; got {backend!r}")
     if backend == "triton" and reasons:

@@ -10,6 +10,7 @@ Drawing needs matplotlib (``pip install 'fused-attn[examples]'``).
 
 import base64
 import contextlib
+import copy
 import html
 import inspect
 import io
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fused_attn.inspection import attention_weights
-from fused_attn.nn import KVCache, MultiheadAttention
+from fused_attn.nn import KVCache, MemoryCache, MultiheadAttention
 
 _CELL, _SMALL, _LARGE = 0.16, 2.4, 14.0  # inches: of one cell, and the least and most that one map measures
 _LABELLED = 64  # tokens; more labels than that cannot be read
@@ -45,6 +46,8 @@ def record(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             if given["query"].is_nested or isinstance(given.get("cache"), KVCache):
                 return
             names = ("query", "key", "value", "key_padding_mask", "attn_mask", "is_causal", "cache")
+            if isinstance(given.get("cache"), MemoryCache):
+                given["cache"] = copy.copy(given["cache"])  # looking fills nothing
             with torch.no_grad():
                 q, k, _, arguments = module.heads(**{name: given[name] for name in names if name in given})
                 recorded[name] = attention_weights(q, k, **arguments)

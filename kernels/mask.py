@@ -46,6 +46,12 @@ def stored(q_pos, k_idx, head, batch, args):
 
 
 @triton.jit
+def hidden(q_pos, k_idx, head, batch, args):
+    """A mask held as a tensor, True where a pair does not attend; args = (mask,)."""
+    return args[0] == 0
+
+
+@triton.jit
 def document(q_pos, k_idx, head, batch, args):
     """Both tokens belong to one document; args = (document of q, document of k)."""
     return args[0] == args[1]
@@ -64,7 +70,7 @@ def tree(q_pos, k_idx, head, batch, args):
 
 
 # The masks that ship, by the names of fused_attn.mods.
-KEEPS: dict[str, Any] = {"mask": stored, "document": document, "prefix_lm": prefix_lm, "tree": tree}
+KEEPS: dict[str, Any] = {"mask": stored, "hide": hidden, "document": document, "prefix_lm": prefix_lm, "tree": tree}
 
 
 @triton.jit

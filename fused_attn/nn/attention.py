@@ -68,31 +68,42 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
                          dtype)
         self.register_forward_pre_hook(stay_in_python)
+        self._extend(num_kv_heads, causal, window, softcap, alibi, sinks, rope)
+
+    def _extend(self, num_kv_heads: int | None = None, causal: bool = False,
+                window: tuple[int | None, int | None] | None = None, softcap: float | None = None, alibi: bool = False,
+                sinks: bool = False, rope: RotaryEmbedding | None = None) -> None:
+        """Gives torch's module what is beyond torch; of its weights only those whose shape changes are drawn anew."""
         describe.describe_scores(self.head_dim, causal, window, None, softcap)  # which checks them
         self.options = Options(causal, window, softcap, alibi)
         if rope is not None and not isinstance(rope, RotaryEmbedding):
             raise TypeError(f"rope: expected a RotaryEmbedding or None; got {rope!r}")
-        appended = add_bias_kv or add_zero_attn
+        appended = self.bias_k is not None or self.add_zero_attn
         if appended and (causal or window is not None or alibi or rope is not None):
             raise ValueError("add_bias_kv, add_zero_attn: expected neither with causal, window, alibi or rope, since the keys "
                              "they append have no position")
-        if num_kv_heads is not None and num_kv_heads != num_heads:
-            self._group(num_kv_heads, device, dtype)
+        if num_kv_heads is not None and num_kv_heads != self.num_heads:
+            self._group(num_kv_heads)
         if alibi:
-            self._alibi = Slopes(num_heads)
+            self._alibi = Slopes(self.num_heads)
         if sinks:
-            self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+            self.sinks = nn.Parameter(torch.zeros_like(self.out_proj.weight[0, : self.num_heads]))
         if rope is not None:
             if rope.dim > self.head_dim:
                 raise ValueError(f"rope: expected at most {self.head_dim} columns, the head dim; got {rope.dim}")
             self.rope = rope
 
     @classmethod
-    def adopt(cls, module: nn.MultiheadAttention) -> "MultiheadAttention":
-        """torch's module itself as one of this class: its weights, hooks, device, mode and place in a model stay."""
+    def adopt(cls, module: nn.MultiheadAttention, **options: Any) -> "MultiheadAttention":
+        """torch's module itself as one of this class: its weights, hooks, device, mode and place in a model stay.
+
+        ``options`` are those of the constructor beyond torch's.
+        """
         module.__class__ = cls
         module.register_forward_pre_hook(stay_in_python)
         assert isinstance(module, MultiheadAttention)
+        if options:
+            module._extend(**options)
         return module
 
     def release(self) -> nn.MultiheadAttention:
@@ -102,7 +113,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
         return self
 
-    def _group(self, num_kv_heads: int, device: Any, dtype: Any) -> None:
+    def _group(self, num_kv_heads: int) -> None:
         """Smaller projections of keys and values, drawn anew."""
         whole = isinstance(num_kv_heads, int) and not isinstance(num_kv_heads, bool)
         if not whole or num_kv_heads < 1 or self.num_heads % num_kv_heads:
@@ -111,7 +122,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         own, shared = self.embed_dim, num_kv_heads * self.head_dim
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+            return nn.Parameter(self.out_proj.weight.new_empty(*shape))
 
         if self._qkv_same_embed_dim:
             self.in_proj_weight = parameter(own + 2 * shared, own)
@@ -128,11 +139,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if (sinks := getattr(self, "sinks", None)) is not None:
             nn.init.zeros_(sinks)
 
-    @property
-    def alibi_slopes(self) -> torch.Tensor | None:
+    def alibi_slopes(self, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """fp32 [H] where the module has them: no buffer, which ``bfloat16()`` would round and a checkpoint would miss."""
         slopes = self.__dict__.get("_alibi")
-        return None if slopes is None else slopes(self.out_proj.weight.device)
+        return None if slopes is None else slopes(torch.device(device))
 
     @property
     def num_kv_heads(self) -> int:
@@ -142,8 +152,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         options = [f"{name}={value}" for name, value in self.options._asdict().items() if value]
-        return ", ".join([f"{self.embed_dim}, {self.num_heads}", *options,
-                          *([f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads != self.num_heads else [])])
+        if self.num_kv_heads != self.num_heads:
+            options.append(f"num_kv_heads={self.num_kv_heads}")
+        if getattr(self, "sinks", None) is not None:
+            options.append("sinks=True")
+        return ", ".join([f"{self.embed_dim}, {self.num_heads}", *options])
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 key_padding_mask: torch.Tensor | None = None, need_weights: bool = True,
@@ -155,14 +168,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             cache: a ``KVCache`` makes self-attention causal and remembers keys and values: pass the new tokens alone, padded
-                on the right if at all, with their ``key_padding_mask``. A ``MemoryCache`` keeps the projections of ``key``
-                and ``value`` of cross-attention from its first call.
+                on the right if at all, with their ``key_padding_mask``; the module must be causal, or the call
+                ``is_causal``. A ``MemoryCache`` keeps the projections of ``key`` and ``value`` of cross-attention from its
+                first call; it goes with no option about positions.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             return self._jagged(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache), None
         batched = query.dim() == 3
         if isinstance(cache, KVCache):
-            result = self._cached(query, key, value, key_padding_mask, need_weights, attn_mask, cache)
+            result = self._cached(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache)
             return result, None
         q, k, v, arguments = self.heads(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache)
         dropout_p = self.dropout if self.training else 0.0
@@ -182,7 +196,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         hint, attn_mask = causal_bias(attn_mask, query, key, self.batch_first)
         batched = F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads)
-        if is_causal and attn_mask is None and not hint:
+        if is_causal and attn_mask is None and not hint and not self.options.causal:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                                "`generate_square_subsequent_mask` to create this mask, or construct fused_attn.nn's modules "
                                "with causal=True.")
@@ -191,14 +205,19 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         self._check_inputs(query, key, value)
         batch_first = self.batch_first or not batched
+        rope = getattr(self, "rope", None)
         if cache is not None:
+            if self.options.causal or self.options.window is not None or self.options.alibi or rope is not None:
+                raise ValueError("cache: expected no causal, window, alibi or rope with a MemoryCache, whose queries and keys "
+                                 "are of two sequences")
 
             def project() -> tuple[torch.Tensor, torch.Tensor]:
                 k, v = self._project(None, key, value)
                 return self._keys(k, v, batch_first)
 
             (q,) = self._project(query, None, None)
-            k, v = cache.get(project)
+            sizes = key.shape[:2] if batch_first else key.shape[1::-1]
+            k, v = cache.get(sizes[0], sizes[1] + (self.bias_k is not None) + bool(self.add_zero_attn), project)
         else:
             q, k, v = self._project(query, key, value)
             k, v = self._keys(k, v, batch_first)
@@ -207,28 +226,34 @@ class MultiheadAttention(nn.MultiheadAttention):
         appended = (self.bias_k is not None) + bool(self.add_zero_attn)
         n_keys = k.shape[2] - appended
         # torch's hint aligns the first query with the first key: where lengths differ, the mask says it better.
-        hinted = (is_causal or hint) and q.shape[2] == n_keys and not appended
+        # And where it is floating, torch drops it for the hint only if nothing else asks for it: it may say more.
+        exact = attn_mask is None or attn_mask.dtype == torch.bool or (not need_weights and key_padding_mask is None)
+        hinted = (hint or (is_causal and exact)) and q.shape[2] == n_keys and not appended
         if hint and not hinted:
             attn_mask = torch.ones(q.shape[2], n_keys, dtype=torch.bool, device=q.device).triu(1)
         arguments = mask_arguments(None if hinted else attn_mask, key_padding_mask, q, n_keys, appended)
         if hinted or options.causal:
             arguments["causal"] = True
-        arguments.update(self._variant())
-        rope = getattr(self, "rope", None)
-        if rope is not None:
-            q, k = rope.turn(q), rope.turn(k)
+        arguments.update(self._variant(q.device))
+        if rope is not None and q.shape[2] == k.shape[2]:
+            q, k = rope(q, k)
+        elif rope is not None:  # the last query stands at the last key
+            q, k = rope.turn(q, torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)), rope.turn(k)
         return Heads(q, k, v, arguments)
 
-    def _variant(self) -> dict[str, Any]:
+    def _variant(self, device: torch.device) -> dict[str, Any]:
         """The arguments of ``attention`` that the options make, apart from ``causal``."""
         found = {"window": self.options.window, "softcap": self.options.softcap, "sinks": getattr(self, "sinks", None),
-                 "alibi_slopes": self.alibi_slopes}
+                 "alibi_slopes": self.alibi_slopes(device)}
         return {name: value for name, value in found.items() if value is not None}
 
     def _batched_together(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[1, N, E] of [N, E]; what was one tensor remains one, for one projection."""
-        views = {id(x): x.unsqueeze(0) for x in tensors}
-        return tuple(views[id(x)] for x in tensors)
+        views: list[torch.Tensor] = []
+        for i, x in enumerate(tensors):
+            same = next((j for j in range(i) if tensors[j] is x), None)
+            views.append(x.unsqueeze(0) if same is None else views[same])
+        return tuple(views)
 
     def _check_inputs(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         if query.shape[-1] != self.embed_dim:
@@ -277,7 +302,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(out.permute(order).flatten(2))
 
     def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None,
-                need_weights: bool, attn_mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+                need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool, cache: KVCache) -> torch.Tensor:
         """Self-attention of new tokens to themselves and to all before them."""
         if query is not key or key is not value or query.dim() != 3:
             raise ValueError("cache: expected batched self-attention with a KVCache; cross-attention takes a MemoryCache")
@@ -287,6 +312,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._check_inputs(query, key, value)
         if key_padding_mask is not None:
             check_new_padding(key_padding_mask, query.shape[:2] if self.batch_first else query.shape[1::-1])
+        if not (self.options.causal or is_causal):
+            raise ValueError("cache: expected a module with causal=True, or is_causal=True; a KVCache knows no later tokens")
         q, k, v = self._project(query, key, value)
         q = _split_heads(q, self.num_heads, self.batch_first)
         k, v = self._keys(k, v, self.batch_first)
@@ -294,11 +321,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         if rope is not None:
             q, k = rope(q, k, cache.positions(q.shape[2]))
         cache.append(k, v, None if key_padding_mask is None else (~key_padding_mask).sum(1))
-        return self._merge(cache.attend(q, **self._variant()), True)
+        return self._merge(cache.attend(q, **self._variant(q.device)), True)
 
     def _jagged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None,
                 need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool, cache: Any) -> torch.Tensor:
         """Nested tensors [B, j, E]: packed sequences, without padding from end to end."""
+        if query.is_nested and query.layout == torch.strided:  # as torch's own encoder makes of padding
+            q = torch.nested.nested_tensor(list(query.unbind()), layout=torch.jagged)
+            k = q if key is query else torch.nested.nested_tensor(list(key.unbind()), layout=torch.jagged)
+            v = k if value is key else torch.nested.nested_tensor(list(value.unbind()), layout=torch.jagged)
+            out = self._jagged(q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, cache)
+            strided: torch.Tensor = torch.nested.as_nested_tensor(list(out.unbind()), layout=torch.strided)
+            return strided
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not x.is_nested or x.layout != torch.jagged or x.dim() != 3 or not x.is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous jagged nested tensor [batch, j, features], as one of the "
@@ -307,31 +341,33 @@ class MultiheadAttention(nn.MultiheadAttention):
                  "need_weights=True": need_weights or None, "add_zero_attn=True": self.add_zero_attn or None}
         if found := [name for name, x in given.items() if x is not None]:
             raise ValueError(f"{found[0]}: not taken with nested tensors, which have no padding")
-        packed: Any = {id(x): x.values() for x in (query, key, value)}
-        q, k, v = self._project(*(packed[id(x)] for x in (query, key, value)))
+        tokens: Any = query.values()
+        key_tokens: Any = tokens if key is query else key.values()
+        value_tokens: Any = key_tokens if value is key else value.values()
+        q, k, v = self._project(tokens, key_tokens, value_tokens)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         offsets_q, offsets_k, offsets_v = (x.offsets() for x in (query, key, value))  # type: ignore[attr-defined]
-        for name, other, like, expected in (("key", offsets_k, "query's batch", len(offsets_q)), ("value", offsets_v, "", 0)):
-            if len(other) != (expected or len(offsets_k)):
-                raise ValueError(f"{name}: expected {like or 'key lengths and batch'}; got a batch of {len(other) - 1}")
-        if offsets_v is not offsets_k and not torch.equal(offsets_v, offsets_k):
+        if len(offsets_k) != len(offsets_q):
+            raise ValueError(f"key: expected query's batch {len(offsets_q) - 1}; got {len(offsets_k) - 1}")
+        if offsets_v is not offsets_k and not (offsets_v.shape == offsets_k.shape and bool((offsets_v == offsets_k).all())):
             raise ValueError(f"value: expected key's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
         rope = getattr(self, "rope", None)
         if rope is not None:
-            q, k = (rope.turn(x.transpose(0, 1)[None], _jagged_positions(x, offsets))[0].transpose(0, 1)
-                    for x, offsets in ((q, offsets_q), (k, offsets_k)))
+            at = _jagged_positions(k, offsets_k)
+            q_at = at if query is key else _jagged_positions(q, offsets_q, offsets_k)
+            q, k = (rope.turn(x.transpose(0, 1)[None], x_at)[0].transpose(0, 1) for x, x_at in ((q, q_at), (k, at)))
         out = attention_varlen(
             q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), query._get_max_seqlen(),  # type: ignore[attr-defined]
             key._get_max_seqlen(), causal=self.options.causal or is_causal,  # type: ignore[attr-defined]
-            dropout_p=self.dropout if self.training else 0.0, **self._variant())
+            dropout_p=self.dropout if self.training else 0.0, **self._variant(q.device))
         nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(self.out_proj(out.flatten(1)), offsets_q)
         return nested
 
 
-def _jagged_positions(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """int [T]: each token's position in its own sequence."""
-    starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=x.shape[0])
-    return torch.arange(x.shape[0], device=x.device) - starts
+def _jagged_positions(x: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+    """int [T]: each token's position in its own sequence, or with the offsets of ``keys`` among those: last at last."""
+    shift = -offsets[:-1] if keys is None else keys.diff() - offsets.diff() - offsets[:-1]
+    return torch.arange(x.shape[0], device=x.device) + torch.repeat_interleave(shift, offsets.diff(), output_size=x.shape[0])
 
 
 def _split_heads(x: torch.Tensor, heads: int, batch_first: bool) -> torch.Tensor:

@@ -15,7 +15,8 @@ class KVCache:
 
     Sequences of a batch may have different lengths: pad them on the right and name the padding, and the next tokens stand
     where it began. With ``capacity`` the memory is taken once and stays where it is, as CUDA graphs need; without, it doubles
-    when it is full. For inference: tensors that want gradients are refused.
+    when it is full. For inference: tensors that want gradients are refused. A graph that replays steps moves ``lengths``
+    alone: ``length``, and the check against the capacity, see what Python ran.
 
     Attributes:
         lengths: int32 [B], tokens of each sequence; None before the first ``append``.
@@ -26,15 +27,21 @@ class KVCache:
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
             raise ValueError(f"capacity: expected a positive int or None; got {capacity!r}")
         self.capacity = capacity
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets everything."""
         self.k: torch.Tensor | None = None  # [B, rows, Hkv, D]: one sequence after the other, as packed sequences lie
         self.v: torch.Tensor | None = None  # [B, rows, Hkv, Dv]
         self.lengths: torch.Tensor | None = None
+        # Whether steps go by what the device knows alone, so that a CUDA graph may replay them; decided by the first append.
+        self._replays: bool | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything; memory of a given capacity stays where it is."""
+        if self.capacity is None:
+            self.k = self.v = self.lengths = None
+        elif self.lengths is not None:
+            self.lengths.zero_()
         self.length = 0
-        self._even = True  # whether every sequence has exactly ``length`` tokens, as far as the host knows
+        self._even = not self._replays  # whether every sequence has exactly ``length`` tokens, as far as the host knows
         self._counts: torch.Tensor | None = None  # new tokens of each sequence in the last append, None for all of them
 
     def __repr__(self) -> str:
@@ -60,9 +67,9 @@ class KVCache:
         assert self.k is not None
         assert self.v is not None
         assert self.lengths is not None
-        # On a GPU a static cache goes by what the device knows alone, so that a CUDA graph may replay the step.
-        fixed = self.capacity is not None and k.device.type != "cpu"
-        if self._even and not fixed:
+        if self._replays is None:
+            self._replays = self.capacity is not None and k.device.type != "cpu"
+        if self._even and not self._replays:
             self.k[:, self.length : self.length + n] = k.transpose(1, 2)
             self.v[:, self.length : self.length + n] = v.transpose(1, 2)
         else:
@@ -70,7 +77,7 @@ class KVCache:
             columns = self.lengths[:, None] + torch.arange(n, device=k.device)
             self.k[rows, columns] = k.transpose(1, 2)  # rows past a sequence's own are overwritten by its next ones
             self.v[rows, columns] = v.transpose(1, 2)
-        self._even = self._even and counts is None and not fixed
+        self._even = self._even and counts is None and not self._replays
         self._counts = counts
         self.lengths += n if counts is None else counts.to(torch.int32)
         self.length += n
@@ -82,10 +89,12 @@ class KVCache:
         if rows <= held:
             return
         size = self.capacity or max(2 * held, -(-rows // _STEP) * _STEP)
-        if self.lengths is None:
-            self.lengths = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
-        # Zeros, not whatever memory held: a kernel may read rows that do not count yet, and 0 * NaN is NaN.
-        new_k, new_v = (x.new_zeros(x.shape[0], size, x.shape[1], x.shape[3]) for x in (k, v))
+        with torch.inference_mode(False):  # the cache may outlive the mode of this call
+            if self.lengths is None:
+                self.lengths = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
+            # Zeros, not whatever memory held: a kernel may read rows that do not count yet, and 0 * NaN is NaN.
+            new_k, new_v = (torch.zeros(x.shape[0], size, x.shape[1], x.shape[3], dtype=x.dtype, device=x.device)
+                            for x in (k, v))
         if self.k is not None and self.v is not None:
             new_k[:, :held], new_v[:, :held] = self.k, self.v
         self.k, self.v = new_k, new_v
@@ -130,16 +139,26 @@ def _picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class MemoryCache:
-    """Keys and values of one cross-attention layer: computed from the memory once, by the first call."""
+    """Keys and values of one cross-attention layer: computed from the memory once, by the first call.
+
+    For inference, of one memory: ``clear()`` before the next, which nothing but its shape would tell from the first.
+    """
 
     def __init__(self) -> None:
         self.k: torch.Tensor | None = None  # [B, Hkv, S, D]
         self.v: torch.Tensor | None = None
 
-    def get(self, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values, from ``project`` where there are none yet."""
+    def get(self, batch: int, length: int,
+            project: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of ``batch`` memories of a length, from ``project`` where there are none yet."""
         if self.k is None or self.v is None:
-            self.k, self.v = project()
+            k, v = project()
+            if k.requires_grad or v.requires_grad:
+                raise RuntimeError("MemoryCache: expected tensors without gradients; generate under torch.no_grad()")
+            self.k, self.v = k, v
+        elif (self.k.shape[0], self.k.shape[2]) != (batch, length):
+            raise ValueError(f"MemoryCache: expected the memory of the first call, batch {self.k.shape[0]} and length "
+                             f"{self.k.shape[2]}; got {batch} and {length}: clear() it before the next memory")
         return self.k, self.v
 
     def clear(self) -> None:

@@ -24,11 +24,12 @@ def sample(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int | None 
         raise ValueError(f"temperature: expected a finite number from 0 on; got {temperature!r}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k: expected a positive int or None; got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and (not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
         raise ValueError(f"top_p: expected a number above 0 and at most 1, or None; got {top_p!r}")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, whatever the temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float("-inf"))
     if top_p is not None and top_p < 1:
@@ -51,7 +52,8 @@ def stream(model: Step, prompt: torch.Tensor, max_new_tokens: int, *, lengths: t
         prompt: int [B, P], at least one token each.
         max_new_tokens: how many to draw.
         lengths: int [B]: tokens of each prompt, where they differ; what follows them is padding.
-        cache: what ``model`` remembers by; ``model.new_cache()`` by default. Left filled, for another round.
+        cache: what ``model`` remembers by; ``model.new_cache()`` by default. Left filled, for another round: with all but
+            the token drawn last, with which the next prompt begins.
         eos: a token that ends a sequence, which repeats it from then on; generation stops where all have ended.
         temperature, top_k, top_p, generator: as in ``sample``.
     """
@@ -59,6 +61,8 @@ def stream(model: Step, prompt: torch.Tensor, max_new_tokens: int, *, lengths: t
         raise ValueError(f"prompt: expected tokens [batch, at least 1]; got shape {tuple(prompt.shape)}")
     if lengths is not None and lengths.shape != prompt.shape[:1]:
         raise ValueError(f"lengths: expected shape ({prompt.shape[0]},); got {tuple(lengths.shape)}")
+    if lengths is not None and lengths.device.type == "cpu" and not bool(((lengths > 0) & (lengths <= prompt.shape[1])).all()):
+        raise ValueError(f"lengths: expected 1 to {prompt.shape[1]}; got {lengths.tolist()}")
     if cache is None:
         new_cache = getattr(model, "new_cache", None)
         if new_cache is None:

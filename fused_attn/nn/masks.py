@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn.mods import BIAS, MASK
+from fused_attn.mods import BIAS, HIDE
 
 
 def check_new_padding(padding: torch.Tensor, shape: Sequence[int]) -> None:
@@ -22,7 +22,7 @@ def check_new_padding(padding: torch.Tensor, shape: Sequence[int]) -> None:
 
 
 def causal_bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
-                 batch_first: bool) -> tuple[bool, torch.Tensor | None]:
+                batch_first: bool) -> tuple[bool, torch.Tensor | None]:
     """(whether the mask is torch's own causal one that exists in name only, the mask if it is another)."""
     module = sys.modules.get("torch.nn.attention.bias")  # not imported by torch itself; without it there is no such mask
     if module is None or not isinstance(attn_mask, module.CausalBias):
@@ -38,7 +38,7 @@ def causal_bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.
 
 
 def mask_arguments(attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, q: torch.Tensor, n_keys: int,
-                    appended: int) -> dict[str, Any]:
+                   appended: int) -> dict[str, Any]:
     """torch's masks, where True means masked, as arguments of ``attention``; each in its own shape, none expanded."""
     batch, heads, n_queries, _ = q.shape
     for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
@@ -55,7 +55,8 @@ def mask_arguments(attn_mask: torch.Tensor | None, key_padding_mask: torch.Tenso
             raise RuntimeError(f"The shape of the {dims}D attn_mask is {attn_mask.shape}, but should be {expected}.")
         attn_mask = F.pad(attn_mask, (0, appended)) if appended else attn_mask
         attn_mask = attn_mask if dims == 2 else attn_mask.unflatten(0, (batch, heads))
-        arguments.update({"mask": ~attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask})
+        # The caller's own tensor: every layer that it goes through reads the one, and keeps no copy for its backward.
+        arguments.update({"mask_mod": HIDE(attn_mask)} if attn_mask.dtype == torch.bool else {"bias": attn_mask})
     if key_padding_mask is not None:
         for i, size in enumerate((batch, n_keys)):
             if key_padding_mask.shape[i] != size:
@@ -63,7 +64,7 @@ def mask_arguments(attn_mask: torch.Tensor | None, key_padding_mask: torch.Tenso
         padding = F.pad(key_padding_mask, (0, appended)) if appended else key_padding_mask
         padding = padding[:, None, None, :]
         if padding.dtype == torch.bool:
-            arguments.update({"mask": ~padding} if "mask" not in arguments else {"mask_mod": MASK(~padding)})
+            arguments["mask"] = ~padding
         else:
             arguments.update({"bias": padding} if "bias" not in arguments else {"score_mod": BIAS(padding)})
     return arguments

@@ -86,13 +86,14 @@ class _Angles:
     def __init__(self, frequencies: torch.Tensor) -> None:
         self.frequencies = frequencies
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._moved: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, positions: torch.Tensor | int | None, length: int, device: torch.device,
                  like: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [N, pairs] or [B, N, pairs], in fp32, or fp64 beside fp64."""
         dtype = torch.float64 if like == torch.float64 else torch.float32
         if isinstance(positions, torch.Tensor):  # no look at how large they are
-            angles = positions.to(torch.float64)[..., None] * self.frequencies.to(device)
+            angles = positions.to(torch.float64)[..., None] * self._on(device)
             return angles.cos().to(dtype), angles.sin().to(dtype)
         first = positions or 0
         stop = first + length
@@ -105,11 +106,18 @@ class _Angles:
             self._tables[device, dtype] = table
         return table[0][first:stop], table[1][first:stop]
 
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """The frequencies on a device, moved there once: a CUDA graph may be recording."""
+        if device not in self._moved:
+            with torch.inference_mode(False):
+                self._moved[device] = self.frequencies.to(device)
+        return self._moved[device]
+
     def __deepcopy__(self, memo: object) -> "_Angles":
         return self  # copies of a layer share their tables
 
     def __getstate__(self) -> dict[str, object]:
-        return {"frequencies": self.frequencies, "_tables": {}}
+        return {"frequencies": self.frequencies, "_tables": {}, "_moved": {}}
 
 
 class RotaryEmbedding(nn.Module):
@@ -139,10 +147,12 @@ class RotaryEmbedding(nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor,
                 positions: torch.Tensor | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B, H, N, D] and k [B, Hkv, N, D], turned; ``positions`` [N] or [B, N], or counted from that int on (0)."""
-        return self.turn(q, positions), self.turn(k, positions)
+        cos, sin = self._angles(positions, q.shape[2], q.device, q.dtype)
+        return (apply_rotary(q, cos, sin, interleaved=self.interleaved),
+                apply_rotary(k, cos, sin, interleaved=self.interleaved))
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
-        """One of the two."""
+        """One of the two, where they stand elsewhere."""
         cos, sin = self._angles(positions, x.shape[2], x.device, x.dtype)
         return apply_rotary(x, cos, sin, interleaved=self.interleaved)
 

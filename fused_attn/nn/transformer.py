@@ -19,14 +19,6 @@ Activation = str | Callable[[torch.Tensor], torch.Tensor]
 _SELF_ONLY = ("causal", "window", "alibi", "rope")  # options that speak of positions: of no use between two sequences
 
 
-def _adopt(module: nn.MultiheadAttention, options: dict[str, Any], device: Any, dtype: Any) -> MultiheadAttention:
-    """torch's attention module as ours, with its weights; drawn anew where options change what it is."""
-    if not options:
-        return MultiheadAttention.adopt(module)
-    return MultiheadAttention(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
-                              batch_first=module.batch_first, device=device, dtype=dtype, **options)
-
-
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` on fused attention; with ``causal=True``, the block of a decoder-only model.
 
@@ -40,7 +32,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                  norm_first: bool = False, bias: bool = True, device: Any = None, dtype: Any = None, **attention: Any) -> None:
         super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
                          device, dtype)
-        self.self_attn = _adopt(self.self_attn, attention, device, dtype)
+        self.self_attn = MultiheadAttention.adopt(self.self_attn, **attention)
         self.activation_relu_or_gelu = 0  # which keeps torch's own TransformerEncoder from making strided nested tensors
 
     def forward(self, src: torch.Tensor, src_mask: torch.Tensor | None = None,
@@ -48,7 +40,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 cache: KVCache | None = None) -> torch.Tensor:
         """torch's arguments; ``cache`` as in ``MultiheadAttention.forward``."""
         _check_types(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
-        attend = self._sa_block if cache is None else _with_cache(self.self_attn, self.dropout1, cache)
+        attend = self._sa_block if cache is None else _self_attend_with(cache, self.self_attn, self.dropout1)
         x = src
         if self.norm_first:
             x = x + attend(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
@@ -64,12 +56,15 @@ def _check_types(**masks: torch.Tensor | None) -> None:
             raise AssertionError(f"only bool and floating types of {name} are supported")
 
 
-def _with_cache(module: nn.Module, dropout: nn.Module, cache: KVCache) -> Callable[..., torch.Tensor]:
-    """A layer's self-attention block that remembers."""
+def _self_attend_with(cache: KVCache, module: nn.Module, dropout: nn.Module,
+                      causal: bool = False) -> Callable[..., torch.Tensor]:
+    """A layer's self-attention block that remembers; ``causal`` whatever the call says."""
 
     def attend(x: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None,
                is_causal: bool) -> torch.Tensor:
-        result: torch.Tensor = dropout(module(x, x, x, key_padding_mask, False, attn_mask, cache=cache)[0])
+        is_causal = is_causal or causal
+        out, _ = module(x, x, x, key_padding_mask, False, attn_mask, is_causal=is_causal, cache=cache)
+        result: torch.Tensor = dropout(out)
         return result
 
     return attend
@@ -89,37 +84,38 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                  norm_first: bool = False, bias: bool = True, device: Any = None, dtype: Any = None, **attention: Any) -> None:
         super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
                          device, dtype)
-        self.self_attn = _adopt(self.self_attn, attention, device, dtype)
-        across = {name: value for name, value in attention.items() if name not in _SELF_ONLY}
-        self.multihead_attn = _adopt(self.multihead_attn, across, device, dtype)
+        self.self_attn = MultiheadAttention.adopt(self.self_attn, **attention)
+        shared = {name: value for name, value in attention.items() if name not in _SELF_ONLY}
+        self.multihead_attn = MultiheadAttention.adopt(self.multihead_attn, **shared)
 
     def forward(self, tgt: torch.Tensor, memory: torch.Tensor, tgt_mask: torch.Tensor | None = None,
                 memory_mask: torch.Tensor | None = None, tgt_key_padding_mask: torch.Tensor | None = None,
                 memory_key_padding_mask: torch.Tensor | None = None, tgt_is_causal: bool = False,
                 memory_is_causal: bool = False, *, cache: DecoderCache | None = None) -> torch.Tensor:
         """torch's arguments; ``cache`` makes self-attention causal and remembers, and projects ``memory`` once."""
-        attend, listen = self._sa_block, self._mha_block
+        self_attend, cross_attend = self._sa_block, self._mha_block
         if cache is not None:
-            attend = _with_cache(self.self_attn, self.dropout1, cache.own)
-            listen = self._listen_with(cache.memory)
+            self_attend = _self_attend_with(cache.own, self.self_attn, self.dropout1, causal=True)
+            cross_attend = self._cross_attend_with(cache.memory)
         x = tgt
         if self.norm_first:
-            x = x + attend(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-            x = x + listen(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+            x = x + self_attend(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            x = x + cross_attend(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
             return x + self._ff_block(self.norm3(x))
-        x = self.norm1(x + attend(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
-        x = self.norm2(x + listen(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
+        x = self.norm1(x + self_attend(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        x = self.norm2(x + cross_attend(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
         normed: torch.Tensor = self.norm3(x + self._ff_block(x))
         return normed
 
-    def _listen_with(self, cache: MemoryCache) -> Callable[..., torch.Tensor]:
-        def listen(x: torch.Tensor, memory: torch.Tensor, attn_mask: torch.Tensor | None,
-                   key_padding_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
-            heard = self.multihead_attn(x, memory, memory, key_padding_mask, False, attn_mask, is_causal=is_causal, cache=cache)
-            result: torch.Tensor = self.dropout2(heard[0])
+    def _cross_attend_with(self, cache: MemoryCache) -> Callable[..., torch.Tensor]:
+        def cross_attend(x: torch.Tensor, memory: torch.Tensor, attn_mask: torch.Tensor | None,
+                         key_padding_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+            out, _ = self.multihead_attn(x, memory, memory, key_padding_mask, False, attn_mask, is_causal=is_causal,
+                                         cache=cache)
+            result: torch.Tensor = self.dropout2(out)
             return result
 
-        return listen
+        return cross_attend
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -204,4 +200,6 @@ class Transformer(nn.Transformer):
         if custom_decoder is None:
             layer = TransformerDecoderLayer(*shape, **attention)
             custom_decoder = TransformerDecoder(layer, num_decoder_layers, norm())
+        elif custom_encoder is not None and attention:
+            raise TypeError(f"unexpected arguments {', '.join(attention)}: a custom encoder and decoder bring their own")
         super().__init__(d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first)
