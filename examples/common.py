@@ -67,8 +67,9 @@ def train(name: str, model: nn.Module, loss_of: Callable[[Any], torch.Tensor], b
           out: Path, *, lr: float = 1e-3, warmup: int = 50) -> History:
     """AdamW with a warm-up and a cosine; ``batch_at(step)`` must depend on the step alone, so that a resumed run is the same.
 
-    The checkpoint ``out/name.pt`` is written every 200 steps and at the end, and taken up where there is one.
+    The checkpoint ``out/name.pt`` is written every 200 steps and at the end, and taken up where it is of the same training.
     """
+    run = {"steps": steps, "lr": lr, "seed": torch.initial_seed(), "parameters": sum(x.numel() for x in model.parameters())}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def factor(step: int) -> float:
@@ -76,18 +77,23 @@ def train(name: str, model: nn.Module, loss_of: Callable[[Any], torch.Tensor], b
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     history, path = History(), out / f"{name}.pt"
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, weights_only=True) if path.exists() else None
+    if saved is not None and saved["run"] != run:
+        print(f"{name}: {path} is of another training; starting over")
+    elif saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
-        torch.set_rng_state(saved["rng"])
+        torch.set_rng_state(saved["rng"][0])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(saved["rng"][1:])
         history = History(saved["losses"], saved["seconds"])
         print(f"{name}: {len(history.losses)} of {steps} steps were done before")
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                 "rng": torch.get_rng_state(), "losses": history.losses, "seconds": history.seconds}
+                 "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
+                 "run": run, "losses": history.losses, "seconds": history.seconds}
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)  # never half a checkpoint
 

@@ -155,8 +155,8 @@ class TransformerTranslator(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(words, width, padding_idx=PAD)
         nn.init.normal_(self.embed.weight, std=width**-0.5)
-        self.positions = SinusoidalPositions(width, dropout=0.1)
-        self.body = Transformer(width, 4, 2, 2, 4 * width, 0.1, "gelu", batch_first=True, norm_first=True, causal=True)
+        self.positions = SinusoidalPositions(width)
+        self.body = Transformer(width, 4, 2, 2, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True, causal=True)
         self.scale = width**0.5
 
     def memory(self, source: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -283,7 +283,7 @@ def main() -> None:
     print(f"{len(corpus.train)} pairs to learn, {len(corpus.test)} to test, {len(corpus.words)} words; e.g.")
     source, target = corpus.test[0]
     print(f"  {' '.join(corpus.words[t] for t in source)}\n  {' '.join(corpus.words[t] for t in target)}")
-    histories, results, models = {}, {}, {}
+    histories, results, models, sizes = {}, {}, {}, {}
     for name, build in MODELS.items():
         torch.manual_seed(options.seed)
         model = models[name] = build(len(corpus.words), width).to(device())
@@ -292,7 +292,9 @@ def main() -> None:
                                 lr=1e-3 if name == "transformer" else 2e-3)
         results[name] = accuracy(model, corpus, most)
         whole = sum(part * n for part, n in results[name].values()) / sum(n for _, n in results[name].values())
-        print(f"{name}: {whole:.1%} translated without a mistake; {histories[name].seconds:.0f} s of training")
+        sizes[name] = sum(x.numel() for x in model.parameters())
+        print(f"{name}, {sizes[name]} parameters: {whole:.1%} translated without a mistake; "
+              f"{histories[name].seconds:.0f} s of training")
     comparison(results, histories, options.out / "comparison.png")
     loss_picture(histories, options.out / "loss.png", "infix to postfix")
     shown = next(pair for pair in corpus.test if 12 <= len(pair[0]) <= 18)
@@ -302,7 +304,8 @@ def main() -> None:
         maps = {name: model.maps(source, lengths, target[:, :-1])[0].cpu() for name, model in models.items() if name != "LSTM"}
     viz.save(viz.side_by_side(maps, words[1], words[0]), options.out / "alignment.png")
     found = {name: {"accuracy": {str(edge): part for edge, (part, _) in results[name].items()},
-                    "seconds": histories[name].seconds, "last_loss": sum(histories[name].losses[-20:]) / 20} for name in MODELS}
+                    "seconds": histories[name].seconds, "last_loss": sum(histories[name].losses[-20:]) / 20,
+                    "parameters": sizes[name]} for name in MODELS}
     summarise({"seconds": time.perf_counter() - started, "steps": steps, "pairs": len(corpus.train), "models": found},
               options.out)
 

@@ -65,6 +65,21 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path, capsys):
+    common = pytest.importorskip("common")
+
+    def losses(width, steps):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(width, 1)
+        return common.train("model", model, lambda x: model(x).square().mean(), lambda step: torch.ones(2, width), steps,
+                            tmp_path).losses
+
+    assert len(losses(3, 4)) == 4
+    assert len(losses(5, 4)) == 4  # other weights, which would not even load
+    assert len(losses(5, 2)) == 2  # fewer steps than were done
+    assert capsys.readouterr().out.count("of another training; starting over") == 2
+
+
 def test_stack_order_of_expressions():
     translate = pytest.importorskip("translate")
     import ast
