@@ -31,7 +31,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from fused_attn import attention, attention_varlen
+from fused_attn.functional import attention, attention_varlen
 from fused_attn.inspection import attention_and_weights
 from fused_attn.mods import BIAS
 
