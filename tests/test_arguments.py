@@ -72,8 +72,8 @@ BAD = {  # name: (exception, pattern, positional, named)
     "fp32_precision bool": (ValueError, r"fp32_precision: expected one of .*; got True", (Q, K, V), {"fp32_precision": True}),
     "torch with sinks": (ValueError, r"backend: 'torch' cannot run this call: .*sinks", (Q, K, V),
                          {"backend": "torch", "sinks": T(4)}),
-    "torch with dropout": (ValueError, r"backend: 'torch' cannot run this call: .*dropout", (Q, K, V),
-                           {"backend": "torch", "dropout_p": 0.5}),
+    "torch with an additive score": (ValueError, r"backend: 'torch' cannot run this call: .*additive", (Q, K, V),
+                                     {"backend": "torch", "score_weight": T(Q.shape[-1])}),
     "torch with a bias gradient": (ValueError, r"backend: 'torch' cannot run this call: .*bias gradient", (Q, K, V),
                                    {"backend": "torch", "bias": T(5, 7, requires_grad=True)}),
 }

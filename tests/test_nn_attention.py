@@ -272,17 +272,6 @@ def test_jagged_tensors_that_do_not_fit_are_told():
             module(*call, need_weights=False)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_strided_nested_tensors_are_their_sequences_alone():
-    """What torch's own encoder makes of padding."""
-    module, parts = made(), [torch.randn(n, EMBED, dtype=torch.float64) for n in (3, 5)]
-    x = torch.nested.nested_tensor(parts)
-    out, _ = module(x, x, x, need_weights=False)
-    assert out.layout == torch.strided
-    for one, part in zip(out.unbind(), parts, strict=True):
-        torch.testing.assert_close(one, module(part, part, part, need_weights=False)[0])
-
-
 # --- torch around it ---
 
 

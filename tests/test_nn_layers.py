@@ -200,3 +200,14 @@ def test_rotary_follows_the_backend_of_the_environment(monkeypatch):
 def test_prompts_have_at_least_a_token_and_at_most_their_row(lengths):
     with pytest.raises(ValueError, match="lengths: expected 1 to 3"):
         stream(lambda *_, **__: None, torch.zeros(2, 3, dtype=torch.int64), 1, lengths=torch.tensor(lengths), cache=[])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_strided_nested_tensors_are_their_sequences_alone():
+    """What torch's own encoder makes of padding."""
+    module, parts = attended(), [torch.randn(n, E, dtype=torch.float64) for n in (3, 5)]
+    x = torch.nested.nested_tensor(parts)
+    out, _ = module(x, x, x, need_weights=False)
+    assert out.layout == torch.strided
+    for one, part in zip(out.unbind(), parts, strict=True):
+        torch.testing.assert_close(one, module(part, part, part, need_weights=False)[0])

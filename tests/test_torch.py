@@ -146,7 +146,7 @@ class BackwardNeeds(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.fused_attn.backward.default:
-            self.seen.append(tuple(args[-5:]))
+            self.seen.append(tuple(args[-6:]))
         return func(*args, **(kwargs or {}))
 
 
@@ -161,7 +161,7 @@ def test_only_wanted_gradients_are_computed(name):
     with memory_guard() as guard, BackwardNeeds() as mode:
         out.sin().sum().backward()
     assert [launched for launched in guard.kernels if launched != "delta_kernel"] == kernels
-    assert mode.seen == [(*needs[:3], needs[4], [needs[3]])]
+    assert mode.seen == [(*needs[:3], needs[4], False, [needs[3]])]
     reference(*exact[:3], bias=exact[3], sinks=exact[4], causal=True).sin().sum().backward()
     for x, e in zip(inputs, exact, strict=True):
         assert (x.grad is None) == (e.grad is None)
