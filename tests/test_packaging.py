@@ -108,8 +108,8 @@ def test_wheel_metadata(wheel):
     text = metadata(wheel, "METADATA")
     assert requirements(wheel) <= {"torch", "numpy"}
     assert "License-Expression: MIT" in text
-    assert set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE)) == {"triton", "cli", "examples", "bench", "transformers",
-                                                                                "test"}
+    extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
+    assert extras == {"triton", "cli", "examples", "bench", "transformers", "test"}
     assert "fused-attn = fused_attn.cli:main" in metadata(wheel, "entry_points.txt")
 
 
