@@ -84,7 +84,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any)
     companions, spec = Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:])
     call = lower(q, k, spec, companions).call
     packed = companions.cu_q is not None
-    precise = _keeps_residual(spec)
+    precise = _keeps_residual(spec, companions)
     out, lse = _like(q, v.shape[3], _accumulates(q) if precise else None), _lse_like(q, packed)
     if packed:  # rows of no sequence are no program's
         out.zero_()
@@ -104,9 +104,13 @@ def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> Til
     return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
 
 
-def _keeps_residual(spec: AttentionSpec) -> bool:
-    """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact."""
-    return spec.precise and spec.dropout_p == 0
+def _keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
+    """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact.
+
+    Additive scores always ask for it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
+    one for all keys, adds up there as it does under a large mean of K.
+    """
+    return (spec.precise or companions.score_weight is not None) and spec.dropout_p == 0
 
 
 def _sink_weight(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
@@ -116,7 +120,7 @@ def _sink_weight(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
 def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     companions, spec = Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:])
     out = _like(q, v.shape[3])
-    residual = _like(q, v.shape[3]) if _keeps_residual(spec) else out.new_empty(0)
+    residual = _like(q, v.shape[3]) if _keeps_residual(spec, companions) else out.new_empty(0)
     return out, _lse_like(q, companions.cu_q is not None), residual
 
 

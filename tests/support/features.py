@@ -238,7 +238,7 @@ FEATURES = (
     Feature("dims_192", "head dims 192 for keys, 128 for values", SHAPES, shape={"dim": 192, "dim_v": 128}, group="dims"),
     Feature("dims_576", "head dims 576 for keys, 512 for values", SHAPES, shape={"dim": 576, "dim_v": 512}, group="dims"),
     Feature("additive", "additive score, w · tanh(q + k)", SCORES, _additive, "score weight", group="product",
-            without=("dims_576",), note="head dims up to 256; R of dQ is 2.4 in halves"),
+            without=("dims_576",), note="head dims up to 256"),
     Feature("bias", "bias, any shape that broadcasts", SCORES, _bias("bhqk"), "bias", group="bias"),
     Feature("bias_pairs", "bias [Nq, Nk], one for all heads", SCORES, _bias("qk"), "bias", group="bias"),
     Feature("bias_keys", "bias per key [B, 1, 1, Nk]", SCORES, _bias("bk"), "bias", group="bias"),
