@@ -213,7 +213,8 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
             angles = tensor(1, head_dim // 2, dtype=torch.float32)[:, 0]
             launch_rotary(q, angles, angles, q, interleaved=False, back=False, config=config, launch=compile_only)
         elif kernel == "forward":
-            launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only)
+            launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only,
+                           precise=bool(call.extras.additive))  # which always keep the residual
         elif kernel == "delta":
             launch_delta(out, out, lse, None, lse, call, config=config, launch=compile_only)
         elif kernel == "dq":

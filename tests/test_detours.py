@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.own_layers import OwnEncoder, OwnLayer
 from torch import nn
 
 from fused_attn import nn as fused
@@ -12,20 +13,6 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}:UserWarning") for text 
 
 WIDTH, LENGTH = 16, 6
 PADDING = torch.arange(LENGTH) >= torch.tensor([[4], [6], [1]])
-
-
-class OwnLayer(nn.TransformerEncoderLayer):
-    """Code of its own around torch's."""
-
-    def forward(self, src, *args, **kwargs):
-        return super().forward(2 * src, *args, **kwargs)
-
-
-class OwnEncoder(nn.TransformerEncoder):
-    """As ``OwnLayer``."""
-
-    def forward(self, src, *args, **kwargs):
-        return super().forward(src.cos(), *args, **kwargs)
 
 
 def layer(cls=nn.TransformerEncoderLayer):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from support.own_layers import OwnEncoder, OwnLayer
 from torch import nn
 
 from fused_attn import nn as fused
@@ -78,18 +79,6 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return self.second(self.first(x).sin(), src_mask=CAUSAL)
-
-
-class OwnLayer(nn.TransformerEncoderLayer):
-    """Code of its own around torch's; so the next ones."""
-
-    def forward(self, src, *args, **kwargs):
-        return super().forward(2 * src, *args, **kwargs)
-
-
-class OwnEncoder(nn.TransformerEncoder):
-    def forward(self, src, *args, **kwargs):
-        return super().forward(src.cos(), *args, **kwargs)
 
 
 class OwnAttention(nn.MultiheadAttention):
