@@ -7,6 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fused_attn import ops
+from fused_attn.execution import Needs
 from fused_attn.lowering import pack
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
 
@@ -24,8 +25,8 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         (q, k, v), single = arguments[:3], arguments[3 : 3 + _SINGLE]
         spec, operands = arguments[3 + _SINGLE : _OPERANDS], arguments[_OPERANDS:]
-        out, lse, residual = ops.forward(q, k, v, *single, operands, *spec)
-        ctx.save_for_backward(q, k, v, out, residual if residual.numel() else None, lse, *single, *operands)
+        out, lse, residual = ops.forward(q, k, v, Companions._make((*single, operands)), spec)
+        ctx.save_for_backward(q, k, v, out, residual, lse, *single, *operands)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return out, lse
@@ -49,10 +50,11 @@ def run_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """The backward op with its lists of operands taken apart, as a Function's arguments and outputs must be."""
     n_operands = (len(arguments) - _TENSORS - _SINGLE - ops.N_SPEC - _NEEDED) // 2
     spec_at = _TENSORS + _SINGLE + n_operands
-    single, operands = arguments[_TENSORS : _TENSORS + _SINGLE], arguments[_TENSORS + _SINGLE : spec_at]
-    spec_and_needs = arguments[spec_at : len(arguments) - n_operands]
-    need_operands = arguments[len(arguments) - n_operands :]
-    *grads, doperands = ops.backward(*arguments[:_TENSORS], *single, operands, *spec_and_needs, need_operands)
+    single = arguments[_TENSORS : _TENSORS + _SINGLE]
+    companions = Companions._make((*single, arguments[_TENSORS + _SINGLE : spec_at]))
+    needs_at = spec_at + ops.N_SPEC
+    needs = Needs._make((*arguments[needs_at : needs_at + _NEEDED], arguments[needs_at + _NEEDED :]))
+    *grads, doperands = ops.backward(arguments[:_TENSORS], companions, arguments[spec_at:needs_at], needs)
     return *grads, *doperands
 
 
@@ -81,7 +83,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     # Forward AD and torch.func get torch's own clear errors from the Function, before the op's guard would raise.
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     if not wanted and not transformed:
-        out, lse, _ = ops.forward(q, k, v, *companions, *packed)
+        out, lse, _ = ops.forward(q, k, v, companions, packed)
         return out, lse
     # torch.compile cannot trace a Function that receives one tensor twice; a view is another tensor.
     tensors: list[Any] = []

@@ -12,6 +12,7 @@ from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OTHERS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -51,7 +52,7 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, q)
         companions = companions._replace(used_k=key_lengths.contiguous())
-    if _adds(**_known(others)):
+    if _adds_of(others):
         extents = Extents(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         spec, companions = _companions(q, extents, spec, companions, **others)
     return Described(q, k, v, spec, companions)
@@ -98,7 +99,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
     companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
                             score_weight=None if score_weight is None else _score_weight(score_weight, q))
-    if _adds(**_known(others)):
+    if _adds_of(others):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
         spec, companions = _companions(q, extents, spec, companions, **others)
     return Described(q, k, v, spec, companions)
@@ -212,13 +213,12 @@ def _check_packing(side: str, cu: torch.Tensor, longest: int, total: int) -> Non
         raise ValueError(f"max_seqlen_{side}: expected at least {max(lengths)}, the longest sequence; got {longest}")
 
 
-def _known(others: dict[str, Any]) -> dict[str, Any]:
-    """``others``, if all of them are arguments."""
-    for name in others:
-        if name not in ("bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"):
-            hint = "; packed sequences have seqused_k" if name == "key_lengths" else ""
-            raise TypeError(f"unexpected argument {name!r}{hint}")
-    return others
+def _adds_of(others: dict[str, Any]) -> bool:
+    """``_adds`` of arguments that may be of other names."""
+    if others.keys() <= _OTHERS:
+        return _adds(**others)
+    name = next(name for name in others if name not in _OTHERS)
+    raise TypeError(f"unexpected argument {name!r}" + ("; packed sequences have seqused_k" if name == "key_lengths" else ""))
 
 
 def _adds(*, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sinks: Any = None, dropout_p: Any = 0.0,

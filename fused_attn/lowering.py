@@ -27,11 +27,13 @@ class Lowered(NamedTuple):
 
 def pack(spec: AttentionSpec) -> tuple[Any, ...]:
     """A spec as the trailing arguments of the ops: numbers, and members as text."""
-    longest_q, longest_k = spec.longest or (None, None)
-    score_mods, mask_mods = ("" if not m else ";".join(f"{x.key}:{','.join(x.args)}" for x in m)
-                             for m in (spec.score_mods, spec.mask_mods))
-    return (spec.scale, spec.window.left, spec.window.right, spec.bottom_right, spec.softcap, score_mods, mask_mods,
-            spec.dropout_p, spec.precise, spec.fp32_precision, longest_q, longest_k)
+    scale, (left, right), bottom_right, softcap, score_mods, mask_mods, dropout_p, precise, fp32_precision, longest = spec
+    return (scale, left, right, bottom_right, softcap, _text(score_mods), _text(mask_mods), dropout_p, precise,
+            fp32_precision, *(longest or (None, None)))
+
+
+def _text(members: tuple[Member, ...]) -> str:
+    return ";".join(f"{x.key}:{','.join(x.args)}" for x in members) if members else ""
 
 
 def unpack(packed: tuple[Any, ...]) -> AttentionSpec:
@@ -60,18 +62,15 @@ def precision(q: torch.Tensor, asked: str | None) -> str:
 
 def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions) -> Lowered:
     """``spec`` and ``companions`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
-    n_queries, n_keys = spec.longest or (q.shape[2], k.shape[2])
-    reach = n_queries + n_keys  # no bound beyond this changes anything, and with it 32 bits are enough
-    left, right = (None if bound is None else min(bound, reach) for bound in spec.window)
     batch = q.shape[0] if companions.cu_q is None else companions.cu_q.shape[0] - 1
-    call = Call(spec.scale, left, right, spec.offset(n_queries, n_keys), precision(q, spec.fp32_precision), batch,
-                n_queries, n_keys)
-    score_mods = before_mods(spec.scale, spec.softcap, bool(spec.score_mods), q.dtype)
+    n_queries, n_keys = spec.longest or (q.shape[2], k.shape[2])
+    call = _call(spec, batch, n_queries, n_keys, q.dtype, precision(q, spec.fp32_precision))
     additive = () if companions.score_weight is None else _additive(companions.score_weight)
     dense = companions.cu_q is None and companions.used_k is None
     if dense and not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0:
-        return Lowered(call._replace(extras=Extras(score_mods, additive=additive) if score_mods or additive else PLAIN), ())
+        return Lowered(call._replace(extras=call.extras._replace(additive=additive)) if additive else call, ())
 
+    score_mods = call.extras.mods
     operands = list(companions.operands)
     roles: list[tuple[int, int] | None] = []
     for member in spec.score_mods:
@@ -98,6 +97,16 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
     widest = max((max(x.stride()[2:]) for x in companions.operands), default=0)
     return Lowered(call._replace(extras=extras, masks_by=(by_batch, by_head), widest=widest,
                                  loaded_bytes=loaded), tuple(roles))
+
+
+@functools.lru_cache(1024)
+def _call(spec: AttentionSpec, batch: int, n_queries: int, n_keys: int, dtype: torch.dtype, precision: str) -> Call:
+    """The part of a call that is in no tensor."""
+    reach = n_queries + n_keys  # no bound beyond this changes anything, and with it 32 bits are enough
+    left, right = (None if bound is None else min(bound, reach) for bound in spec.window)
+    score_mods = before_mods(spec.scale, spec.softcap, bool(spec.score_mods), dtype)
+    return Call(spec.scale, left, right, spec.offset(n_queries, n_keys), precision, batch, n_queries, n_keys,
+                Extras(score_mods) if score_mods else PLAIN)
 
 
 def _arguments(member: Member, operands: list[torch.Tensor], n_queries: int) -> tuple[Any, ...]:

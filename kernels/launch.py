@@ -60,7 +60,7 @@ class Call(NamedTuple):
     def strides(self, *tensors: torch.Tensor) -> tuple[tuple[Any, ...], ...]:
         """Strides of [B, H, N, D] tensors; the batch of packed ones has none."""
         if not self.extras.sequences.row_stride:
-            return tuple(t.stride() for t in tensors)
+            return tuple([t.stride() for t in tensors])
         return tuple((tl.constexpr(0), *t.stride()[1:]) for t in tensors)
 
 
@@ -84,16 +84,23 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
     here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
         counter[kernel.fn.__name__] += 1
-    with contextlib.nullcontext() if here else torch.accelerator.device_index(device.index):
-        kernel[(programs,)](*args, config, num_warps=config.num_warps, num_stages=config.num_stages, **dict(config.options))
+    options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
+    if here:
+        kernel[(programs,)](*args, config, **options)
+    else:
+        with torch.accelerator.device_index(device.index):
+            kernel[(programs,)](*args, config, **options)
 
 
 def fit_offsets(config: TileConfig, call: Call, *tensors: torch.Tensor) -> TileConfig:
     """``config``, with 64-bit offsets inside a tile where some tensor's strides ask for them."""
     narrow = call.widest < WIDEST_STRIDE
-    if config.wide or (narrow and all(t.stride(2) < WIDEST_STRIDE and t.stride(3) < WIDEST_STRIDE for t in tensors)):
+    if config.wide:
         return config
-    return dataclasses.replace(config, wide=True)
+    for t in tensors:
+        *_, row, column = t.stride()
+        narrow = narrow and row < WIDEST_STRIDE and column < WIDEST_STRIDE
+    return config if narrow else dataclasses.replace(config, wide=True)
 
 
 def programs(length: int, block: int, heads: int) -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.layouts import LAYOUTS
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,6 +102,68 @@ def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
 def test_a_spec_survives_its_flat_form(spec):
     assert unpack(pack(spec)) == spec
     assert all(x is None or isinstance(x, (str, bool, int, float)) for x in pack(spec))
+
+
+# --- who sees a call ---
+
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Own(torch.Tensor):
+    """A tensor class without behaviour of its own."""
+
+
+@pytest.fixture
+def ops_seen(monkeypatch):
+    """The names of the ops that calls went through."""
+    from fused_attn import ops
+
+    seen = []
+
+    def recorded(name):
+        real = getattr(torch.ops.fused_attn, name).default
+        return SimpleNamespace(default=lambda *args: seen.append(name) or real(*args))
+
+    names = ("forward", "backward", "rotary")
+    monkeypatch.setattr(ops, "_OPS", SimpleNamespace(**{name: recorded(name) for name in names}))
+    return seen
+
+
+def train(q, k, v, **arguments):
+    attention(q, k, v, **arguments).sum().backward()
+    fused_attn.apply_rotary(q.detach(), torch.ones(9, 4), torch.zeros(9, 4), backend="triton")
+
+
+def test_a_call_that_nobody_watches_is_no_op(ops_seen):
+    train(*qkv(), bias=torch.zeros(9, 9, requires_grad=True))
+    assert ops_seen == []
+
+
+@pytest.mark.parametrize("watcher", [Recorder, lambda: FlopCounterMode(display=False), torch.profiler.profile])
+def test_who_watches_sees_ops(watcher, ops_seen):
+    with watcher():
+        train(*qkv())
+    assert ops_seen == ["forward", "backward", "rotary"]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_tensor_of_another_class_makes_ops(place, ops_seen):
+    tensors = [x.detach() for x in (*qkv(), torch.zeros(9, 9))]
+    tensors[place] = tensors[place].as_subclass(Own)
+    attention(*tensors[:3], bias=tensors[3])
+    assert ops_seen == ["forward"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing: shapes become constants, and it is deprecated
+def test_a_traced_call_is_an_op(ops_seen):
+    q, k, v = (x.detach() for x in qkv())
+    traced = torch.jit.trace(lambda q: attention(q, k, v), (q,), check_trace=False)
+    assert "fused_attn::forward" in str(traced.graph)
+    assert ops_seen == ["forward"]
+    torch.testing.assert_close(traced(2 * q), attention(2 * q, k, v))
 
 
 # --- FLOPs ---

@@ -9,7 +9,9 @@ from support.guard import is_poison
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import attention, attention_varlen, describe, document_mask, lowering, ops, prefix_lm_mask
+from fused_attn import attention, attention_varlen, describe, document_mask, lowering, prefix_lm_mask
+from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
+from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.spec import TileConfig
@@ -193,7 +195,7 @@ class Allocations(TorchDispatchMode):
 def test_nothing_of_the_size_of_the_scores_is_allocated(name, monkeypatch):
     """Launches are left out, so that the length can be one at which N x N stands out."""
     n = 4096
-    for launcher in (ops.launch_forward, ops.launch_delta, ops.launch_dq, ops.launch_dkv, ops.list_tiles, launch_operand_grad):
+    for launcher in (launch_forward, launch_delta, launch_dq, launch_dkv, list_tiles, launch_operand_grad):
         monkeypatch.setitem(launcher.__kwdefaults__, "launch", lambda *_: None)
     inputs = Call((name,), Shape(1, 1, 1, n, n, 8, 8)).draw(torch.float32)
     with Allocations() as seen:

@@ -1,0 +1,163 @@
+"""One call on the kernels: allocates what it returns, chooses tiles, launches. What ops and eager calls share."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_attn import settings
+from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
+from fused_attn.kernels.forward import launch_forward
+from fused_attn.kernels.launch import Call
+from fused_attn.kernels.mask import list_tiles
+from fused_attn.kernels.operand_grad import launch_operand_grad
+from fused_attn.kernels.rotary import launch_rotary
+from fused_attn.lowering import lower, lse_stride
+from fused_attn.spec import AttentionSpec, Companions, TileConfig
+from fused_attn.tuning import Kernel, arch_of, choose, choose_additive, choose_rotary, fit_operands
+
+if settings.interpreted():
+    from fused_attn import interpreter
+
+    interpreter.repair()
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward is asked for."""
+
+    dq: bool
+    dk: bool
+    dv: bool
+    dsinks: bool
+    dscore_weight: bool
+    operands: tuple[bool, ...]
+
+
+def _accumulates(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Empty [B, H, N, head_dim] whose batch, heads and length lie in memory in the order they have in ``x``."""
+    contiguous = x.is_contiguous()
+    if contiguous and x.shape[3] == head_dim:
+        return torch.empty_like(x, dtype=dtype)
+    size, stride = (*x.shape[:3], head_dim), x.stride()[:3]
+    if contiguous or 0 in stride:
+        return x.new_empty(size, dtype=dtype)
+    order = sorted(range(3), key=lambda dim: stride[dim], reverse=True)
+    return torch.empty_permuted(size, (*order, 3), dtype=dtype or x.dtype, device=x.device)
+
+
+def lse_like(q: torch.Tensor, packed: bool) -> torch.Tensor:
+    """Empty LSE [B, H, N], or of packed sequences [1, H, T] that is -inf already."""
+    if not packed:
+        return q.new_empty(q.shape[:3], dtype=_accumulates(q))
+    rows = q.new_full((1, q.shape[1], lse_stride(q)), float("-inf"), dtype=_accumulates(q))
+    return rows[:, :, : q.shape[2]]
+
+
+def _as_lse(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
+    """``x`` as ``lse_like`` lays it out: gradients, and saved tensors that a hook moved, may have other strides."""
+    fits = x.stride()[1:] == (lse_stride(q), 1) if packed else x.is_contiguous()
+    return x if fits else lse_like(q, packed).copy_(x)
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+            companions: Companions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(out, lse, and what rounding took from out where the call keeps it)."""
+    call = lower(q, k, spec, companions).call
+    packed = companions.cu_q is not None
+    precise = keeps_residual(spec, companions)
+    out, lse = like(q, v.shape[3], _accumulates(q) if precise else None), lse_like(q, packed)
+    if packed:  # rows of no sequence are no program's
+        out.zero_()
+    config = _config("forward", q, v, call)
+    tiles = list_tiles(call, q, k, config, keys_first=False)
+    launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, precise=precise)
+    if not precise:
+        return out, lse, None
+    rounded = like(q, out.shape[3]).copy_(out)
+    return rounded, lse, like(q, out.shape[3]).copy_(out.sub_(rounded))
+
+
+def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
+    if call.extras.additive:
+        return choose_additive(kernel, q.shape[3], arch_of(q.device))
+    config = choose(kernel, q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
+    return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
+
+
+def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
+    """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact.
+
+    Additive scores always ask for it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
+    one for all keys, adds up there as it does under a large mean of K.
+    """
+    return (spec.precise or companions.score_weight is not None) and spec.dropout_p == 0
+
+
+def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companions, needs: Needs) -> tuple[Any, ...]:
+    """(dq, dk, dv, dsinks, dscore_weight, [of each operand]); ``tensors``: dout, dlse, q, k, v, out, residual, lse.
+
+    ``dlse`` and ``residual`` may be None, and so is every gradient that nobody asked for.
+    """
+    dout, dlse, q, k, v, out, residual, lse = tensors
+    dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+    packed = companions.cu_q is not None
+    if packed or companions.used_k is not None:  # rows that do not count are no program's
+        for grad in (dq, dk, dv):
+            if grad is not None:
+                grad.zero_()
+    call, roles = lower(q, k, spec, companions)
+    lse = _as_lse(lse, q, packed)
+
+    config = functools.partial(_config, q=q, v=v, call=call)
+    delta = lse  # where only dV is wanted delta is not read
+    dsinks = dscore_weight = None
+    if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.operands):
+        delta = _delta(dout, dlse, q, out, residual, lse, call, config("delta"))
+        if needs.dsinks:  # a sink is a key of value 0: its dP is 0
+            weight = _sink_weight(lse, companions.sinks)
+            dsinks = -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(companions.sinks.dtype)
+    if needs.dq or needs.dscore_weight:
+        tiles = list_tiles(call, q, k, config("dq"), keys_first=False)
+        summing, parts = with_weight_sums(call, q, config("dq")) if needs.dscore_weight else (call, None)
+        launch_dq(q, k, v, dout, lse, delta, like(q, q.shape[3]) if dq is None else dq, tiles, summing, config=config("dq"))
+        if parts is not None:
+            dscore_weight = parts.sum((0, 2)).to(companions.score_weight.dtype)
+    if needs.dk or needs.dv:
+        tiles = list_tiles(call, q, k, config("dkv"), keys_first=True)
+        launch_dkv(q, k, v, dout, lse, delta, dk, dv, tiles, call, config=config("dkv"))
+    doperands: list[torch.Tensor | None] = []
+    for operand, role, need in zip(companions.operands, roles, needs.operands, strict=True):
+        if not need or role is None:
+            doperands.append(None)
+            continue
+        grad = launch_operand_grad(q, k, v, dout, lse, delta, operand, *role, call, config=config("operand_grad"))
+        # As the FakeTensor has it: sums by k - q are a part of a longer line.
+        doperands.append(grad.clone(memory_format=torch.contiguous_format) if operand.dim() == 3 else grad)
+    return dq, dk, dv, dsinks, dscore_weight, doperands
+
+
+def _delta(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None,
+           lse: torch.Tensor, call: Call, config: TileConfig) -> torch.Tensor:
+    packed = bool(call.extras.sequences.cu_q)
+    delta = lse_like(q, packed)
+    launch_delta(out, dout, lse, None if dlse is None else _as_lse(dlse, q, packed), delta, call, config=config)
+    if residual is not None:
+        rest = lse_like(q, packed)
+        launch_delta(residual, dout, lse, None, rest, call, config=config)
+        delta += rest
+    return delta
+
+
+def _sink_weight(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    return torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - lse))
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+    """x [B, H, N, D] turned, or turned back."""
+    out = like(x, x.shape[3])
+    launch_rotary(x, cos, sin, out, interleaved, back, config=choose_rotary(x.shape[3]))
+    return out
