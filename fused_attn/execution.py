@@ -7,14 +7,26 @@ import torch
 
 from fused_attn import settings
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
-from fused_attn.kernels.forward import launch_forward
+from fused_attn.kernels.combine import launch_combine
+from fused_attn.kernels.forward import Split, launch_forward
 from fused_attn.kernels.launch import Call
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
 from fused_attn.lowering import lower, lse_stride
 from fused_attn.spec import AttentionSpec, Companions, TileConfig
-from fused_attn.tuning import Kernel, arch_of, choose, choose_additive, choose_rotary, fit_operands
+from fused_attn.tuning import (
+    FEW_QUERIES,
+    Kernel,
+    arch_of,
+    choose,
+    choose_additive,
+    choose_combine,
+    choose_rotary,
+    choose_shares,
+    fit_operands,
+    n_shares,
+)
 
 if settings.interpreted():
     from fused_attn import interpreter
@@ -69,6 +81,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
     call = lower(q, k, spec, companions).call
     packed = companions.cu_q is not None
     precise = keeps_residual(spec, companions)
+    if call.n_queries <= FEW_QUERIES and not precise:
+        near_k, near_v, near = _without_unseen(k, v, spec, companions, call)
+        count = n_shares(q.shape[2], near_k.shape[2], near.n_queries, near.n_keys, q.shape[1] // k.shape[1])
+        if count > 1:
+            return *_forward_in_shares(q, near_k, near_v, spec, companions, near, count), None
     out, lse = like(q, v.shape[3], _accumulates(q) if precise else None), lse_like(q, packed)
     if packed:  # rows of no sequence are no program's
         out.zero_()
@@ -79,6 +96,56 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
         return out, lse, None
     rounded = like(q, out.shape[3]).copy_(out)
     return rounded, lse, like(q, out.shape[3]).copy_(out.sub_(rounded))
+
+
+def _forward_in_shares(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
+                       call: Call, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), the keys in ``count`` shares, each with a result of its own, and these joined."""
+    packed = companions.cu_q is not None
+    lse = lse_like(q, packed)
+    shares = lse.new_empty((count, *q.shape[:3], v.shape[3]))
+    # Rows of no sequence are no program's: their LSE says that nothing is there.
+    shares_lse = (lse.new_full((count, *lse.shape[:2], lse.stride(1)), float("-inf")) if packed
+                  else lse.new_empty((count, *lse.shape)))
+    rows, outs, split = q, shares.flatten(0, 1), Split(shares.stride(0), shares_lse.stride(0))
+    if _groups_into_rows(q, k, spec, companions, call):
+        # [B, Hkv, group, D]: the query heads of a key head as the rows of one tile, so that keys are read once.
+        rows, outs = (x[:, :, 0].unflatten(1, (k.shape[1], -1)) for x in (q, outs))
+        call = call._replace(n_queries=rows.shape[2], left=None, right=None)
+    config = _shares_config(q, v, call)
+    tiles = list_tiles(call, rows, k, config, keys_first=False)
+    launch_forward(rows, k, v, outs, shares_lse.flatten(0, 1), None, tiles, call, config=config, split=split,
+                   n_shares=count)
+    out = like(q, v.shape[3])
+    launch_combine(shares, shares_lse, out, lse, companions.sinks, config=choose_combine(v.shape[3]))
+    return out, lse
+
+
+def _groups_into_rows(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions, call: Call) -> bool:
+    """Whether the query heads of a group may be rows of one tile: they have one query each, nothing tells heads apart, and
+    the window keeps every key."""
+    plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and companions.cu_q is None
+    every = ((call.left is None or call.left >= call.offset)
+             and (call.right is None or call.offset + call.right >= call.n_keys - 1))
+    return plain and every and companions.score_weight is None and q.shape[2] == 1 and q.shape[1] > k.shape[1]
+
+
+def _shares_config(q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
+    if call.extras.additive:
+        return choose_additive("forward", q.shape[3], arch_of(q.device))
+    config = choose_shares(call.n_queries, q.shape[3], v.shape[3], q.dtype, arch_of(q.device))
+    return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
+
+
+def _without_unseen(k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
+                    call: Call) -> tuple[torch.Tensor, torch.Tensor, Call]:
+    """k and v from the first key on that the window of some query reaches, where positions are all that tells keys apart."""
+    first = 0 if call.left is None else call.offset - call.left
+    plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and companions.cu_k is None and companions.used_k is None
+    if first <= 0 or not plain:
+        return k, v, call
+    call = call._replace(offset=call.offset - first, n_keys=call.n_keys - first)
+    return k[:, :, first:], v[:, :, first:], call
 
 
 def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:

@@ -17,9 +17,10 @@ from fused_attn.report import print_table
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
 GATED_TARGETS = {"plain": ("sm_80", "sm_90", "sm_100", "gfx942"),
+                 "decode": ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"),
                  **dict.fromkeys(("softcap", "bias", "alibi", "mask"), ("sm_80", "sm_90"))}
 GATED_HEAD_DIMS = (32, 64, 128)
-ATTENTION = ("forward", "delta", "dq", "dkv", "dk", "dv")
+ATTENTION = ("forward", "shares", "combine", "delta", "dq", "dkv", "dk", "dv")
 
 
 def gated(row: dict[str, Any]) -> bool:
@@ -62,7 +63,7 @@ def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
     """(target, dtype, head dims, causal, feature) of the whole matrix.
 
     Plain attention: halves everywhere, fp32 and fp64 on three targets, fp32 by TF32 on NVIDIA's two.
-    Every feature: bf16, causal, sm_80, sm_90, gfx942.
+    Every feature: bf16, causal, sm_80, sm_90, gfx942; decoding on every target.
     """
     for causal, dtype, target in product((False, True), ("bf16", "fp16"), offline.TARGETS):
         yield target, dtype, (32, 64, 128, 256), causal, "plain"
@@ -71,7 +72,10 @@ def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
     for dtype, target in product(("tf32", "tf32x3"), ("sm_80", "sm_90")):
         yield target, dtype, (64,), True, "plain"
     for feature, target in product(offline.FEATURES[1:], ("sm_80", "sm_90", "gfx942")):
-        yield target, "bf16", (64, 128), True, feature
+        if feature != "decode":
+            yield target, "bf16", (64, 128), True, feature
+    for target in offline.TARGETS:
+        yield target, "bf16", (64, 128, 256), True, "decode"
     for target in ("sm_80", "sm_90"):
         yield target, "bf16", (192, 576), True, "plain"
     for target in ("sm_86", "sm_120"):  # whose shared memory is the smallest of NVIDIA's

@@ -22,17 +22,27 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
-from fused_attn.kernels.forward import launch_forward
+from fused_attn.kernels.combine import launch_combine
+from fused_attn.kernels.forward import Split, launch_forward
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
 from fused_attn.lowering import lower
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
-from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, choose_additive, choose_rotary, fit_operands
+from fused_attn.tuning import (
+    SHARED_LIMIT,
+    Kernel,
+    choose,
+    choose_additive,
+    choose_combine,
+    choose_rotary,
+    choose_shares,
+    fit_operands,
+)
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
-            "additive", "rotary")
+            "additive", "rotary", "decode")
 # What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
@@ -43,9 +53,11 @@ _LOCAL = re.compile(r"^(LDL|STL|scratch_)")
 
 
 def kernels(which: str, feature: str) -> tuple[Kernel, ...]:
-    """The kernels of a pass, "forward" or "backward"; rotary positions have one of their own for both."""
+    """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own."""
     if feature == "rotary":
         return ("rotary",) if which == "forward" else ()
+    if feature == "decode":
+        return ("shares", "combine") if which == "forward" else ()
     if which == "forward":
         return ("list", "forward") if "mask" in feature else ("forward",)
     has_operands = feature in ("bias", "bias fp32, mask", "alibi", "relative")
@@ -88,7 +100,7 @@ class Report:
             found.append(f"{self.local_in_loops} local-memory accesses in a main loop")
         if self.shared_bytes > self.shared_limit:
             found.append(f"{self.shared_bytes} bytes of shared memory of {self.shared_limit}")
-        if self.kernel not in ("delta", "list", "rotary") and self.dtype in ("fp16", "bf16") and not self.matrix:
+        if self.kernel not in ("delta", "list", "rotary", "combine") and self.dtype in ("fp16", "bf16") and not self.matrix:
             found.append("no matrix instruction")
         if self.warnings:
             found.append("serialised matrix instructions: " + ", ".join(self.warnings))
@@ -153,6 +165,7 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
         "sinks": ({}, Companions(sinks=meta(heads))),
         "dropout": ({"dropout_p": 0.1}, Companions(seed=meta(1, dtype=torch.int64))),
         "rotary": ({}, empty),
+        "decode": ({}, empty),
         "additive": ({}, Companions(score_weight=meta(heads, head_dim))),
         "packed": ({"longest": (length // 2, length // 2)}, Companions(cu_q=cu, cu_k=cu)),
     }
@@ -184,6 +197,10 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")
     if config is None and kernel == "rotary":
         config = choose_rotary(head_dim)
+    elif config is None and kernel == "combine":
+        config = choose_combine(head_dim_v)
+    elif config is None and kernel == "shares":
+        config = choose_shares(group, head_dim, head_dim_v, element, target)
     elif config is None and call.extras.additive:
         config = choose_additive(kernel, head_dim, target)
     elif config is None:
@@ -212,6 +229,14 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         if kernel == "rotary":
             angles = tensor(1, head_dim // 2, dtype=torch.float32)[:, 0]
             launch_rotary(q, angles, angles, q, interleaved=False, back=False, config=config, launch=compile_only)
+        elif kernel == "shares":  # one query of each head of a group
+            rows, shares, shares_lse = (x[:, : heads // group, :group] for x in (q, out, lse))
+            call = call._replace(n_queries=group, left=None, right=None)
+            launch_forward(rows, k, v, shares.to(lse.dtype), shares_lse, None, (), call, config=config, launch=compile_only,
+                           split=Split(out.stride(1), lse.stride(1)), n_shares=16)
+        elif kernel == "combine":
+            launch_combine(out[None, :, :, :1].to(lse.dtype), lse[None, :, :, :1], out[:, :, :1], lse[:, :, :1], None,
+                           config=config, launch=compile_only)
         elif kernel == "forward":
             launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only,
                            precise=bool(call.extras.additive))  # which always keep the residual

@@ -38,7 +38,7 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # private: w
 
 
 def _seen(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether a call must be an op: for a compiler, tracer, mode, transform or profiler, for a tensor's own class, or on meta."""
+    """Whether a call must be an op: for a compiler, tracer, mode, transform, profiler, tensor subclass or the meta device."""
     if (torch.compiler.is_compiling() or _modes() or torch._C._are_functorch_transforms_active()
             or torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None):
         return True

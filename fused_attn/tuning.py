@@ -13,7 +13,7 @@ import torch
 
 from fused_attn.spec import TileConfig as T
 
-Kernel = Literal["forward", "delta", "dq", "dkv", "operand_grad", "list", "rotary"]
+Kernel = Literal["forward", "shares", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary"]
 
 _CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
 _CDNA2 = (*_CDNA, ("waves_per_eu", 2))
@@ -193,6 +193,46 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     width = next(width for width in sorted(by_width) if widest <= width)
     lean: T = _HEAVY.get(_SAME.get(arch, arch), {}).get(kernel, {}).get(width, by_width[width])
     return lean if heavy else by_width[width]
+
+
+# Few queries over many keys, as in decoding: the keys in shares, for programs enough to fill a GPU.
+FEW_QUERIES, MANY_KEYS = 64, 1024
+MAX_SHARES = 128
+SHARE = 256  # keys at least
+SHARE_A_ROW = 8  # and for each row of queries that meets them: what shares write and read again stays below a quarter
+
+
+def n_shares(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int) -> int:
+    """Into how many shares the keys go: by lengths alone, so that a batch entry's result is the same in any batch.
+
+    ``n_queries`` and ``n_keys`` are those of the tensors, ``longest_q`` and ``longest_k`` of the longest sequence in them.
+    """
+    if longest_q > FEW_QUERIES or longest_k < MANY_KEYS:
+        return 1
+    share = max(SHARE, 1 << (-(-longest_k // MAX_SHARES) - 1).bit_length())
+    return max(1, min(-(-longest_k // share), n_keys // (SHARE_A_ROW * max(1, n_queries) * group)))
+
+
+@functools.cache
+def choose_shares(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> T:
+    """The configuration of the forward over shares of the keys, with as few rows of queries as there are."""
+    widest = max(head_dim, head_dim_v)
+    if arch == "interpreter":
+        return T(16, 32, 1, 1)
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if dtype in (torch.float32, torch.float64):
+        return T(16, 16 if widest > 128 else 32, 4, 1)
+    if widest > 256:
+        return T(16, 16 if SHARED_LIMIT.get(arch, 0) < 128 * 1024 else 32, 4, 1)
+    stages = 1 if arch.startswith("gfx") else 3 if widest <= 128 else 2
+    block_n = 64 if widest <= 128 or SHARED_LIMIT.get(arch, 0) > 128 * 1024 else 32
+    return T(block_m, block_n, 4, stages, edge_stages=1, options=_CDNA if arch.startswith("gfx9") else ())
+
+
+@functools.cache
+def choose_combine(head_dim_v: int) -> T:
+    """The configuration that joins shares: some at a time, and how many there may be."""
+    return T(16 if head_dim_v <= 256 else 4, MAX_SHARES, 4, 1)
 
 
 MAX_ADDITIVE = 256  # head dim: a tile of tanh is [rows, rows, head dim] in registers

@@ -44,7 +44,7 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
     """delta [B, H, Nq] = rowsum(dO * O) - dLSE, for BLOCK_M rows of one head; ``dlse_ptr`` may be None."""
     BLOCK_M: tl.constexpr = TILE.block_m
     out_strides, dout_strides = strides
-    first, bh = program_tile(Nq, BLOCK_M, False)
+    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, False)
     batch = bh // H
     head = bh % H
     q_start, n_queries, _, _, _ = locate(sequences, batch, Nq, 0, 0)
@@ -112,7 +112,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     BLOCK_N: tl.constexpr = TILE.block_n
     LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, dout_strides, dq_strides = strides
-    first, bh = program_tile(Nq, BLOCK_M, right is not None)
+    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, right is not None)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
@@ -232,7 +232,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     BLOCK_N: tl.constexpr = TILE.block_n
     LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = strides
-    first, bh = program_tile(Nk, BLOCK_N, False)
+    first, bh = program_tile(tl.program_id(0), Nk, BLOCK_N, False)
     batch = bh // Hkv
     kv_head = bh % Hkv
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)

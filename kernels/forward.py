@@ -3,7 +3,7 @@
 Source: Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2".
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,20 @@ from fused_attn.kernels.tiles import (
 )
 from fused_attn.kernels.window import sweep_range
 from fused_attn.spec import TileConfig
+
+
+class Split(NamedTuple):
+    """The keys of every query in shares, each a program with an out and an LSE of its own, which ``combine`` joins."""
+
+    out_step: int  # elements from the out of one share to that of the next
+    lse_step: int
+
+
+@triton.jit
+def shared(first, stop, STEP: tl.constexpr, share, count):
+    """The bounds of one of ``count`` even shares of the range first, first + STEP, ... below stop."""
+    steps = tl.maximum(tl.cdiv(stop - first, STEP), 0)
+    return first + share * steps // count * STEP, first + (share + 1) * steps // count * STEP
 
 
 @triton.jit
@@ -62,23 +76,31 @@ def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.co
     return acc, row_max, row_sum, key_sum, rounded_sum
 
 
-@triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
+@triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right", "n_shares"])
 def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
-                   H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles,
+                   H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, split, n_shares,
                    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr,
                    PRECISION: tl.constexpr, PRECISE: tl.constexpr, TILE: tl.constexpr):
-    """One program: BLOCK_M queries of one head against all keys in their window.
+    """One program: BLOCK_M queries of one head against all keys in their window, or against one share of them.
 
     q [B, H, Nq, D], k [B, H / GROUP, Nk, D], v [B, H / GROUP, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq], sinks [H] or
     None; ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the
-    position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``ACC`` the type of the softmax
-    state, ``TILE`` a TileConfig. Packed sequences: q [H, T, D] and so on, Nq and Nk the longest.
+    position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``split`` a Split or (), with which
+    out and lse are those of the first of ``n_shares``; ``ACC`` the type of the softmax state, ``TILE`` a TileConfig.
+    Packed sequences: q [H, T, D] and so on, Nq and Nk the longest.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, out_strides = strides
-    first, bh = program_tile(Nq, BLOCK_M, right is not None)
+    pid = tl.program_id(0)
+    share = 0
+    if len(split) > 0:
+        share = pid % n_shares
+        pid = pid // n_shares
+        out_ptr += tl.cast(share, tl.int64) * split.out_step
+        lse_ptr += tl.cast(share, tl.int64) * split.lse_step
+    first, bh = program_tile(pid, Nq, BLOCK_M, right is not None)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
@@ -98,11 +120,16 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
     else:
         sweep = sweep_range(first + offset, n_keys, left, right, BLOCK_M, BLOCK_N)
+    STEP: tl.constexpr = 1 if LISTED else BLOCK_N
     inner_first, inner_stop = inner_range(sweep, tiles)
-    for i in tl.range(inner_first, inner_stop, 1 if LISTED else BLOCK_N, disable_licm=TILE.disable_licm):
+    edges_first, edges_stop = 0, n_edges(sweep, tiles, BLOCK_N)
+    if len(split) > 0:
+        inner_first, inner_stop = shared(inner_first, inner_stop, STEP, share, n_shares)
+        edges_first, edges_stop = shared(0, edges_stop, 1, share, n_shares)
+    for i in tl.range(inner_first, inner_stop, STEP, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
         state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE, False)
-    for i in tl.range(0, n_edges(sweep, tiles, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
+    for i in tl.range(edges_first, edges_stop, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
         state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE, True)
 
@@ -120,15 +147,16 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
 
 def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
-                   precise: bool = False, launch: Launcher = run) -> None:
-    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``. ``tiles`` is what ``list_tiles`` gave."""
+                   precise: bool = False, split: tuple[Any, ...] = (), n_shares: int = 1,
+                   launch: Launcher = run) -> None:
+    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``. ``tiles`` is what ``list_tiles`` gave, ``split`` a Split."""
     heads = q.shape[1]
     if out.numel() == 0:
         return
     args = (
         q, k, v, out, lse, sinks, call.strides(q, k, v, out),
-        heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
+        heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles, split, n_shares,
         heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, precise,
     )
-    launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
+    launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads) * n_shares, args,
            fit_offsets(config, call, q, k, v, out))

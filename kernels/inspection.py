@@ -39,7 +39,7 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     q_strides, k_strides = strides
-    first, bh = program_tile(Nq, BLOCK_M, right is not None)
+    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, right is not None)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
@@ -94,7 +94,7 @@ def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     q_strides, k_strides = strides
-    first, bh = program_tile(Nk, BLOCK_N, False)
+    first, bh = program_tile(tl.program_id(0), Nk, BLOCK_N, False)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
@@ -124,7 +124,7 @@ def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     q_strides, k_strides = strides
-    first, bh = program_tile(Nq, BLOCK_M, False)
+    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, False)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)

@@ -41,14 +41,13 @@ class Place(NamedTuple):
 
 
 @triton.jit
-def program_tile(n_rows, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(first row of this program's tile, index of its head among batch x heads).
+def program_tile(pid, n_rows, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(first row of the tile of program ``pid``, index of its head among batch x heads).
 
     All tiles of a head are neighbours in launch order, so its keys stay in the L2 cache. Everything sits on grid axis x,
     because y and z stop at 65535. ``LAST_FIRST`` starts with the last tile, the longest one under causality.
     """
     n_tiles = tl.cdiv(n_rows, BLOCK)
-    pid = tl.program_id(0)
     tile = pid % n_tiles
     if LAST_FIRST:
         tile = n_tiles - 1 - tile

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_attn
 from fused_attn import attention, attention_varlen, describe, document_mask, lowering, prefix_lm_mask
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
+from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import launch_forward
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
@@ -201,6 +202,19 @@ def test_nothing_of_the_size_of_the_scores_is_allocated(name, monkeypatch):
     with Allocations() as seen:
         inputs.run("triton")
     assert 4 * n * 8 <= seen.largest < n * n / 4, f"{seen.largest} bytes at N = {n}"
+
+
+@pytest.mark.parametrize("n_queries", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 2**20))])
+@pytest.mark.parametrize("arguments", [{"causal": True}, {"window": (4096, 0)}], ids=str)
+def test_a_million_keys_cost_memory_linear_in_them(n_queries, arguments, monkeypatch):
+    """Forward and backward; what shares of the keys write is a part of what the keys themselves take."""
+    for launcher in (launch_forward, launch_combine, launch_delta, launch_dq, launch_dkv):
+        monkeypatch.setitem(launcher.__kwdefaults__, "launch", lambda *_: None)
+    q, k, v, dout = qkv(n_queries, 2**20, heads=4, kv_heads=1, dim=8, dim_v=8, dtype=torch.float16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with Allocations() as seen:
+        torch.autograd.grad(attention(*leaves, backend="triton", **arguments), leaves, dout)
+    assert seen.largest <= max(x.nbytes for x in leaves)
 
 
 # --- lengths, head dims and places that hurt ---
