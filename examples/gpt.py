@@ -9,6 +9,7 @@ token by token with a cache.
 """
 
 import sys
+from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def main() -> None:
     options = arguments(__doc__.splitlines()[0], "gpt")
     width, layers, steps, tuning, count = (64, 2, 150, 60, 80) if options.quick else (128, 4, 2000, 500, 400)
     code = Text("".join(text for _, text in stdlib("*.py"))[:4_000_000])
-    prose = Text("".join(text for path, text in stdlib("pydoc_data/topics.py")).replace("\\n", "\n"))
+    prose = Text("\n\n".join(topics.values()))
     torch.manual_seed(options.seed)
     model = GPT(width, layers).to(device())
     histories = {"code (pre-training)": fit("pre-train", model, code, steps, options, 2e-3)}
