@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fused_attn import ops
+from fused_attn import ops, replay
 from fused_attn.execution import Needs
+from fused_attn.kernels import launch
 from fused_attn.lowering import pack
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
 
@@ -93,6 +94,17 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     for x in operands:
         distinct.append(x.view_as(x) if any(x is y for y in (*tensors, *distinct)) else x)
     out, lse = Attention.apply(*tensors, *packed, *distinct)
+    return out, lse
+
+
+def attention_to_repeat(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                        spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention``, whose launches the next call of this kind may repeat."""
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))) or replay.watched((q, k, v)):
+        return attention(q, k, v, spec)
+    with launch.recorded() as launches:
+        out, lse = attention(q, k, v, spec)
+    replay.keep(key, q, k, v, out, lse, launches, launch.run)
     return out, lse
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import describe, dispatch, reference, settings
+from fused_attn import describe, dispatch, reference, replay, settings
 from fused_attn.describe import Described
 from fused_attn.dispatch import Explanation
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
@@ -19,8 +19,9 @@ def _check_switches(deterministic: bool | None, strict: bool | None) -> None:
             raise TypeError(f"{name}: expected a bool or None; got {value!r}")
 
 
-def run(call: Described, return_lse: bool, backend: str | None, strict: bool | None) -> tuple[torch.Tensor, Any]:
-    """(out, lse or None) of a described call, on the backend that runs it."""
+def run(call: Described, return_lse: bool, backend: str | None, strict: bool | None,
+        key: tuple[Any, ...] | None = None) -> tuple[torch.Tensor, Any]:
+    """(out, lse or None) of a described call, on the backend that runs it; ``key``: of its kind, if it may be repeated."""
     chosen = dispatch.choose(call, return_lse, backend, strict)
     if chosen == "torch":
         return dispatch.torch_attention(*call), None
@@ -28,6 +29,8 @@ def run(call: Described, return_lse: bool, backend: str | None, strict: bool | N
     if chosen == "triton":
         from fused_attn import autograd  # here, so that the package imports without Triton
 
+        if key is not None:
+            return autograd.attention_to_repeat(key, call.q, call.k, call.v, call.spec)
         return autograd.attention(*call)
     return reference.attention(*call)
 
@@ -111,12 +114,21 @@ def attention(
         if key_lengths is not None:
             raise ValueError("key_lengths: expected None with nested tensors, which have lengths of their own")
         return _nested(q, k, v, return_lse, strict, backend, arguments)
+    plain = (
+        bias is None and mask is None and key_lengths is None and alibi_slopes is None and sinks is None
+        and score_weight is None and score_mod is None and mask_mod is None and mod_args == () and dropout_p == 0
+        and precise is False and fp32_precision is None
+    )
+    key = replay.kind(q, k, v, causal, window, scale, softcap, backend) if plain else None
+    again = None if key is None else replay.find(key, q, k, v)
+    if again is not None:
+        return again(q, k, v) if return_lse else again(q, k, v)[0]
     call = describe.describe(
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, fp32_precision=fp32_precision, precise=precise,
         key_lengths=key_lengths, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
         score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, score_weight=score_weight,
     )
-    out, lse = run(call, return_lse, backend, strict)
+    out, lse = run(call, return_lse, backend, strict, key)
     return (out, lse) if return_lse else out
 
 

@@ -7,7 +7,7 @@ more than everything else that the host does for a call.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fused_attn import execution
 from fused_attn.execution import Needs, keeps_residual, like, lse_like
 from fused_attn.lowering import unpack
+from fused_attn.replay import watched
 from fused_attn.spec import AttentionSpec, Companions, attention_flops, kept_pairs
 
 _COMPANIONS = ("Tensor? sinks, Tensor? score_weight, Tensor? seed, Tensor? cu_q, Tensor? cu_k, Tensor? used_q, "
@@ -33,22 +34,12 @@ _LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool
 _OPS = torch.ops.fused_attn
 N_COMPANIONS, N_SPEC = len(Companions._fields), 12
 _TENSORS = 8  # of the backward: dout, dlse, q, k, v, out, residual, lse
-_CLASSES = (torch.Tensor, torch.nn.Parameter)
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # private: where it is missing, every call is an op
-
-
-def _seen(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether a call must be an op: for a compiler, tracer, mode, transform, profiler, tensor subclass or the meta device."""
-    if (torch.compiler.is_compiling() or _modes() or torch._C._are_functorch_transforms_active()
-            or torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None):
-        return True
-    return any(x is not None and (type(x) not in _CLASSES or x.is_meta) for x in tensors)
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Companions,
             packed: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse, residual or None) of a call, its spec as ``lowering.pack`` gives it."""
-    if not _seen((q, k, v, *companions[:-1], *companions.operands)):
+    if not watched((q, k, v, *companions[:-1], *companions.operands)):
         return execution.forward(q, k, v, _unpacked(packed), companions)
     out, lse, residual = _OPS.forward.default(q, k, v, *companions, *packed)
     return out, lse, residual if residual.numel() else None
@@ -56,7 +47,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Compa
 
 def backward(tensors: tuple[Any, ...], companions: Companions, packed: tuple[Any, ...], needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand]); ``tensors``: dout, dlse, q, k, v, out, residual, lse."""
-    if not _seen((*tensors, *companions[:-1], *companions.operands)):
+    if not watched((*tensors, *companions[:-1], *companions.operands)):
         return execution.backward(tensors, _unpacked(packed), companions, needs)
     grads: tuple[Any, ...] = _OPS.backward.default(*tensors, *companions, *packed, *needs)
     return grads
@@ -64,7 +55,7 @@ def backward(tensors: tuple[Any, ...], companions: Companions, packed: tuple[Any
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
     """x [B, H, N, D] turned, or turned back, with cos and sin [B, N, pairs]."""
-    if not _seen((x, cos, sin)):
+    if not watched((x, cos, sin)):
         return execution.rotary(x, cos, sin, interleaved, back)
     turned: torch.Tensor = _OPS.rotary.default(x, cos, sin, interleaved, back)
     return turned

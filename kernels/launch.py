@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -78,12 +79,31 @@ def counted() -> Iterator[Counter[str]]:
         _counters[:] = [other for other in _counters if other is not counter]  # remove() would compare counts
 
 
+class _Recorder(threading.local):
+    launches: list[tuple[Any, int, tuple[Any, ...], TileConfig]] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[Any, int, tuple[Any, ...], TileConfig]]]:
+    """Keeps the launches that this thread makes within it, in their order."""
+    _recorder.launches = []
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder.launches = None
+
+
 def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
     """Launches on the device of the first argument, a tensor, and on that device's current stream."""
     device = args[0].device
     here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
         counter[kernel.fn.__name__] += 1
+    if _recorder.launches is not None:
+        _recorder.launches.append((kernel, programs, args, config))
     options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
     if here:
         kernel[(programs,)](*args, config, **options)

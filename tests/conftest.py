@@ -33,6 +33,14 @@ def poison():
         yield
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """No test repeats the launches of another, whose tiles it may have chosen."""
+    from fused_attn import replay
+
+    replay.forget()
+
+
 @pytest.fixture
 def address_space():
     """place(tensor, strides): a copy of ``tensor`` with any strides, in address space of which only its elements cost."""

@@ -1,0 +1,79 @@
+"""What the host does for a call before Triton takes over: ``python -m benchmarks.host [--out FILE]``. Needs no GPU.
+
+The kernels' launches are replaced by nothing, so that what is left is checks, descriptions, allocations and autograd. CPU
+tensors stand in for a GPU's; allocating is about as quick there. Triton's own launch comes on top.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: backend "triton" then takes CPU tensors
+
+import torch
+
+import fused_attn
+from benchmarks.conditions import conditions
+from benchmarks.cpu import median_us
+from fused_attn import replay
+from fused_attn.kernels.forward import forward_kernel
+from fused_attn.report import print_table
+
+SHAPES = (("one tile", 1, 8, 8, 64, 64), ("decode", 1, 32, 8, 1, 4096))  # name, batch, heads, key heads, queries, keys
+CALLS = 300
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In place of a launch."""
+
+
+def measure() -> list[dict[str, Any]]:
+    """One row a shape and kind of call."""
+    with mock.patch.object(type(forward_kernel), "__getitem__", lambda self, grid: nothing):  # noqa: PT008  # a mock would cost more than the call
+        return [row for shape in SHAPES for row in _rows(*shape)]
+
+
+def _rows(name: str, batch: int, heads: int, kv_heads: int, n_queries: int, n_keys: int) -> list[dict[str, Any]]:
+    q = torch.randn(batch, heads, n_queries, 64, dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, kv_heads, n_keys, 64, dtype=torch.bfloat16) for _ in range(2))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+    trained = fused_attn.attention(*leaves, causal=True, backend="triton")
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = fused_attn.attention(*tensors, causal=True, backend="triton")
+        return out
+
+    def first() -> None:
+        replay.forget()
+        attend(q, k, v)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "forward, no gradients, made before": lambda: attend(q, k, v),
+        "forward, no gradients, first of its kind": first,
+        "forward with gradients": lambda: attend(*leaves),
+        "backward": lambda: torch.autograd.grad(trained, leaves, dout, retain_graph=True),
+    }
+    return [{"case": name, "call": call, "us": round(us, 2)} for call, us in median_us(calls, CALLS).items()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="host time of a call up to the launch")
+    parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure()
+    print_table(rows, "host time of attention(causal=True) up to the launch, medians")
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"conditions": {**conditions("cpu", None), "gpu": None, "launches": "replaced by nothing"}, "rows": rows}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

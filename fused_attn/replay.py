@@ -1,0 +1,98 @@
+"""Calls made before, made again: a plain call without gradients leaves its launches behind, for the next of its kind.
+
+Generation makes one call thousands of times. What is checked, described and chosen depends on shapes, strides, types and
+plain arguments alone, so the second call of a kind takes its launches from the first, with other tensors.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_attn import settings
+
+Launch = tuple[Any, int, tuple[Any, ...], Any]  # kernel, programs, arguments, configuration
+
+_CLASSES = (torch.Tensor, torch.nn.Parameter)
+_HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting that may change between calls
+_MOST = 4096  # kinds of calls kept; past them all are forgotten
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # private: where it is missing, someone always watches
+_made: dict[Any, "Replay"] = {}
+
+
+def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether a call must be a torch op: for a compiler, tracer, mode, transform, profiler, tensor subclass or meta device."""
+    if (torch.compiler.is_compiling() or _modes() or torch._C._are_functorch_transforms_active()
+            or torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None):
+        return True
+    return any(x is not None and (type(x) not in _CLASSES or x.is_meta) for x in tensors)
+
+
+class Replay(NamedTuple):
+    """The launches of one kind of call, and what it allocates: out, lse and buffers, each (shape, strides, type)."""
+
+    launches: tuple[tuple[Any, int, tuple[int, ...], tuple[Any, ...], Any], ...]  # with slots of tensors, then other arguments
+    made: tuple[tuple[Any, Any, torch.dtype], ...]
+    run: Callable[..., None]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse)"""
+        device = q.device
+        tensors = [q, k, v, *[torch.empty_strided(*place, dtype=dtype, device=device) for *place, dtype in self.made]]
+        for kernel, programs, slots, others, config in self.launches:
+            self.run(kernel, programs, (*[tensors[i] for i in slots], *others), config)
+        return tensors[3], tensors[4]
+
+
+def kind(q: Any, k: Any, v: Any, causal: Any, window: Any, *others: Any) -> tuple[Any, ...] | None:
+    """What calls of one kind have in common, or None for a call that is not to be repeated so; ``others``: plain arguments."""
+    if torch.compiler.is_compiling() or not (type(q) in _CLASSES and type(k) in _CLASSES and type(v) in _CLASSES):
+        return None
+    if q.dtype not in _HALVES or q.is_nested or k.is_nested or v.is_nested or not isinstance(causal, bool):
+        return None
+    if not (window is None or isinstance(window, tuple)):
+        return None
+    return (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype,
+            v.device, causal, window, *others, settings.BACKEND)
+
+
+def find(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Replay | None:
+    """The launches of an earlier call of this kind, if this one may be answered by them."""
+    try:
+        found = _made.get(key)
+    except TypeError:  # an argument that cannot be hashed: let the checks speak of it
+        return None
+    if (found is None or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or torch.is_autocast_enabled(q.device.type) or torch.autograd.forward_ad._current_level >= 0 or watched((q, k, v))):
+        return None
+    return found
+
+
+def keep(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+         launches: list[Launch], run: Callable[..., None]) -> None:
+    """Remembers the launches of a call that was just made, if nothing but its tensors would differ in another one."""
+    tensors = [q, k, v, out, lse]
+    slots = {x.data_ptr(): i for i, x in enumerate(tensors)}
+    if len(slots) < len(tensors):  # one tensor in two places, or empty ones
+        return
+    storages = {x.untyped_storage().data_ptr() for x in tensors}
+    steps = []
+    for kernel, programs, arguments, config in launches:
+        given = [x for x in arguments if isinstance(x, torch.Tensor)]
+        if any(x is not y for x, y in zip(given, arguments, strict=False)):  # tensors must come first
+            return
+        for x in given:
+            if x.data_ptr() not in slots:
+                if x.untyped_storage().data_ptr() in storages:  # a part of a tensor, which part may change
+                    return
+                slots[x.data_ptr()] = len(tensors)
+                tensors.append(x)
+        steps.append((kernel, programs, tuple(slots[x.data_ptr()] for x in given), arguments[len(given) :], config))
+    if len(_made) >= _MOST:
+        _made.clear()
+    _made[key] = Replay(tuple(steps), tuple((x.shape, x.stride(), x.dtype) for x in tensors[3:]), run)
+
+
+def forget() -> None:
+    """Forgets every call."""
+    _made.clear()

@@ -1,0 +1,147 @@
+"""A call of a kind that was made before takes its launches from then: the same bits, and never another call's."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from support.guard import is_poison, memory_guard
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fused_attn import attention, replay, settings, tuning
+from fused_attn.kernels.launch import counted, recorded
+
+pytestmark = pytest.mark.kernels
+
+
+def qkv(n_queries=9, n_keys=40, heads=(4, 2), dim=16, batch=1, dtype=torch.bfloat16, dim_v=None):
+    shapes = (heads[0], n_queries, dim), (heads[1], n_keys, dim), (heads[1], n_keys, dim_v or dim)
+    return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
+
+
+def call(*tensors, **arguments):
+    return attention(*tensors, return_lse=True, backend="triton", **arguments)
+
+
+def described(monkeypatch):
+    """How often a call was described, which repeated ones are not."""
+    from fused_attn import describe
+
+    times, real = [], describe.describe
+    monkeypatch.setattr(describe, "describe", lambda *given, **more: times.append(1) or real(*given, **more))
+    return times
+
+
+KINDS = [{}, {"causal": True}, {"window": (7, 2)}, {"window": (20, None), "causal": True}, {"scale": 0.5}, {"scale": -0.5},
+         {"softcap": 3.0}, {"window": (200, None)}]
+TENSORS = {
+    "plain": qkv, "one query": lambda: qkv(1), "decoding": lambda: qkv(1, 300), "two": lambda: qkv(batch=2),
+    "fp16": lambda: qkv(dtype=torch.float16), "values": lambda: qkv(dim_v=24), "no groups": lambda: qkv(heads=(4, 4)),
+    "length first": lambda: [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv()],
+    "one projection": lambda: list(torch.randn(1, 40, 3, 4, 16).bfloat16().permute(2, 0, 3, 1, 4)),
+}
+
+
+def test_repeated_calls_equal_first_ones(monkeypatch):
+    """Every kind of call twice, in an order that mixes them, against calls that remember nothing."""
+    monkeypatch.setattr(tuning, "MANY_KEYS", 128)
+    monkeypatch.setattr(tuning, "SHARE", 64)
+    kinds, expected = list(itertools.product(TENSORS.values(), KINDS)), []
+    inputs = [[make(), make()] for make, _ in kinds]
+    for (_, arguments), both in zip(kinds, inputs, strict=True):
+        for tensors in both:
+            replay.forget()
+            expected.append(call(*tensors, **arguments))
+    replay.forget()
+    times = described(monkeypatch)
+    found = [[call(*both[turn], **arguments) for (_, arguments), both in zip(kinds, inputs, strict=True)] for turn in (0, 1)]
+    # The last window over 300 keys takes shares of a part of them, whose place is no other call's.
+    assert len(times) == len(kinds) + 1
+    for want, got in zip(expected, itertools.chain(*zip(*found, strict=True)), strict=True):
+        for x, y in zip(want, got, strict=True):
+            assert torch.equal(x, y)
+            assert x.stride() == y.stride()
+
+
+def test_a_repeated_call_writes_all_that_it_returns(monkeypatch):
+    monkeypatch.setattr(tuning, "MANY_KEYS", 128)
+    monkeypatch.setattr(tuning, "SHARE", 64)
+    first, second = (qkv(1, 300) for _ in range(2))
+    call(*first)
+    times = described(monkeypatch)
+    with memory_guard() as guard:
+        out, lse = call(*second)
+    assert not times
+    assert guard.kernels == ["forward_kernel", "combine_kernel"]
+    assert not is_poison(out).any()
+    assert not is_poison(lse).any()
+
+
+def test_gradients_are_never_lost():
+    tensors = qkv()
+    call(*tensors)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out, lse = call(*leaves)
+    assert all(x.abs().sum() > 0 for x in torch.autograd.grad(out.sum() + lse.sum(), leaves))
+    with torch.no_grad():
+        assert torch.equal(call(*leaves)[0], out)
+
+
+@pytest.mark.parametrize("same_first", [True, False])
+def test_one_tensor_in_two_places_is_another_kind(same_first):
+    """Whether q is k is no matter of shapes: launches with one pointer twice must not answer for two tensors."""
+    q, k, v = qkv(40, heads=(2, 2))
+    kinds = [(q, q, q), (q, k, v), (k, k, v), (v, k, q)]
+    for tensors in kinds if same_first else reversed(kinds):
+        want = attention(*tensors, return_lse=True, backend="reference")
+        torch.testing.assert_close(call(*tensors), want, rtol=0.02, atol=0.02)
+
+
+def test_wrong_arguments_are_refused_after_right_ones():
+    tensors = qkv()
+    call(*tensors, causal=True, window=(3, 0))
+    with pytest.raises(TypeError, match="causal"):
+        call(*tensors, causal=1, window=(3, 0))
+    with pytest.raises(ValueError, match="backend"):
+        attention(*tensors, causal=True, window=(3, 0), backend=["triton"])
+    torch.testing.assert_close(call(*tensors, causal=True, window=[3, 0]), call(*tensors, causal=True, window=(3, 0)))
+
+
+def test_what_changes_a_call_from_outside_is_seen(monkeypatch):
+    tensors = qkv()
+    attention(*tensors, backend="triton")
+    with torch.autocast("cpu", torch.float16):
+        assert attention(*tensors, backend="triton").dtype == torch.float16
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert "Fake" in type(attention(*tensors, backend="triton")).__name__
+    monkeypatch.setattr(settings, "BACKEND", "triton")
+    attention(*tensors)
+    monkeypatch.setattr(settings, "BACKEND", "reference")
+    with counted() as launches:
+        attention(*tensors)
+    assert not launches
+
+
+def test_fp32_follows_torchs_setting_at_every_call(monkeypatch):
+    tensors = qkv(dtype=torch.float32)
+    times = described(monkeypatch)
+    for _ in range(2):
+        call(*tensors)
+    assert len(times) == 2
+
+
+def test_a_thread_records_its_own_launches():
+    with recorded() as launches:
+        other = threading.Thread(target=call, args=qkv())
+        other.start()
+        other.join()
+        assert not launches
+        call(*[x.float() for x in qkv()])
+    assert len(launches) == 1
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(replay, "_MOST", 3)
+    for n in range(5, 15):
+        call(*qkv(n))
+    assert 1 <= len(replay._made) <= 3
