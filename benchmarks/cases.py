@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import fused_attn
 from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.tuning import MANY_KEYS, n_shares
 
 Pass = Literal["forward", "backward"]
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -71,6 +72,7 @@ class Case:
     layout: str = "bhnd"
     passes: tuple[Pass, ...] = ("forward", "backward")
     family: str = "grid"
+    deterministic: bool | None = None
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ class Case:
         parts += [f"softcap{self.softcap:g}"] if self.softcap else []
         parts += [f"scale{self.scale:g}"] if self.scale is not None else []
         parts += [f"qx{self.amplitude:g}"] if self.amplitude != 1 else []
+        parts += ["fused backward"] if self.deterministic is False else []
         return " ".join(parts + ([self.layout] if self.layout != "bhnd" else []))
 
     @property
@@ -93,7 +96,8 @@ class Case:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of attention()."""
-        return {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale}
+        return {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale,
+                "deterministic": self.deterministic}
 
     def flops(self, which: Pass) -> int:
         """Matrix FLOPs by the convention of the papers: kept pairs only, two products forward and five backward."""
@@ -139,13 +143,20 @@ class Case:
         rows = ((self.n_queries * self.head_dim) % 16, (self.n_keys * self.head_dim) % 16, (self.n_keys * self.head_dim_v) % 16)
         mod = (self.softcap, self.scale is not None and self.scale <= 0)
         return (self.dtype, self.head_dim, self.head_dim_v, self.heads // self.kv_heads, left is None, right is None, mod,
-                self.layout, rows)
+                self.layout, rows, self.deterministic, self._shared and self.n_queries)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether the forward takes the keys in shares: other binaries."""
+        return n_shares(self.n_queries, self.n_keys, self.n_queries, self.n_keys, self.heads // self.kv_heads) > 1
 
     def shrunk(self) -> "Case":
         """The smallest case that compiles the same binaries."""
         group = self.heads // self.kv_heads
-        return replace(self, batch=1, heads=group, kv_heads=1, n_queries=min(self.n_queries, 32 + self.n_queries % 16),
-                       n_keys=min(self.n_keys, 32 + self.n_keys % 16))
+        keys = MANY_KEYS + (self.bounds.left or 0) if self._shared else 32
+        n_queries = self.n_queries if self._shared else min(self.n_queries, 32 + self.n_queries % 16)
+        return replace(self, batch=1, heads=group, kv_heads=1, n_queries=n_queries,
+                       n_keys=min(self.n_keys, -(-keys // 16) * 16 + self.n_keys % 16))
 
 
 def case(n: int, d: int, *, batch: int = 2, heads: int = 2, kv_heads: int | None = None, n_keys: int | None = None,
@@ -167,6 +178,7 @@ def timing_cases(smoke: bool = False) -> list[Case]:
         return [case(48, 16, batch=1, causal=True), case(40, 16, batch=1, softcap=20.0, family="softcap"),
                 case(1, 16, batch=1, heads=4, kv_heads=2, n_keys=70, passes=("forward",), family="decode")]
     first = [grid(n, d, causal) for n in (4096, 16384) for d in (128, 64) for causal in (True, False)]
+    fused = [replace(c, family="fused backward", deterministic=False, passes=("backward",)) for c in first]
     wide = [grid(n, 256, causal) for n in (4096, 16384) for causal in (True, False)]
     features = [
         grid(4096, 128, True, window=(1024, None), family="window"),
@@ -183,7 +195,7 @@ def timing_cases(smoke: bool = False) -> list[Case]:
         grid(4096, 64, False, dtype="fp16", family="fp16"),
     ]
     rest = [grid(n, d, causal) for n in (1024, 8192, 2048, 512) for d in (128, 64, 256) for causal in (True, False)]
-    return first + features + wide + rest
+    return first + fused + features + wide + rest
 
 
 def correctness_cases(smoke: bool = False) -> list[Case]:
@@ -223,6 +235,11 @@ def _variants() -> list[Case]:
         *(case(n, 64, n_keys=n_keys, causal=causal)
           for n, n_keys in ((129, 400), (400, 129), (1, 300), (300, 1)) for causal in (True, False)),
         *(case(n, 64, causal=n % 2 == 1) for n in (1, 2, 16, 31, 64, 65, 127, 128, 129, 257)),
+        case(1, 64, heads=8, kv_heads=2, n_keys=3000, causal=True), case(1, 128, heads=4, kv_heads=4, n_keys=2048),
+        case(1, 64, heads=8, kv_heads=1, n_keys=5000, window=(2000, 0)),
+        case(5, 64, heads=4, kv_heads=2, n_keys=2100, softcap=20.0), case(64, 64, n_keys=1500, causal=True), case(1, 192, dv=128, heads=16, kv_heads=1, n_keys=3000),
+        *(case(400, d, deterministic=False, causal=causal) for d in (32, 64, 128) for causal in (True, False)),
+        case(300, 64, heads=8, kv_heads=2, deterministic=False, window=(100, 30), softcap=20.0),
         case(0, 64, n_keys=5), case(5, 64, n_keys=0), case(0, 64),
         case(300, 64, dv=128, causal=True), case(300, 128, dv=64), case(300, 40, dv=96, causal=True), case(300, 192, dv=128),
         *(case(300, 64, layout=layout, causal=True) for layout in ("bnhd", "packed qkv", "columns", "odd offset", "expanded")),

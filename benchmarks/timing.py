@@ -172,7 +172,7 @@ class Contest:
         case, ours = self.case, dict(self.facts[OURS])
         row: Row = {"pass": which, "family": case.family, "dtype": case.dtype, "head_dim": case.head_dim, "causal": case.causal,
                     "n_queries": case.n_queries, "n_keys": case.n_keys, "flops": case.flops(which), "backend": self.backend,
-                    "default": self.device != "cpu"}
+                    "default": self.device != "cpu" and case.deterministic is not False}
         peers = {name: dict(facts) for name, facts in self.facts.items() if name != OURS}
         if OURS not in self.attends:
             return {**row, **ours, "ok": None if ours["error"].startswith("OutOfMemoryError") else False, "peers": peers}

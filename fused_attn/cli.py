@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
-            "additive", "rotary", "decode")
+            "additive", "rotary", "decode", "fused")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

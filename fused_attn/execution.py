@@ -22,6 +22,7 @@ from fused_attn.tuning import (
     choose,
     choose_additive,
     choose_combine,
+    choose_fused,
     choose_rotary,
     choose_shares,
     fit_operands,
@@ -187,6 +188,12 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
         if needs.dsinks:  # a sink is a key of value 0: its dP is 0
             weight = _sink_weight(lse, companions.sinks)
             dsinks = -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(companions.sinks.dtype)
+    fused = _fused_config(q, v, spec, call, needs)
+    if fused is not None:
+        total = like(q, q.shape[3], _accumulates(q)).zero_()
+        launch_dkv(q, k, v, dout, lse, delta, dk, dv, (), call, dq=total, config=fused)
+        dq = torch.mul(total, call.scale, out=dq)
+        return dq, dk, dv, dsinks, None, [None] * len(companions.operands)
     if needs.dq or needs.dscore_weight:
         tiles = list_tiles(call, q, k, config("dq"), keys_first=False)
         summing, parts = with_weight_sums(call, q, config("dq")) if needs.dscore_weight else (call, None)
@@ -205,6 +212,13 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
         # As the FakeTensor has it: sums by k - q are a part of a longer line.
         doperands.append(grad.clone(memory_format=torch.contiguous_format) if operand.dim() == 3 else grad)
     return dq, dk, dv, dsinks, dscore_weight, doperands
+
+
+def _fused_config(q: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, call: Call, needs: Needs) -> TileConfig | None:
+    """The tiles that make all gradients in one kernel, where its atomics are allowed and registers have room for it."""
+    if spec.deterministic or spec.score_mods or call.extras.keeps or call.extras.dropout or call.extras.additive:
+        return None
+    return choose_fused(q.shape[3], v.shape[3], q.dtype, arch_of(q.device)) if all(needs[:3]) else None
 
 
 def _delta(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None,

@@ -17,6 +17,7 @@ from fused_attn.report import print_table
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
 GATED_TARGETS = {"plain": ("sm_80", "sm_90", "sm_100", "gfx942"),
+                 "fused": ("sm_80", "sm_86", "sm_90", "sm_120"),
                  "decode": ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"),
                  **dict.fromkeys(("softcap", "bias", "alibi", "mask"), ("sm_80", "sm_90"))}
 GATED_HEAD_DIMS = (32, 64, 128)
@@ -72,10 +73,12 @@ def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
     for dtype, target in product(("tf32", "tf32x3"), ("sm_80", "sm_90")):
         yield target, dtype, (64,), True, "plain"
     for feature, target in product(offline.FEATURES[1:], ("sm_80", "sm_90", "gfx942")):
-        if feature != "decode":
+        if feature not in ("decode", "fused"):
             yield target, "bf16", (64, 128), True, feature
     for target in offline.TARGETS:
         yield target, "bf16", (64, 128, 256), True, "decode"
+    for target in ("sm_80", "sm_86", "sm_90", "sm_120"):
+        yield target, "bf16", (64, 128), True, "fused"
     for target in ("sm_80", "sm_90"):
         yield target, "bf16", (192, 576), True, "plain"
     for target in ("sm_86", "sm_120"):  # whose shared memory is the smallest of NVIDIA's

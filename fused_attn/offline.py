@@ -35,6 +35,7 @@ from fused_attn.tuning import (
     choose,
     choose_additive,
     choose_combine,
+    choose_fused,
     choose_rotary,
     choose_shares,
     fit_operands,
@@ -42,7 +43,7 @@ from fused_attn.tuning import (
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
-            "additive", "rotary", "decode")
+            "additive", "rotary", "decode", "fused")
 # What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
@@ -53,11 +54,14 @@ _LOCAL = re.compile(r"^(LDL|STL|scratch_)")
 
 
 def kernels(which: str, feature: str) -> tuple[Kernel, ...]:
-    """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own."""
+    """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own, and the
+    fused backward one that gives dQ as well."""
     if feature == "rotary":
         return ("rotary",) if which == "forward" else ()
     if feature == "decode":
         return ("shares", "combine") if which == "forward" else ()
+    if feature == "fused":
+        return () if which == "forward" else ("dkv",)
     if which == "forward":
         return ("list", "forward") if "mask" in feature else ("forward",)
     has_operands = feature in ("bias", "bias fp32, mask", "alibi", "relative")
@@ -166,6 +170,7 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
         "dropout": ({"dropout_p": 0.1}, Companions(seed=meta(1, dtype=torch.int64))),
         "rotary": ({}, empty),
         "decode": ({}, empty),
+        "fused": ({"deterministic": False}, empty),
         "additive": ({}, Companions(score_weight=meta(heads, head_dim))),
         "packed": ({"longest": (length // 2, length // 2)}, Companions(cu_q=cu, cu_k=cu)),
     }
@@ -201,6 +206,10 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         config = choose_combine(head_dim_v)
     elif config is None and kernel == "shares":
         config = choose_shares(group, head_dim, head_dim_v, element, target)
+    elif config is None and feature == "fused":
+        config = choose_fused(head_dim, head_dim_v, element, target)
+        if config is None:
+            return []
     elif config is None and call.extras.additive:
         config = choose_additive(kernel, head_dim, target)
     elif config is None:
@@ -247,7 +256,8 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
                 call, _ = with_weight_sums(call, q, config)
             launch_dq(q, k, v, out, lse, lse, q, tiles, call, config=config, launch=compile_only)
         elif kernel == "dkv":
-            launch_dkv(q, k, v, out, lse, lse, k, v, tiles, call, config=config, launch=compile_only)
+            total = out.to(lse.dtype) if feature == "fused" else None
+            launch_dkv(q, k, v, out, lse, lse, k, v, tiles, call, config=config, dq=total, launch=compile_only)
         elif kernel == "operand_grad":
             role = next(role for role in roles if role is not None)
             launch_operand_grad(q, k, v, out, lse, lse, companions.operands[0], *role, call, config=config,

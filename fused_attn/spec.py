@@ -30,7 +30,8 @@ class AttentionSpec(NamedTuple):
     ``bottom_right`` aligns the last query with the last key (query i stands at position i + Nk - Nq); otherwise the first
     ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None. ``score_mods`` act in their order, after
     the softcap; a pair attends where every one of ``mask_mods`` keeps it. ``fp32_precision`` None follows torch. ``longest``
-    is (queries, keys) of the longest packed sequences, or None for a dense batch.
+    is (queries, keys) of the longest packed sequences, or None for a dense batch. Not ``deterministic``: dQ may be summed in
+    any order.
     """
 
     scale: float
@@ -43,6 +44,7 @@ class AttentionSpec(NamedTuple):
     precise: bool = False
     fp32_precision: str | None = None
     longest: tuple[int, int] | None = None
+    deterministic: bool = True
 
     def offset(self, n_queries: int, n_keys: int) -> int:
         """Position of query 0 among the keys."""

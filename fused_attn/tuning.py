@@ -195,6 +195,24 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     return lean if heavy else by_width[width]
 
 
+# dK, dV and by atomics dQ in one kernel, plain attention in halves; targets and widths that are not here keep to two kernels.
+_FUSED: dict[str, dict[int, T]] = {
+    "sm_80": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2, disable_licm=True)},
+    "sm_86": {64: T(32, 128, 8, 2), 128: T(32, 64, 8, 2, disable_licm=True)},
+    "sm_90": {64: T(64, 128, 8, 2, edge_stages=1), 128: T(64, 64, 8, 2, edge_stages=1, disable_licm=True)},
+}
+_FUSED["sm_120"] = _FUSED["sm_86"]
+
+
+@functools.cache
+def choose_fused(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> T | None:
+    """The configuration of the fused backward, or None where there is none."""
+    if arch == "interpreter":
+        return T(32, 64, 1, 1)
+    table = _FUSED.get(_SAME.get(arch, arch), {}) if dtype in (torch.float16, torch.bfloat16) else {}
+    return next((table[width] for width in sorted(table) if max(head_dim, head_dim_v) <= width), None)
+
+
 # Few queries over many keys, as in decoding: the keys in shares, for programs enough to fill a GPU.
 FEW_QUERIES, MANY_KEYS = 64, 1024
 MAX_SHARES = 128

@@ -1,10 +1,11 @@
-"""Backward: delta, then dQ by queries and dK, dV by keys: seven matrix products, deterministic to the bit.
+"""Backward: delta, then dQ by queries and dK, dV by keys: seven matrix products, deterministic to the bit. Or fused: five.
 
     P = exp(S - LSE), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta) * mods'(S), dQ = scale dS K, dK = scale dS^T Q
 
 with delta = rowsum(dO * O) - dLSE, since LSE's own gradient adds P * dLSE to dS; dropout scales P in dV, and dP, by the
 same 0 or 1 / (1 - p). Source: Dao 2023, "FlashAttention-2". No sum is taken by atomics: a program owns its rows of dQ, or
-of dK and dV for every query head of its group.
+of dK and dV for every query head of its group. Fused, the programs of dK and dV add their part of dQ by atomics, whose order,
+and so the last bits of dQ, differ from run to run.
 """
 
 from typing import Any
@@ -21,12 +22,14 @@ from fused_attn.kernels.score import apply_mods
 from fused_attn.kernels.softmax import LOG2E, lse_to_log2
 from fused_attn.kernels.tiles import (
     Place,
+    add_tile,
     head_view,
     inner,
     load_rows,
     load_tile,
     locate,
     outer,
+    outer_transposed,
     program_tile,
     row_view,
     scaled,
@@ -152,10 +155,10 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
 
 
 @triton.jit
-def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, place, left, right, scale, extras,
+def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, dq_view, place, left, right, scale, extras,
              D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
-             NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, MASKED: tl.constexpr):
-    """Adds what the BLOCK_M queries of ``place`` give to dK and dV.
+             NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, FUSED: tl.constexpr, MASKED: tl.constexpr):
+    """Adds what the BLOCK_M queries of ``place`` give to dK and dV, and with ``FUSED`` what the keys give to their dQ.
 
     Tiles are transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands straight from registers.
     """
@@ -181,6 +184,8 @@ def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, place, left,
             dp = tl.where(stays, dp * extras.dropout.factor, 0.0)
         ds = p * (dp - delta[None, :]) * reach
         dk = pulled(ds, k, q, dk, place.head, extras.additive, D, ACC, PRECISION)
+        if FUSED:
+            add_tile(dq_view, place.q_first, outer_transposed(ds.to(k[0].dtype), k, ACC, PRECISION), D, BLOCK_M, TILE.wide)
     return dk, dv
 
 
@@ -220,18 +225,20 @@ def edge_queries(sweep, tiles, i, kv_head, n_steps, GROUP: tl.constexpr, BLOCK_M
 
 
 @triton.jit(do_not_specialize=["Hkv", "Nq", "Nk", "offset", "left", "right"])
-def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, strides,
+def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dq_ptr, strides,
                Hkv, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles,
                GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
                NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, TILE: tl.constexpr):
     """One program: dK and dV of BLOCK_N keys of one key head, over the queries of its whole group in their window.
 
-    ``strides`` are those of q, k, v, dout, dk and dv; without ``NEED_DK`` or ``NEED_DV`` that output is not touched.
+    ``strides`` are those of q, k, v, dout, dk, dv and dq; without ``NEED_DK`` or ``NEED_DV`` that output is not touched.
+    dq [B, H, Nq, D] of zeros, of the type ``ACC``, receives dQ without its factor ``scale``, or is None.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     LISTED: tl.constexpr = len(tiles) > 0
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = strides
+    FUSED: tl.constexpr = dq_ptr is not None
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, dq_strides = strides
     first, bh = program_tile(tl.program_id(0), Nk, BLOCK_N, False)
     batch = bh // Hkv
     kv_head = bh % Hkv
@@ -270,7 +277,8 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
                           head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries),
                           row_view(lse_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
                           row_view(delta_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
-                          place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, False)
+                          head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries) if FUSED else 0,
+                          place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, FUSED, False)
     for i in tl.range(0, n_edge, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         head, q_first = edge_queries(sweep, tiles, i, kv_head, n_steps, GROUP, BLOCK_M)
         rows = batch * (Hkv * GROUP) + head
@@ -279,7 +287,8 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
                           head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries),
                           row_view(lse_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
                           row_view(delta_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
-                          place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, True)
+                          head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries) if FUSED else 0,
+                          place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, FUSED, True)
 
     if NEED_DK:
         dk_view = head_view(dk_ptr, dk_strides, batch, kv_head, k_start, n_keys)
@@ -334,8 +343,11 @@ def with_weight_sums(call: Call, q: torch.Tensor, config: TileConfig) -> tuple[C
 
 def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
                delta: torch.Tensor, dk: torch.Tensor | None, dv: torch.Tensor | None, tiles: tuple[Any, ...], call: Call,
-               *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; None for one nobody asked for."""
+               *, config: TileConfig, dq: torch.Tensor | None = None, launch: Launcher = run) -> None:
+    """Fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; None for one nobody asked for.
+
+    Adds dQ without the factor ``scale`` to ``dq`` [B, H, Nq, D] of the accumulator's type, if it is given.
+    """
     kv_heads = k.shape[1]
     wanted = [grad for grad in (dk, dv) if grad is not None]
     if k.numel() == 0 or not wanted:
@@ -345,11 +357,11 @@ def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
         launch_dkv(q, k, v, dout, lse, delta, None, dv, tiles, call, config=config, launch=launch)
         return
     args = (
-        q, k, v, dout, lse, delta, dk, dv,
-        call.strides(q, k, v, dout, k if dk is None else dk, v if dv is None else dv),
+        q, k, v, dout, lse, delta, dk, dv, dq,
+        call.strides(q, k, v, dout, k if dk is None else dk, v if dv is None else dv, q if dq is None else dq),
         kv_heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
         q.shape[1] // kv_heads, q.shape[3], v.shape[3], accumulator(q.dtype), call.precision,
         dk is not None, dv is not None,
     )
-    config = fit_offsets(config, call, q, k, v, dout, *wanted)
+    config = fit_offsets(config, call, q, k, v, dout, *wanted, q if dq is None else dq)
     launch(dkv_kernel, programs(call.n_keys, config.block_n, call.batch * kv_heads), args, config)

@@ -175,6 +175,18 @@ def store_tile(view, first_row, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, W
 
 
 @triton.jit
+def add_tile(view, first_row, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Adds ``tile`` to rows that other programs add to as well, in whatever order they come."""
+    HEAD: tl.constexpr = head_columns(WIDTH)
+    REST: tl.constexpr = rest_columns(WIDTH)
+    tl.atomic_add(tile_ptrs(view, first_row, 0, ROWS, HEAD, WIDE), tile[0],
+                  mask=inside(view, first_row, 0, WIDTH, ROWS, HEAD), sem="relaxed")
+    if REST:
+        tl.atomic_add(tile_ptrs(view, first_row, HEAD, ROWS, REST, WIDE), tile[1],
+                      mask=inside(view, first_row, HEAD, WIDTH, ROWS, REST), sem="relaxed")
+
+
+@triton.jit
 def zeros(WIDTH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
     """A tile of zeros, to add to."""
     HEAD: tl.constexpr = head_columns(WIDTH)
@@ -209,6 +221,15 @@ def outer(p, b, acc, ACC: tl.constexpr, PRECISION: tl.constexpr):
     result = (tl.dot(p, b[0], acc[0], input_precision=PRECISION, out_dtype=ACC),)
     if len(b) > 1:
         result = result + (tl.dot(p, b[1], acc[1], input_precision=PRECISION, out_dtype=ACC),)
+    return result
+
+
+@triton.jit
+def outer_transposed(p, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """p^T b, with p [rows of b, M] in the element type of b."""
+    result = (tl.dot(tl.trans(p), b[0], input_precision=PRECISION, out_dtype=ACC),)
+    if len(b) > 1:
+        result = result + (tl.dot(tl.trans(p), b[1], input_precision=PRECISION, out_dtype=ACC),)
     return result
 
 
