@@ -82,7 +82,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
     call = lower(q, k, spec, companions).call
     packed = companions.cu_q is not None
     precise = keeps_residual(spec, companions)
-    if call.n_queries <= FEW_QUERIES and not precise:
+    if call.n_queries <= FEW_QUERIES and not precise and companions.score_weight is None:
         near_k, near_v, near = _without_unseen(k, v, spec, companions, call)
         count = n_shares(q.shape[2], near_k.shape[2], near.n_queries, near.n_keys, q.shape[1] // k.shape[1])
         if count > 1:
@@ -128,12 +128,10 @@ def _groups_into_rows(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, com
     plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and companions.cu_q is None
     every = ((call.left is None or call.left >= call.offset)
              and (call.right is None or call.offset + call.right >= call.n_keys - 1))
-    return plain and every and companions.score_weight is None and q.shape[2] == 1 and q.shape[1] > k.shape[1]
+    return plain and every and q.shape[2] == 1 and q.shape[1] > k.shape[1]
 
 
 def _shares_config(q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
-    if call.extras.additive:
-        return choose_additive("forward", q.shape[3], arch_of(q.device))
     config = choose_shares(call.n_queries, q.shape[3], v.shape[3], q.dtype, arch_of(q.device))
     return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
 
@@ -216,7 +214,7 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
 
 def _fused_config(q: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, call: Call, needs: Needs) -> TileConfig | None:
     """The tiles that make all gradients in one kernel, where its atomics are allowed and registers have room for it."""
-    if spec.deterministic or spec.score_mods or call.extras.keeps or call.extras.dropout or call.extras.additive:
+    if spec.deterministic or call.extras.mods or call.extras.keeps or call.extras.dropout or call.extras.additive:
         return None
     return choose_fused(q.shape[3], v.shape[3], q.dtype, arch_of(q.device)) if all(needs[:3]) else None
 

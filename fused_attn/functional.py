@@ -89,7 +89,7 @@ def attention(
             inputs), differentiable; sinks are in it, dropout is not.
         deterministic: gradients equal to the bit from run to run; None means True. False lets the kernels sum dQ by atomics
             while they make dK and dV, five matrix products instead of seven, where they have tiles for it: halves, head dims
-            up to 128, no bias, mask or dropout, NVIDIA targets. No card has timed it yet.
+            up to 128, no softcap, bias, mask or dropout, NVIDIA targets. No card has timed it yet.
         precise: keep the output in twice its digits for the backward, and free it from what rounding the weights costs: dQ
             and dK of halves stay accurate when the mean of V is large. Dropout switches it off.
         fp32_precision: how fp32 products are computed on a GPU: "ieee", "tf32", "tf32x3" (NVIDIA), or None for torch's

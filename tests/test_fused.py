@@ -14,7 +14,7 @@ from fused_attn.tuning import choose_fused
 
 pytestmark = pytest.mark.kernels
 
-FUSED = {"plain", "causal", "window", "scale", "softcap", "gqa", "lengths", "dims", "dims_192", "key_lengths", "sinks",
+FUSED = {"plain", "causal", "window", "scale", "gqa", "lengths", "dims", "dims_192", "key_lengths", "sinks",
          "precise", "packed", "seqused", "nested", "lse", "dims_576"}  # the last one in the interpreter alone
 
 
