@@ -1,0 +1,209 @@
+"""The asynchronous operations: TMA copies, mbarriers, and the products of warpgroups."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+
+from support.gluon.memory import Descriptor
+from support.gluon.schedule import Event, Fault, current
+from support.gluon.shared import Barrier, Barriers, Shared
+from support.gluon.values import HALVES, Tile, Values, poison
+
+# --- barriers ---
+
+
+def _barrier(barrier: Any) -> Barrier:
+    if isinstance(barrier, Barriers):
+        raise Fault("an array of barriers where one of them is meant: index it")
+    return barrier.initialised()
+
+
+def init(barrier: Barrier, count: Any) -> None:
+    if isinstance(barrier, Barriers):
+        raise Fault("an array of barriers where one of them is meant: index it")
+    barrier.count = barrier.missing = int(count)
+
+
+def invalidate(barrier: Barrier) -> None:
+    _barrier(barrier).count = 0
+
+
+def _arrive(barrier: Barrier, count: int) -> None:
+    phase = barrier.phase
+    barrier.arrive(count)
+    if barrier.phase != phase:
+        current().urge(barrier)
+
+
+def expect(barrier: Any, bytes_per_cta: Any, pred: Any = True, **_: Any) -> None:
+    """Adds to the bytes of the phase, and arrives."""
+    if pred:
+        current().point()
+        barrier = _barrier(barrier)
+        barrier.bytes += int(bytes_per_cta)
+        _arrive(barrier, 1)
+
+
+def arrive(barrier: Any, *, count: Any = 1, pred: Any = True, **_: Any) -> None:
+    if pred:
+        current().point()
+        _arrive(_barrier(barrier), int(count))
+
+
+def wait(barrier: Any, phase: Any, pred: Any = True, deps: Any = ()) -> None:
+    """Until the phase of this parity has ended."""
+    if not pred:
+        return
+    barrier, parity = _barrier(barrier), int(phase)
+    if parity not in (0, 1):
+        raise Fault(f"{barrier.name} awaited with parity {parity}, which is neither 0 nor 1")
+    schedule = current()
+    schedule.running.barrier = barrier
+    schedule.point(lambda: barrier.phase & 1 != parity, lambda: f"{barrier.name}, parity {parity} ({barrier.state()})")
+    schedule.running.barrier = None
+
+
+# --- TMA ---
+
+
+def _matching(descriptor: Descriptor, shared: Shared) -> None:
+    """Dimensions of one element may be left out of shared memory."""
+    sizes = [[n for n in shape if n > 1] for shape in (descriptor.block_shape, shared.shape)]
+    if sizes[0] != sizes[1]:
+        raise Fault(f"TMA of a block {list(descriptor.block_shape)} and shared memory {list(shared.shape)}")
+    if descriptor.dtype != shared.dtype:
+        raise Fault(f"TMA between {descriptor.dtype} and shared memory of {shared.dtype}")
+
+
+def async_load(descriptor: Descriptor, coord: Any, barrier: Any, result: Shared, pred: Any = True, multicast: bool = False,
+               cache_policy: Any = None) -> None:
+    """Fills ``result`` with poison now and with the block at a later time."""
+    if not pred:
+        return
+    if multicast:
+        raise NotImplementedError("TMA multicast")
+    schedule = current()
+    schedule.point()
+    _matching(descriptor, result)
+    result.check_fenced("a TMA load")
+    barrier, box = _barrier(barrier), descriptor.box(coord)
+    result.values[...] = poison((), descriptor.dtype)
+
+    def landed() -> None:
+        result.values[...] = descriptor.read(box).reshape(result.shape)
+        barrier.land(descriptor.block_type.nbytes)
+
+    schedule.issue("TMA load", landed)
+
+
+def _async_write(what: str, descriptor: Descriptor, coord: Any, source: Shared, add: bool) -> None:
+    schedule = current()
+    schedule.point()
+    _matching(descriptor, source)
+    source.check_fenced(what)
+    box, block = descriptor.box(coord), np.empty(0)
+
+    def read() -> None:
+        nonlocal block
+        block = source.values.copy()
+
+    reads = schedule.issue("TMA store's read", read)
+    writes = schedule.issue("TMA store's write", lambda: descriptor.write(box, block, add), after=reads)
+    schedule.running.stores.append((reads, writes))
+
+
+def async_store(descriptor: Descriptor, coord: Any, src: Shared, cache_policy: Any = None) -> None:
+    """Reads ``src`` at a later time, and writes global memory at a time after that."""
+    _async_write("a TMA store", descriptor, coord, src, add=False)
+
+
+def async_atomic_add(descriptor: Descriptor, coord: Any, src: Shared) -> None:
+    _async_write("a TMA reduction", descriptor, coord, src, add=True)
+
+
+def store_wait(pendings: Any, read_only: Any = True) -> None:
+    """Until no more than ``pendings`` stores of this partition still read shared memory, or still write global memory."""
+    schedule = current()
+    schedule.point()
+    stores = schedule.running.stores
+    waited = max(0, len(stores) - int(pendings))
+    for reads, writes in list(stores)[:waited]:
+        schedule.complete(reads if read_only else writes)
+    for _ in range(waited):
+        stores.popleft()
+
+
+# --- products of a warpgroup ---
+
+
+class Accumulator(Tile):
+    """The result of an asynchronous product, in registers that may not be read before it went through its wait."""
+
+    __slots__ = ("_shape", "event", "result")
+
+    def __init__(self, shape: tuple[int, ...], dtype: tl.dtype) -> None:
+        self._shape, self.dtype = shape, dtype
+        self.event: Event | None = None
+        self.result: Values = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def values(self) -> Values:  # type: ignore[override]
+        raise Fault(f"register result {list(self._shape)} of an async wgmma read before its warpgroup_mma_wait")
+
+
+def _operands(a: Any, b: Shared, acc: Tile) -> Callable[[], Values]:
+    """Checks the operands of a product; what gives the first one when the product reads it."""
+    if not isinstance(b, Shared):
+        raise Fault("the second operand of wgmma is not in shared memory")
+    if a.dtype != b.dtype or b.dtype not in HALVES:
+        raise Fault(f"wgmma of {a.dtype} and {b.dtype}: halves of one dtype are meant")
+    if a.shape[1] != b.shape[0] or acc.shape != (a.shape[0], b.shape[1]) or a.shape[0] % 64:
+        raise Fault(f"wgmma of {list(a.shape)} and {list(b.shape)} into {list(acc.shape)}")
+    if acc.dtype != tl.float32:
+        raise Fault(f"wgmma accumulates in {acc.dtype}")
+    b.check_fenced("wgmma")
+    if isinstance(a, Shared):
+        a.check_fenced("wgmma")
+        return lambda: a.values
+    registers = a.values
+    return lambda: registers
+
+
+def warpgroup_mma(a: Any, b: Shared, acc: Tile, *, use_acc: Any = True, precision: Any = None,
+                  max_num_imprecise_acc: Any = None, is_async: Any = False) -> Tile:
+    """a b + acc, in the order of issue; shared memory is read at any time before the wait for it."""
+    schedule = current()
+    schedule.point()
+    products = schedule.running.products
+    first = _operands(a, b, acc)
+    result = Accumulator(acc.shape, acc.dtype)
+    added = bool(use_acc)
+
+    def multiply() -> None:
+        result.result = np.matmul(first(), b.values)
+        if added:
+            result.result += acc.result if isinstance(acc, Accumulator) else acc.values
+
+    result.event = schedule.issue("wgmma", multiply, after=products[-1] if products else None)
+    products.append(result.event)
+    return result if is_async else warpgroup_mma_wait(0, (result,))
+
+
+def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
+    """Retires all but the last ``num_outstanding`` products of this partition; ``deps`` as tiles that can be read."""
+    if deps is None:
+        raise Fault("warpgroup_mma_wait without deps")
+    schedule = current()
+    schedule.point()
+    products = schedule.running.products
+    while len(products) > int(num_outstanding):
+        schedule.complete(products.popleft())
+    done = tuple(Tile(dep.result, dep.dtype) if isinstance(dep, Accumulator) and dep.event not in products else dep
+                 for dep in deps)
+    return done[0] if len(done) == 1 else done
