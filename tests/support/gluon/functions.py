@@ -91,13 +91,14 @@ def translated(value: Any, name: str) -> Any:
         return _compile_time(value)
     if isinstance(value, types.ModuleType):
         return Names(value)
-    home = str(getattr(value, "__module__", ""))
-    if home.startswith("triton.") and (is_jit_function(value) or inspect.isfunction(value)):
+    function = value.fn if is_jit_function(value) else value
+    if inspect.isfunction(function) and str(function.__module__).startswith("triton."):
         return _unknown(name)
     if is_jit_function(value):
         return interpreted(value)
-    if type(value) is tuple:
-        return tuple([translated(item, name) for item in value])
+    if isinstance(value, tuple):
+        items = [translated(item, name) for item in value]
+        return type(value)._make(items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 

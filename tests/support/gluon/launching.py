@@ -1,5 +1,6 @@
 """Launches: what a kernel is given, and its programs one after another."""
 
+import functools
 import inspect
 import random
 import types
@@ -36,17 +37,19 @@ def argument(value: Any) -> Any:
     raise TypeError(f"a kernel cannot take {value!r}")
 
 
-def _is_constexpr(parameter: inspect.Parameter) -> bool:
-    annotation = parameter.annotation
-    return annotation is tl.constexpr or (isinstance(annotation, str) and annotation.endswith("constexpr"))
+@functools.cache
+def _constexprs(function: types.FunctionType) -> tuple[bool, ...]:
+    """Which parameters a kernel knows when it is compiled."""
+    annotations = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
+    return tuple(a is tl.constexpr or (isinstance(a, str) and a.endswith("constexpr")) for a in annotations)
 
 
 def arguments(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
-    parameters = list(inspect.signature(kernel.fn).parameters.values())
-    if len(args) > len(parameters):
-        raise TypeError(f"{kernel.fn.__name__} takes {len(parameters)} arguments, not {len(args)}")
-    return [translated(value, parameter.name) if _is_constexpr(parameter) else argument(value)
-            for parameter, value in zip(parameters, args, strict=False)]
+    known = _constexprs(kernel.fn)[:-1]
+    if len(args) != len(known):
+        raise TypeError(f"{kernel.fn.__name__} takes {len(known)} arguments and a configuration, not {len(args)}")
+    return [translated(value, "an argument") if constant else argument(value)
+            for value, constant in zip(args, known, strict=True)]
 
 
 def launch(kernel: Any, programs: int, args: tuple[Any, ...], config: Any, *, seed: int = 0) -> None:

@@ -71,7 +71,7 @@ def mutated(edits: Edits) -> Iterator[dict[str, ModuleType]]:
     reached = _reached(set(edits), package)
     with tempfile.TemporaryDirectory() as folder:
         files = {}
-        for name in reached:
+        for name in sorted(reached):
             source = Path(str(originals.get(name, sys.modules[name]).__file__))
             if source.name == "__init__.py":
                 raise ValueError(f"{name} is a package: its copy would have no modules")

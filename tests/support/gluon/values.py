@@ -87,10 +87,10 @@ class Int:
     def to(self, dtype: tl.dtype, bitcast: bool = False) -> "Int | Tile":
         if bitcast:
             raise NotImplementedError("bitcast")
-        if dtype.is_floating():
-            return Tile(converted(self.value, self.dtype, dtype), dtype)
         if dtype is tl.int1:
             return Int(self.value != 0, 1)
+        if dtype not in INTEGERS.values():
+            return Tile(converted(self.value, self.dtype, dtype), dtype)
         return Int(self.value, dtype.primitive_bitwidth)
 
     def __index__(self) -> int:
@@ -188,6 +188,8 @@ class Tile:
     def to(self, dtype: tl.dtype, bitcast: bool = False) -> "Tile | Int":
         if bitcast:
             raise NotImplementedError("bitcast")
+        if self.dtype.is_int() and dtype.is_int_signed():
+            return simplified(exact(np.asarray, dtype, self.values), dtype)
         return simplified(converted(self.values, self.dtype, dtype), dtype)
 
     def reshape(self, *shape: Any) -> "Tile":
@@ -290,9 +292,9 @@ def _as(operand: Any, dtype: tl.dtype) -> Values:
 
 
 def exact(function: Callable[..., Values], dtype: tl.dtype, *operands: Values) -> Values:
-    """Sums and products of integers, in 64 bits; those that the dtype does not hold are an error."""
-    if dtype is tl.int64 or not dtype.is_int():
-        return function(*operands)
+    """Of signed integers, in 64 bits: what the dtype does not hold is an error. Unsigned ones wrap, as they are meant to."""
+    if dtype is tl.int64 or not dtype.is_int_signed():
+        return function(*operands).astype(NUMPY[dtype])
     wide = function(*[np.asarray(operand, np.int64) for operand in operands])
     narrow = wide.astype(NUMPY[dtype])
     if not np.array_equal(wide, narrow):
@@ -312,8 +314,12 @@ def _modulo(a: Values, b: Values) -> Values:
 def elementwise(function: Callable[[Values, Values], Values], a: Any, b: Any) -> Tile | Int:
     """A function of two operands in the dtype in which they meet."""
     x, y, dtype = matched(a, b)
-    result = exact(function, dtype, x, y) if dtype.is_int() else function(x, y)
+    result = exact(function, dtype, x, y) if function in _LEAVING and dtype.is_int() else function(x, y)
     return simplified(rounded(result, dtype) if dtype in HALVES else result, dtype)
+
+
+# Of two integers, these leave the range of their dtype.
+_LEAVING = (np.add, np.subtract, np.multiply, np.left_shift)
 
 
 def _tile_operator(name: str, function: Callable[[Values, Values], Values]) -> None:
