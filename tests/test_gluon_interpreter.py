@@ -3,7 +3,6 @@
 import functools
 import importlib
 import math
-import re
 import sys
 from typing import NamedTuple
 
@@ -39,14 +38,15 @@ def descriptor(tensor, block, shape=None, strides=None):
 
 
 def caught(run, schedules):
-    """Of how many schedules ``run(seed)`` is false or fails, and the first failure's message."""
-    count, message = 0, ""
+    """Of how many schedules ``run(seed)`` is false or fails, and what the failures say."""
+    count, said = 0, set()
     for seed in range(schedules):
         try:
             count += not run(seed)
         except (Fault, OverflowError) as error:
-            count, message = count + 1, message or str(error)
-    return count, message
+            count += 1
+            said.add(str(error))
+    return count, said
 
 
 # --- a ring of tiles between a producer and a consumer: Y = X W, 64 rows at a time ---
@@ -148,19 +148,21 @@ def test_a_seed_is_a_schedule():
     assert len({outcome(seed) for seed in range(12)}) > 1
 
 
-# What is planted, whether every schedule shows it, and what is said of it.
+FILLED = "a wgmma of partition 0 (consume) reads shared memory that a TMA load is filling"
+FREED = "a TMA load of partition 1 (produce) fills shared memory that an asynchronous operation may still read"
+# What is planted, whether every schedule shows it, and what some of them say.
 BUGS = {
-    "no full wait": (False, ""),
-    "no empty wait": (False, ""),
-    "wrong parity": (True, r"partition 0 \(consume\) waits on barrier 0\[0\], parity 0 .*in consume: .*"
-                           r"partition 1 \(produce\) waits on barrier 1\[0\], parity 0"),
+    "no full wait": (False, FILLED),
+    "no empty wait": (False, "partition 0 (consume) waits on barrier 0[0], parity 0 (phase 2"),
+    "wrong parity": (True, "partition 1 (produce) waits on barrier 1[0], parity 0 (phase 0, 1 of 1 arrivals"),
     "wrong byte count": (True, "0 of 1 arrivals and -4096 bytes missing"),
-    "released before its product is done": (False, ""),
-    "read before its wait": (True, "read before its warpgroup_mma_wait"),
-    "no fence": (True, "no fence_async_shared between"),
-    "overwritten while a TMA store reads it": (False, ""),
-    "a TMA store in flight at the end": (False, "still reads shared memory"),
-    "a wgmma in flight at the end": (True, r"partition 0 \(consume\) ends with 1 wgmma in flight"),
+    "released before its product is done": (False, FREED),
+    "read before its wait": (True, "register result [64, 64] of an async wgmma read before its warpgroup_mma_wait"),
+    "no fence": (True, "with no fence_async_shared between"),
+    "overwritten while a TMA store reads it":
+        (True, "partition 0 (consume) stores to shared memory that an asynchronous operation may still read"),
+    "a TMA store in flight at the end": (True, "ends with 1 TMA stores that may still read shared memory"),
+    "a wgmma in flight at the end": (True, "partition 0 (consume) ends with 1 wgmma in flight"),
 }
 
 
@@ -168,9 +170,8 @@ BUGS = {
 def test_planted_bugs_are_caught_within_30_schedules(bug):
     always, message = BUGS[bug]
     count, said = caught(functools.partial(ring, bug=bug), 30)
-    assert count == 30 if always else count > 0
-    if message:
-        assert re.search(message, said), said
+    assert count == 30 if always else count >= 10
+    assert any(message in one for one in said), said
 
 
 def test_a_deadlock_says_who_waits_on_what_and_where():
@@ -225,12 +226,13 @@ def test_a_tile_may_be_overwritten_once_it_is_released(early):
     def run(seed):
         out = torch.zeros(64, 64)
         launch(handed_over, 1, (descriptor(x, [64, 64]), out, early), CONFIG, seed=seed)
-        found.append("old" if torch.equal(out, x[:64]) else "new" if torch.equal(out, x[64:]) else "poison")
+        found.append("old" if torch.equal(out, x[:64]) else "new" if torch.equal(out, x[64:]) else "neither")
         return found[-1] == "old"
 
-    count, _ = caught(run, 40)
-    assert set(found) == ({"old", "new", "poison"} if early else {"old"})
-    assert (count > 0) == early
+    count, said = caught(run, 40)
+    assert set(found) == ({"old", "new"} if early else {"old"})
+    assert count > found.count("new") if early else count == 0
+    assert said == ({"partition 0 (reader) loads from shared memory that a TMA load is filling"} if early else set())
 
 
 # --- TMA ---

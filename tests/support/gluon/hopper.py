@@ -1,6 +1,5 @@
 """The asynchronous operations: TMA copies, mbarriers, and the products of warpgroups."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import triton.language as tl
 
 from support.gluon.memory import Descriptor
 from support.gluon.schedule import Event, Fault, current
-from support.gluon.shared import Barrier, Barriers, Shared
+from support.gluon.shared import FILLING, Barrier, Barriers, Shared
 from support.gluon.values import HALVES, Tile, Values, poison
 
 # --- barriers ---
@@ -88,11 +87,16 @@ def async_load(descriptor: Descriptor, coord: Any, barrier: Any, result: Shared,
     schedule.point()
     _matching(descriptor, result)
     result.check_fenced("a TMA load")
+    result.check_free(f"a TMA load of {schedule.running.name} fills")
     barrier, box = _barrier(barrier), descriptor.box(coord)
     result.values[...] = poison((), descriptor.dtype)
+    result.marks[...] = FILLING
+    schedule.filling += 1
 
     def landed() -> None:
         result.values[...] = descriptor.read(box).reshape(result.shape)
+        result.marks[...] = 0
+        schedule.filling -= 1
         barrier.land(descriptor.block_type.nbytes)
 
     schedule.issue("TMA load", landed)
@@ -104,14 +108,17 @@ def _async_write(what: str, descriptor: Descriptor, coord: Any, source: Shared, 
     _matching(descriptor, source)
     source.check_fenced(what)
     box, block = descriptor.box(coord), np.empty(0)
+    reader = f"{what} of {schedule.running.name} reads"
 
     def read() -> None:
         nonlocal block
+        source.check_filled(reader)
         block = source.values.copy()
 
     reads = schedule.issue("TMA store's read", read)
     writes = schedule.issue("TMA store's write", lambda: descriptor.write(box, block, add), after=reads)
-    schedule.running.stores.append((reads, writes))
+    source.readers += 1
+    schedule.running.stores.append((reads, writes, source.readers))
 
 
 def async_store(descriptor: Descriptor, coord: Any, src: Shared, cache_policy: Any = None) -> None:
@@ -128,11 +135,10 @@ def store_wait(pendings: Any, read_only: Any = True) -> None:
     schedule = current()
     schedule.point()
     stores = schedule.running.stores
-    waited = max(0, len(stores) - int(pendings))
-    for reads, writes in list(stores)[:waited]:
+    while len(stores) > int(pendings):
+        reads, writes, readers = stores.popleft()
         schedule.complete(reads if read_only else writes)
-    for _ in range(waited):
-        stores.popleft()
+        readers -= 1
 
 
 # --- products of a warpgroup ---
@@ -157,8 +163,8 @@ class Accumulator(Tile):
         raise Fault(f"register result {list(self._shape)} of an async wgmma read before its warpgroup_mma_wait")
 
 
-def _operands(a: Any, b: Shared, acc: Tile) -> Callable[[], Values]:
-    """Checks the operands of a product; what gives the first one when the product reads it."""
+def _check(a: Any, b: Shared, acc: Tile) -> None:
+    """What can be said of the operands of a product when it is issued."""
     if not isinstance(b, Shared):
         raise Fault("the second operand of wgmma is not in shared memory")
     if a.dtype != b.dtype or b.dtype not in HALVES:
@@ -170,9 +176,8 @@ def _operands(a: Any, b: Shared, acc: Tile) -> Callable[[], Values]:
     b.check_fenced("wgmma")
     if isinstance(a, Shared):
         a.check_fenced("wgmma")
-        return lambda: a.values
-    registers = a.values
-    return lambda: registers
+    elif isinstance(a, Accumulator):
+        a.values  # noqa: B018  an error
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Tile, *, use_acc: Any = True, precision: Any = None,
@@ -181,17 +186,24 @@ def warpgroup_mma(a: Any, b: Shared, acc: Tile, *, use_acc: Any = True, precisio
     schedule = current()
     schedule.point()
     products = schedule.running.products
-    first = _operands(a, b, acc)
+    _check(a, b, acc)
+    reader = f"a wgmma of {schedule.running.name} reads"
     result = Accumulator(acc.shape, acc.dtype)
     added = bool(use_acc)
 
     def multiply() -> None:
-        result.result = np.matmul(first(), b.values)
+        for operand in (a, b):
+            if isinstance(operand, Shared):
+                operand.check_filled(reader)
+        result.result = np.matmul(a.values, b.values)
         if added:
             result.result += acc.result if isinstance(acc, Accumulator) else acc.values
 
-    result.event = schedule.issue("wgmma", multiply, after=products[-1] if products else None)
-    products.append(result.event)
+    result.event = schedule.issue("wgmma", multiply, after=products[-1][0] if products else None)
+    readers = [operand.readers for operand in (a, b) if isinstance(operand, Shared)]
+    for count in readers:
+        count += 1
+    products.append((result.event, readers))
     return result if is_async else warpgroup_mma_wait(0, (result,))
 
 
@@ -203,7 +215,11 @@ def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
     schedule.point()
     products = schedule.running.products
     while len(products) > int(num_outstanding):
-        schedule.complete(products.popleft())
-    done = tuple(Tile(dep.result, dep.dtype) if isinstance(dep, Accumulator) and dep.event not in products else dep
+        event, readers = products.popleft()
+        schedule.complete(event)
+        for count in readers:
+            count -= 1
+    in_flight = [event for event, _ in products]
+    done = tuple(Tile(dep.result, dep.dtype) if isinstance(dep, Accumulator) and dep.event not in in_flight else dep
                  for dep in deps)
     return done[0] if len(done) == 1 else done

@@ -52,8 +52,9 @@ class Partition:
         self.condition: Callable[[], bool] | None = None  # of going on; None: at once
         self.awaits: Callable[[], str] = str
         self.barrier: Any = None  # that it waits on
-        self.products: deque[Event] = deque()
-        self.stores: deque[tuple[Event, Event]] = deque()  # (reads shared memory, writes global memory)
+        # What was issued and not yet waited for, with the counts of readers of the shared memory that it reads.
+        self.products: deque[tuple[Event, list[np.ndarray]]] = deque()
+        self.stores: deque[tuple[Event, Event, np.ndarray]] = deque()  # (reads shared memory, writes global memory, ...)
         self.result: Any = None
 
     def place(self) -> str:
@@ -83,6 +84,7 @@ class Schedule:
         self.running.thread = threading.current_thread()
         self.partitions = [self.running]
         self.unfenced: list[tuple[Partition, np.ndarray]] = []  # ordinary stores to shared memory, and their marks
+        self.filling = 0  # TMA loads in flight
         self.numbers = {self.running.name: 1}  # of partitions, by which they mark what they store
         self.barriers = 0  # how many were allocated
 
@@ -204,6 +206,8 @@ class Schedule:
         except _Stopped:
             pass
         except BaseException as error:
+            if isinstance(error, (Fault, OverflowError)) and "partition " not in str(error):
+                error.args = (f"{worker.name}: {error}",)
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -216,13 +220,13 @@ class Schedule:
         """What a partition must have waited for when it ends."""
         if partition.products:
             raise Fault(f"{partition.name} ends with {len(partition.products)} wgmma in flight")
-        if any(not read.done for read, _ in partition.stores):
-            raise Fault(f"{partition.name} ends while a TMA store of its still reads shared memory")
+        if partition.stores:
+            raise Fault(f"{partition.name} ends with {len(partition.stores)} TMA stores that may still read shared memory")
 
     def finish(self) -> None:
         """The end of the program."""
         self.end(self.running)
-        if any(event.kind == "TMA load" for event in self.events):
+        if self.filling:
             raise Fault("the program ends with a TMA load in flight")
         self.drain()
 

@@ -1,6 +1,7 @@
 """Shared memory, and the barriers in it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,20 @@ import triton.language as tl
 from support.gluon.schedule import Fault, current
 from support.gluon.values import Tile, converted, dimensions, poison
 
+FILLING = -1  # mark of an element that a TMA load in flight will write
+
 
 class Shared:
-    """A view of an allocation. ``marks`` say which partition's ordinary store of an element has met no fence yet."""
+    """A view of an allocation.
 
-    __slots__ = ("dtype", "layout", "marks", "values")
+    ``marks`` say, of each element, which partition's ordinary store has met no fence yet, or that a load fills it.
+    ``readers`` count the asynchronous operations that may read it: done or not, until they were waited for, nobody can know.
+    """
 
-    def __init__(self, values: np.ndarray, marks: np.ndarray, dtype: tl.dtype, layout: Any) -> None:
-        self.values, self.marks, self.dtype, self.layout = values, marks, dtype, layout
+    __slots__ = ("dtype", "layout", "marks", "readers", "values")
+
+    def __init__(self, values: np.ndarray, marks: np.ndarray, readers: np.ndarray, dtype: tl.dtype, layout: Any) -> None:
+        self.values, self.marks, self.readers, self.dtype, self.layout = values, marks, readers, dtype, layout
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -30,33 +37,39 @@ class Shared:
     def numel(self) -> int:
         return self.values.size
 
-    def _view(self, values: np.ndarray, marks: np.ndarray) -> "Shared":
-        return Shared(values, marks, self.dtype, self.layout)
+    # --- views ---
+
+    def _view(self, part: Callable[[np.ndarray], np.ndarray]) -> "Shared":
+        return Shared(part(self.values), part(self.marks), part(self.readers), self.dtype, self.layout)
 
     def index(self, index: Any) -> "Shared":
         i = int(index)
         if not 0 <= i < self.values.shape[0]:
             raise Fault(f"index {i} of shared memory {list(self.shape)}")
-        return self._view(self.values[i], self.marks[i])
+        return self._view(lambda array: array[i])
 
     def slice(self, start: Any, length: Any, dim: int = 0) -> "Shared":
         first, last = int(start), int(start) + int(length)
         if not 0 <= first < last <= self.values.shape[dim]:
             raise Fault(f"slice {first} : {last} of dimension {dim} of shared memory {list(self.shape)}")
         part = (slice(None),) * dim + (slice(first, last),)
-        return self._view(self.values[part], self.marks[part])
+        return self._view(lambda array: array[part])
 
     def permute(self, order: Any) -> "Shared":
-        return self._view(self.values.transpose(order), self.marks.transpose(order))
+        return self._view(lambda array: array.transpose(order))
 
     def reshape(self, shape: Any) -> "Shared":
-        values, marks = (array.reshape(dimensions((shape,))) for array in (self.values, self.marks))
-        if not np.shares_memory(values, self.values):
+        seen = self._view(lambda array: array.reshape(dimensions((shape,))))
+        if not np.shares_memory(seen.values, self.values):
             raise Fault(f"shared memory {list(self.shape)} cannot be seen as {list(shape)} in place")
-        return self._view(values, marks)
+        return seen
+
+    # --- ordinary loads and stores ---
 
     def load(self, layout: Any = None) -> Tile:
-        current().point()
+        schedule = current()
+        schedule.point()
+        self.check_filled(f"{schedule.running.name} loads from")
         return Tile(self.values.copy(), self.dtype)
 
     def store(self, value: Tile) -> None:
@@ -65,13 +78,28 @@ class Shared:
         new = converted(value.values, value.dtype, self.dtype)
         schedule = current()
         schedule.point()
+        self.check_free(f"{schedule.running.name} stores to")
         self.values[...] = new
         self.marks[...] = schedule.numbers[schedule.running.name]
         schedule.unfenced.append((schedule.running, self.marks))
 
+    # --- what must not meet ---
+
     def check_fenced(self, who: str) -> None:
-        if current().unfenced and self.marks.any():
-            raise Fault(f"{who} of shared memory that an ordinary store wrote, with no fence_async_shared between")
+        """Before an asynchronous operation."""
+        if current().unfenced and (self.marks > 0).any():
+            raise Fault(f"{who} meets shared memory that an ordinary store wrote, with no fence_async_shared between")
+
+    def check_filled(self, who: str) -> None:
+        """At the time of a read, which for an asynchronous operation is not that of its issue."""
+        if current().filling and (self.marks == FILLING).any():
+            raise Fault(f"{who} shared memory that a TMA load is filling")
+
+    def check_free(self, who: str) -> None:
+        """Before a write."""
+        self.check_filled(who)
+        if self.readers.any():
+            raise Fault(f"{who} shared memory that an asynchronous operation may still read")
 
 
 def fence_async_shared(cluster: bool = False) -> None:
@@ -145,7 +173,7 @@ def allocate_shared_memory(element_ty: tl.dtype, shape: Any, layout: Any, value:
     shape = dimensions((shape,))
     if isinstance(layout, MBarrierLayout):
         return allocate_mbarrier(math.prod(shape) if len(shape) > 1 else None)
-    memory = Shared(poison(shape, element_ty), np.zeros(shape, np.int8), element_ty, layout)
+    memory = Shared(poison(shape, element_ty), np.zeros(shape, np.int8), np.zeros(shape, np.int8), element_ty, layout)
     if value is not None:
         memory.store(value)
     return memory

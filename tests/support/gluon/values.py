@@ -242,8 +242,9 @@ def runtime(value: Any) -> Any:
         return Int(value, 32 if -(1 << 31) <= value < 1 << 31 else 64)
     if kind is float:
         return Tile(np.float32(value), tl.float32)
-    if kind is tuple:
-        return tuple([runtime(item) for item in value])
+    if isinstance(value, tuple):
+        items = [runtime(item) for item in value]
+        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 
