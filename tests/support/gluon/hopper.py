@@ -13,20 +13,19 @@ from support.gluon.values import HALVES, Tile, Values, poison
 # --- barriers ---
 
 
-def _barrier(barrier: Any) -> Barrier:
+def _single(barrier: Any) -> Barrier:
     if isinstance(barrier, Barriers):
         raise Fault("an array of barriers where one of them is meant: index it")
-    return barrier.initialised()
+    return barrier
 
 
-def init(barrier: Barrier, count: Any) -> None:
-    if isinstance(barrier, Barriers):
-        raise Fault("an array of barriers where one of them is meant: index it")
+def init(mbarrier: Any, count: Any) -> None:
+    barrier = _single(mbarrier)
     barrier.count = barrier.missing = int(count)
 
 
-def invalidate(barrier: Barrier) -> None:
-    _barrier(barrier).count = 0
+def invalidate(mbarrier: Any) -> None:
+    _single(mbarrier).initialised().count = 0
 
 
 def _arrive(barrier: Barrier, count: int) -> None:
@@ -36,26 +35,26 @@ def _arrive(barrier: Barrier, count: int) -> None:
         current().urge(barrier)
 
 
-def expect(barrier: Any, bytes_per_cta: Any, pred: Any = True, **_: Any) -> None:
+def expect(mbarrier: Any, bytes_per_cta: Any, pred: Any = True) -> None:
     """Adds to the bytes of the phase, and arrives."""
     if pred:
         current().point()
-        barrier = _barrier(barrier)
+        barrier = _single(mbarrier).initialised()
         barrier.bytes += int(bytes_per_cta)
         _arrive(barrier, 1)
 
 
-def arrive(barrier: Any, *, count: Any = 1, pred: Any = True, **_: Any) -> None:
+def arrive(mbarrier: Any, *, count: Any = 1, pred: Any = True) -> None:
     if pred:
         current().point()
-        _arrive(_barrier(barrier), int(count))
+        _arrive(_single(mbarrier).initialised(), int(count))
 
 
-def wait(barrier: Any, phase: Any, pred: Any = True, deps: Any = ()) -> None:
+def wait(mbarrier: Any, phase: Any, pred: Any = True, deps: Any = ()) -> None:
     """Until the phase of this parity has ended."""
     if not pred:
         return
-    barrier, parity = _barrier(barrier), int(phase)
+    barrier, parity = _single(mbarrier).initialised(), int(phase)
     if parity not in (0, 1):
         raise Fault(f"{barrier.name} awaited with parity {parity}, which is neither 0 nor 1")
     schedule = current()
@@ -76,8 +75,8 @@ def _matching(descriptor: Descriptor, shared: Shared) -> None:
         raise Fault(f"TMA between {descriptor.dtype} and shared memory of {shared.dtype}")
 
 
-def async_load(descriptor: Descriptor, coord: Any, barrier: Any, result: Shared, pred: Any = True, multicast: bool = False,
-               cache_policy: Any = None) -> None:
+def async_load(tensor_desc: Descriptor, coord: Any, barrier: Any, result: Shared, pred: Any = True,
+               multicast: bool = False, cache_policy: Any = None) -> None:
     """Fills ``result`` with poison now and with the block at a later time."""
     if not pred:
         return
@@ -85,19 +84,19 @@ def async_load(descriptor: Descriptor, coord: Any, barrier: Any, result: Shared,
         raise NotImplementedError("TMA multicast")
     schedule = current()
     schedule.point()
-    _matching(descriptor, result)
+    _matching(tensor_desc, result)
     result.check_fenced("a TMA load")
     result.check_free(f"a TMA load of {schedule.running.name} fills")
-    barrier, box = _barrier(barrier), descriptor.box(coord)
-    result.values[...] = poison((), descriptor.dtype)
+    barrier, box = _single(barrier).initialised(), tensor_desc.box(coord)
+    result.values[...] = poison((), tensor_desc.dtype)
     result.marks[...] = FILLING
     schedule.filling += 1
 
     def landed() -> None:
-        result.values[...] = descriptor.read(box).reshape(result.shape)
+        result.values[...] = tensor_desc.read(box).reshape(result.shape)
         result.marks[...] = 0
         schedule.filling -= 1
-        barrier.land(descriptor.block_type.nbytes)
+        barrier.land(tensor_desc.block_type.nbytes)
 
     schedule.issue("TMA load", landed)
 
@@ -121,13 +120,13 @@ def _async_write(what: str, descriptor: Descriptor, coord: Any, source: Shared, 
     schedule.running.stores.append((reads, writes, source.readers))
 
 
-def async_store(descriptor: Descriptor, coord: Any, src: Shared, cache_policy: Any = None) -> None:
+def async_store(tensor_desc: Descriptor, coord: Any, src: Shared, cache_policy: Any = None) -> None:
     """Reads ``src`` at a later time, and writes global memory at a time after that."""
-    _async_write("a TMA store", descriptor, coord, src, add=False)
+    _async_write("a TMA store", tensor_desc, coord, src, add=False)
 
 
-def async_atomic_add(descriptor: Descriptor, coord: Any, src: Shared) -> None:
-    _async_write("a TMA reduction", descriptor, coord, src, add=True)
+def async_atomic_add(tensor_desc: Descriptor, coord: Any, src: Shared) -> None:
+    _async_write("a TMA reduction", tensor_desc, coord, src, add=True)
 
 
 def store_wait(pendings: Any, read_only: Any = True) -> None:

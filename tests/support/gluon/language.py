@@ -162,7 +162,7 @@ def inline_asm_elementwise(asm: str, constraints: str, args: Any, dtype: tl.dtyp
 
 
 def _reduction(function: Callable[..., Values]) -> Callable[..., Any]:
-    def reduced(input: Tile, axis: Any = None, keep_dims: Any = False, dtype: Any = None, **unknown: Any) -> Any:
+    def reduced(input: Tile, axis: Any = None, *, keep_dims: Any = False, dtype: Any = None, **unknown: Any) -> Any:
         if unknown:
             raise NotImplementedError(f"a reduction with {', '.join(unknown)}")
         kind = dtype or input.dtype
