@@ -10,7 +10,7 @@ from support.gluon.descriptors import descriptor
 from support.gluon.hopper import async_atomic_add
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from fused_attn.spec import TileConfig
 
@@ -78,6 +78,64 @@ def test_tma_adds_into_global_memory():
     expected[10:] += x[:10]
     launch(copy_tile, 1, (descriptor(x, [16, 16]), descriptor(y, [16, 16]), (0, 0), (10, 0), True), CONFIG)
     assert torch.equal(y, expected)
+
+
+# --- products ---
+
+
+@gluon.jit
+def gram(x_desc, out, CASE: gl.constexpr, config: gl.constexpr):
+    """X^T X of the lower 64 of 128 rows, from shared memory or registers, with the columns' sums by a combining function."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    tiles = gl.allocate_shared_memory(x_desc.dtype, [2, 64, 64], x_desc.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    if CASE != "no init":
+        mbarrier.init(loaded, count=1)
+    mbarrier.expect(loaded, x_desc.block_type.nbytes)
+    tma_load(x_desc, [0, 0], loaded, tiles.reshape([128, 64]))
+    mbarrier.wait(loaded, 0)
+    mbarrier.wait(loaded, 1, pred=CASE == "no init")
+    half = tiles.reshape([128, 64]).slice(64, 64)
+    total = gl.zeros([64, 64], gl.float32, layout)
+    if CASE == "shared":
+        total = warpgroup_mma(half.permute((1, 0)), tiles.index(1), total)
+    else:
+        rows = gl.permute(half.load(layout), (1, 0))
+        if CASE == "not rounded":
+            rows = rows.to(gl.float32) * 0.5
+        total = warpgroup_mma(gl.convert_layout(rows, gl.DotOperandLayout(0, layout, 2)), half, total, is_async=True)
+        total = warpgroup_mma_wait(0, deps=(total,))
+    if CASE == "index":
+        total += tiles.index(config.num_stages).load(layout)
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
+    gl.store(out + (row * 64 + column), total)
+    gl.store(out + 4096 + gl.arange(0, 64), gl.reduce(total, 0, larger))
+    mbarrier.invalidate(loaded)
+
+
+@gluon.jit
+def larger(a, b):
+    return gl.maximum(a, b)
+
+
+@pytest.mark.parametrize("case", ["shared", "registers"])
+def test_products_from_shared_memory_and_from_registers(case):
+    x, out = torch.randint(-3, 4, (128, 64)).half(), torch.zeros(65, 64)
+    for seed in range(5):
+        launch(gram, 1, (descriptor(x, [128, 64]), out, case), CONFIG, seed=seed)
+        assert torch.equal(out[:64], x[64:].float().T @ x[64:].float())
+        assert torch.equal(out[64], out[:64].amax(0))
+
+
+@pytest.mark.parametrize(("case", "message"), [
+    ("not rounded", "wgmma of fp32 and fp16: halves of one dtype are meant"),
+    ("no init", "barrier 0 is used without mbarrier.init"),
+    ("index", r"index 2 of shared memory \[2, 64, 64\]"),
+])
+def test_what_products_and_barriers_refuse(case, message):
+    with pytest.raises(Fault, match=message):
+        launch(gram, 1, (descriptor(torch.zeros(128, 64).half(), [128, 64]), torch.zeros(65, 64), case), CONFIG)
 
 
 # --- pointers, programs and atomics ---
