@@ -21,7 +21,7 @@ from triton.runtime.jit import ConstexprFunction
 from support.gluon import hopper as asynchronous
 from support.gluon import shared
 from support.gluon.language import GL, run_time_range
-from support.gluon.values import runtime
+from support.gluon.values import each, runtime
 
 RUNTIME = "_run_time_value"
 
@@ -97,8 +97,7 @@ def translated(value: Any, name: str) -> Any:
     if is_jit_function(value):
         return interpreted(value)
     if isinstance(value, tuple):
-        items = [translated(item, name) for item in value]
-        return type(value)._make(items) if hasattr(value, "_fields") else tuple(items)
+        return each(lambda item: translated(item, name), value)
     return value
 
 

@@ -158,7 +158,7 @@ class Accumulator(Tile):
         return self._shape
 
     @property
-    def values(self) -> Values:  # type: ignore[override]
+    def values(self) -> Values:
         raise Fault(f"register result {list(self._shape)} of an async wgmma read before its warpgroup_mma_wait")
 
 

@@ -147,8 +147,10 @@ def _reciprocal_root(x: Values) -> Values:
 
 
 # Instructions of one operand. Their errors, of 2**-22 and for tanh of 2**-11, are not modelled.
-INSTRUCTIONS = {"rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "tanh": np.tanh, "sqrt": np.sqrt,
-                "rsqrt": _reciprocal_root}
+INSTRUCTIONS: dict[str, Callable[..., Values]] = {
+    "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "tanh": np.tanh, "sqrt": np.sqrt,
+    "rsqrt": _reciprocal_root,
+}
 
 
 def inline_asm_elementwise(asm: str, constraints: str, args: Any, dtype: tl.dtype, is_pure: Any, pack: Any) -> Tile:

@@ -13,7 +13,7 @@ from support.gluon.functions import interpreted, is_jit_function, translated
 from support.gluon.language import Grid
 from support.gluon.memory import Descriptor, Memory, Pointer, has_memory
 from support.gluon.schedule import Schedule, use
-from support.gluon.values import runtime
+from support.gluon.values import each, runtime
 
 
 def argument(value: Any) -> Any:
@@ -28,8 +28,7 @@ def argument(value: Any) -> Any:
     if is_jit_function(value):
         return interpreted(value)
     if isinstance(value, tuple):
-        items = [argument(item) for item in value]
-        return type(value)._make(items) if hasattr(value, "_fields") else tuple(items)
+        return each(argument, value)
     if type(value) is int and value == 1:
         return value  # Triton compiles a kernel for an argument of 1, which then has nothing of a tensor
     if value is None or isinstance(value, (bool, int, float, tl.dtype)):

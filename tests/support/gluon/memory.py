@@ -196,7 +196,7 @@ class Descriptor:
     def read(self, box: tuple[Values, slice, Values]) -> np.ndarray:
         """The block, with zeros out of bounds."""
         inside, columns, where = box
-        block = np.zeros((len(inside), self.block_shape[-1]), NUMPY[self.dtype])
+        block: np.ndarray = np.zeros((len(inside), self.block_shape[-1]), NUMPY[self.dtype])
         block[inside, columns] = self.memory.read(where)
         return block.reshape(self.block_shape)
 

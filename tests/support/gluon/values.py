@@ -209,6 +209,12 @@ class Tile:
             raise TypeError(f"a tile {list(self.shape)} is neither true nor false")
         return bool(self.values)
 
+    def __truediv__(self, other: Any) -> "Tile":
+        return _quotient(self, other)
+
+    def __rtruediv__(self, other: Any) -> "Tile":
+        return _quotient(other, self)
+
     def __neg__(self) -> "Tile":
         return Tile(-self.values, self.dtype)
 
@@ -233,6 +239,12 @@ def simplified(values: Values, dtype: tl.dtype) -> Tile | Int:
     return Tile(values, dtype)
 
 
+def each(function: Callable[[Any], Any], items: Any) -> Any:
+    """A tuple, or a named one, of what a function makes of its items."""
+    made = [function(item) for item in items]
+    return type(items)._make(made) if hasattr(items, "_fields") else tuple(made)
+
+
 def runtime(value: Any) -> Any:
     """A Python number as the run-time scalar that it becomes when a kernel assigns or returns it."""
     kind = type(value)
@@ -242,10 +254,7 @@ def runtime(value: Any) -> Any:
         return Int(value, 32 if -(1 << 31) <= value < 1 << 31 else 64)
     if kind is float:
         return Tile(np.float32(value), tl.float32)
-    if isinstance(value, tuple):
-        items = [runtime(item) for item in value]
-        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
-    return value
+    return each(runtime, value) if isinstance(value, tuple) else value
 
 
 def _dtype_of(value: Any) -> tl.dtype | None:
@@ -308,10 +317,6 @@ def _divided(a: Values, b: Values) -> Values:
     return np.where((a < 0) == (b < 0), quotient, -quotient).astype(quotient.dtype)
 
 
-def _modulo(a: Values, b: Values) -> Values:
-    return np.fmod(a, b)
-
-
 def elementwise(function: Callable[[Values, Values], Values], a: Any, b: Any) -> Tile | Int:
     """A function of two operands in the dtype in which they meet."""
     x, y, dtype = matched(a, b)
@@ -352,15 +357,17 @@ def _quotient(a: Any, b: Any) -> Tile:
     return Tile(np.divide(x, y), dtype)
 
 
-for _name, _function in {"add": np.add, "sub": np.subtract, "mul": np.multiply, "floordiv": _divided, "mod": _modulo,
-                         "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-                         "lshift": np.left_shift, "rshift": np.right_shift}.items():
+ARITHMETIC: dict[str, Callable[..., Values]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "floordiv": _divided, "mod": np.fmod, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "lshift": np.left_shift, "rshift": np.right_shift,
+}
+COMPARISONS: dict[str, Callable[..., Values]] = {
+    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
+}
+for _name, _function in ARITHMETIC.items():
     _tile_operator(_name, _function)
-for _name, _function in {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-                         "eq": np.equal, "ne": np.not_equal}.items():
+for _name, _function in COMPARISONS.items():
     _tile_comparison(_name, _function)
-Tile.__truediv__ = _quotient  # type: ignore[attr-defined]
-Tile.__rtruediv__ = lambda a, b: _quotient(b, a)  # type: ignore[attr-defined]
 
 
 def bytes_of(shape: tuple[int, ...], dtype: tl.dtype) -> int:
