@@ -24,7 +24,7 @@ from fused_attn.mods import (
 from fused_attn.patch import PatchReport, patch_sdpa
 from fused_attn.replacement import Replacement, replace_attention
 from fused_attn.rotary import apply_rotary
-from fused_attn.settings import strict
+from fused_attn.settings import hopper, strict
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "attention_weights",
     "document_mask",
     "explain",
+    "hopper",
     "patch_sdpa",
     "prefix_lm_mask",
     "reference_attention",

@@ -11,6 +11,7 @@ from typing import Any
 
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
             "additive", "rotary", "decode", "fused")
+RUNGS = ("pointers", "descriptors", "specialized", "gluon")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "tf32", "tf32x3", "fp64"), nargs="+", default=["bf16"])
     compile_.add_argument("--causal", action="store_true")
     compile_.add_argument("--feature", choices=FEATURES, default="plain", help="what the kernels do beside plain attention")
+    compile_.add_argument("--rung", choices=RUNGS, default="pointers", help="kernels of sm_90, forward (fused_attn.hopper)")
     compile_.add_argument("--pass", dest="which", choices=("forward", "backward", "all"), default="all")
     compile_.add_argument("--json", action="store_true", help="print one JSON object a kernel")
     compile_.add_argument("--gate", action="store_true", help="fail when a kernel breaks the rules for defaults")

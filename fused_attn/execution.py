@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import settings
+from fused_attn import rungs, settings
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import Split, launch_forward
@@ -24,6 +24,7 @@ from fused_attn.tuning import (
     choose_combine,
     choose_fused,
     choose_rotary,
+    choose_rung,
     choose_shares,
     fit_operands,
     n_shares,
@@ -90,7 +91,14 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
     out, lse = like(q, v.shape[3], _accumulates(q) if precise else None), lse_like(q, packed)
     if packed:  # rows of no sequence are no program's
         out.zero_()
-    config = _config("forward", q, v, call)
+    rung = rungs.rung("forward", q, k, v, spec, companions)
+    if rung == "gluon":
+        from fused_attn.kernels.hopper import forward as gluon_forward  # here: Gluon is imported where it is asked for
+
+        gluon_forward.launch_forward(q, k, v, out, lse, companions.sinks, spec.softcap, call,
+                                     config=choose_rung(rung, q.shape[3], v.shape[3]))
+        return out, lse, None
+    config = _config("forward", q, v, call) if rung == "pointers" else _rung_config(rung, q, v, call)
     tiles = list_tiles(call, q, k, config, keys_first=False)
     launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, precise=precise)
     if not precise:
@@ -151,6 +159,11 @@ def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> Til
     if call.extras.additive:
         return choose_additive(kernel, q.shape[3], arch_of(q.device))
     config = choose(kernel, q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
+    return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
+
+
+def _rung_config(rung: str, q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
+    config = choose_rung(rung, q.shape[3], v.shape[3], call.heavy)
     return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
 
 

@@ -41,9 +41,9 @@ def compile_one(arguments: argparse.Namespace) -> int:
     passes = ("forward", "backward") if arguments.which == "all" else (arguments.which,)
     rows = []
     for dtype, head_dim, which in product(arguments.dtype, arguments.head_dim, passes):
-        for kernel in offline.kernels(which, arguments.feature):
+        for kernel in offline.kernels(which, arguments.feature, arguments.rung):
             for report in offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
-                                                 feature=arguments.feature):
+                                                 feature=arguments.feature, rung=arguments.rung):
                 rows.append(dataclasses.asdict(report))
                 if arguments.json:
                     print(json.dumps(rows[-1]), flush=True)

@@ -37,6 +37,7 @@ from fused_attn.tuning import (
     choose_combine,
     choose_fused,
     choose_rotary,
+    choose_rung,
     choose_shares,
     fit_operands,
 )
@@ -53,9 +54,11 @@ _FMA = re.compile(r"^(FFMA|DFMA|v_fma_f32|v_fmac_f32|v_pk_fma_f32|v_dot2|v_fma_f
 _LOCAL = re.compile(r"^(LDL|STL|scratch_)")
 
 
-def kernels(which: str, feature: str) -> tuple[Kernel, ...]:
-    """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own, and the
-    fused backward one that gives dQ as well."""
+def kernels(which: str, feature: str, rung: str = "pointers") -> tuple[Kernel, ...]:
+    """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own, the fused
+    backward one that gives dQ as well, and the other rungs of sm_90 a forward alone."""
+    if rung != "pointers":
+        return ("forward",) if which == "forward" else ()
     if feature == "rotary":
         return ("rotary",) if which == "forward" else ()
     if feature == "decode":
@@ -94,6 +97,7 @@ class Report:
     tensor_memory: int
     compile_seconds: float
     triton: str
+    rung: str = "pointers"
 
     def problems(self, max_spill: int = 64, local_in_loops: bool = False, max_seconds: float = 10.0) -> list[str]:
         """What breaks the rules that default configurations are held to; empty if nothing does."""
@@ -178,10 +182,12 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
 
 
 def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, *, group: int = 4,
-                   feature: str = "plain", head_dim_v: int | None = None, config: TileConfig | None = None) -> list[Report]:
+                   feature: str = "plain", head_dim_v: int | None = None, config: TileConfig | None = None,
+                   rung: str = "pointers") -> list[Report]:
     """Compiles one kernel for ``target`` as ``attention`` would launch it on long sequences, and reads the binary.
 
-    One report, or two, "dk" and "dv", where the configuration gives each a launch of its own. ``feature``: of ``FEATURES``.
+    One report, or two, "dk" and "dv", where the configuration gives each a launch of its own. ``feature``: of ``FEATURES``;
+    ``rung``: of ``settings.RUNGS``, for a forward on sm_90.
 
     One target a process: Triton keeps compiled kernels by device, not by target.
     """
@@ -210,6 +216,8 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         config = choose_fused(head_dim, head_dim_v, element, target)
         if config is None:
             return []
+    elif config is None and rung != "pointers":
+        config = fit_operands(choose_rung(rung, head_dim, head_dim_v, call.heavy), call.loaded_bytes, element)
     elif config is None and call.extras.additive:
         config = choose_additive(kernel, head_dim, target)
     elif config is None:
@@ -246,6 +254,11 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         elif kernel == "combine":
             launch_combine(out[None, :, :, :1].to(lse.dtype), lse[None, :, :, :1], out[:, :, :1], lse[:, :, :1], None,
                            config=config, launch=compile_only)
+        elif kernel == "forward" and rung == "gluon":
+            from fused_attn.kernels.hopper import forward as gluon_forward
+
+            gluon_forward.launch_forward(q, k, v, out, lse, companions.sinks, spec.softcap, call, config=config,
+                                         launch=compile_only)
         elif kernel == "forward":
             launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only,
                            precise=bool(call.extras.additive))  # which always keep the residual
@@ -265,7 +278,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     names = (kernel,) if len(compiled) == 1 else ("dk", "dv")
     return [
         Report(
-            target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature,
+            target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature, rung=rung,
             config=describe(config),
             shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
@@ -282,6 +295,7 @@ def describe(config: TileConfig) -> str:
     if config.edge_stages is not None:
         words.append(f"edge{config.edge_stages}")
     words += ["wide"] * config.wide + ["nolicm"] * config.disable_licm + ["split"] * config.split
+    words += ["descriptors"] * config.descriptors + ["specialized"] * config.specialize
     return " ".join([*words, *(f"{name}={value}" for name, value in config.options)])
 
 

@@ -53,7 +53,7 @@ def kind(q: Any, k: Any, v: Any, causal: Any, window: Any, *others: Any) -> tupl
     if not (window is None or isinstance(window, tuple)):
         return None
     return (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype,
-            v.device, causal, window, *others, settings.BACKEND)
+            v.device, causal, window, *others, settings.BACKEND, settings.rung())
 
 
 def find(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Replay | None:
@@ -73,13 +73,15 @@ def keep(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     """Remembers the launches of a call that was just made, if nothing but its tensors would differ in another one."""
     tensors = [q, k, v, out, lse]
     slots = {x.data_ptr(): i for i, x in enumerate(tensors)}
-    if len(slots) < len(tensors):  # one tensor in two places, or empty ones
+    if len(slots) < len(tensors) or not launches:  # one tensor in two places, or empty ones; launched by other means
         return
     storages = {x.untyped_storage().data_ptr() for x in tensors}
     steps = []
     for kernel, programs, arguments, config in launches:
         given = [x for x in arguments if isinstance(x, torch.Tensor)]
         if any(x is not y for x, y in zip(given, arguments, strict=False)):  # tensors must come first
+            return
+        if any(hasattr(x, "block_shape") for x in arguments):  # a tensor descriptor is that of one tensor
             return
         for x in given:
             if x.data_ptr() not in slots:

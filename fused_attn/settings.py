@@ -2,6 +2,7 @@
 
 FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch or reference
 FUSED_ATTN_STRICT   1: raise where the quadratic reference would run unasked
+FUSED_ATTN_HOPPER   kernels of sm_90: pointers, descriptors, specialized or gluon (``hopper``)
 TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU tensors
 """
 
@@ -13,10 +14,15 @@ from typing import Any, TypeVar
 _F = TypeVar("_F", bound=Callable[..., Any])
 _TRUE = ("1", "true", "yes", "on")
 BACKENDS = ("triton", "torch", "reference")
+RUNGS = ("pointers", "descriptors", "specialized", "gluon")
 
 BACKEND = os.environ.get("FUSED_ATTN_BACKEND") or None
 if BACKEND is not None and BACKEND not in BACKENDS:
     raise ValueError(f"FUSED_ATTN_BACKEND: expected one of {', '.join(BACKENDS)}; got {BACKEND!r}")
+
+_rung = os.environ.get("FUSED_ATTN_HOPPER") or "pointers"
+if _rung not in RUNGS:
+    raise ValueError(f"FUSED_ATTN_HOPPER: expected one of {', '.join(RUNGS)}; got {_rung!r}")
 
 
 def interpreted() -> bool:
@@ -51,3 +57,33 @@ def strict(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _strict = before
+
+
+def rung() -> str:
+    """Which of ``RUNGS`` answers on sm_90."""
+    return _rung
+
+
+@contextlib.contextmanager
+def hopper(kernels: str) -> Iterator[None]:
+    """Within it, calls on sm_90 (H100, H200) in halves run these kernels wherever they can; other calls are not touched.
+
+    A ladder, each rung with more of the card's own means; what a rung does not take runs on ``"pointers"``, the default and
+    the same source as on every other card. No GPU has timed the others yet, so they must be asked for.
+
+    ``"pointers"``      Triton, tiles loaded by pointers
+    ``"descriptors"``   Triton, keys and values loaded by the tensor memory accelerator (forward)
+    ``"specialized"``   that, and Triton gives loads and products warps of their own (forward)
+    ``"gluon"``         written warp by warp: softmax runs under the matrix products
+
+    It holds for the whole process, threads included; ``explain`` names the kernels of a call. Raises ValueError for another
+    name.
+    """
+    global _rung
+    if kernels not in RUNGS:
+        raise ValueError(f"kernels: expected one of {', '.join(RUNGS)}; got {kernels!r}")
+    before, _rung = _rung, kernels
+    try:
+        yield
+    finally:
+        _rung = before

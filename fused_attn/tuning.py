@@ -213,6 +213,26 @@ def choose_fused(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) 
     return next((table[width] for width in sorted(table) if max(head_dim, head_dim_v) <= width), None)
 
 
+# The forward's rungs on sm_90 beside the table above. 240 or 160 registers a thread for two or three consumers.
+_SPECIALIZED = {64: T(128, 128, 4, 2), 128: T(128, 128, 4, 2), 256: T(128, 64, 4, 2)}
+_GLUON_OPTIONS = (("maxnreg", 168), ("enable_fp_fusion", True))
+_GLUON = {64: T(128, 128, 4, 4, options=_GLUON_OPTIONS), 128: T(128, 128, 4, 2, options=_GLUON_OPTIONS),
+          256: T(128, 64, 4, 2, options=_GLUON_OPTIONS)}
+_DESCRIPTORS = {64: T(128, 128, 8, 2, edge_stages=1), 128: T(128, 128, 8, 2, edge_stages=1),
+                256: T(128, 64, 8, 2, edge_stages=1)}
+
+
+@functools.cache
+def choose_rung(rung: str, head_dim: int, head_dim_v: int, heavy: bool = False) -> T:
+    """The forward's configuration on sm_90 for "descriptors", "specialized" or "gluon", in halves up to head dim 256."""
+    widest = max(head_dim, head_dim_v)
+    if rung == "descriptors" and heavy:
+        return dataclasses.replace(choose("forward", head_dim, head_dim_v, torch.bfloat16, "sm_90", heavy), descriptors=True)
+    tables = {"descriptors": _DESCRIPTORS, "specialized": _SPECIALIZED, "gluon": _GLUON}
+    config = next(config for width, config in tables[rung].items() if widest <= width)
+    return dataclasses.replace(config, descriptors=rung != "gluon", specialize=rung == "specialized")
+
+
 # Few queries over many keys, as in decoding: the keys in shares, for programs enough to fill a GPU.
 FEW_QUERIES, MANY_KEYS = 64, 1024
 MAX_SHARES = 128

@@ -17,6 +17,7 @@ from fused_attn.kernels.score import NO_SLOPE, apply_mods
 from fused_attn.kernels.softmax import LOG2E, softmax_finish, softmax_start, softmax_step
 from fused_attn.kernels.tiles import (
     Place,
+    boxed,
     head_view,
     load_tile,
     locate,
@@ -108,10 +109,15 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         if first >= n_queries:
             return
     scale = scale.to(ACC)
-    # [BLOCK_M, D]
-    q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
+    q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
     k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
     v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
+    if TILE.descriptors:
+        q_view = boxed(q_view, D, BLOCK_M)
+        k_view = boxed(k_view, D, BLOCK_N)
+        v_view = boxed(v_view, DV, BLOCK_N)
+    # [BLOCK_M, D]
+    q = load_tile(q_view, first, D, BLOCK_M, True, TILE.wide)
     row_max, row_sum = softmax_start(sinks_ptr, head, BLOCK_M, ACC)
     sums = tl.zeros([BLOCK_M], ACC) if PRECISE else 0
     state = zeros(DV, BLOCK_M, ACC), row_max, row_sum, sums, sums
@@ -126,12 +132,21 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     if len(split) > 0:
         inner_first, inner_stop = shared(inner_first, inner_stop, STEP, share, n_shares)
         edges_first, edges_stop = shared(0, edges_stop, 1, share, n_shares)
-    for i in tl.range(inner_first, inner_stop, STEP, disable_licm=TILE.disable_licm):
-        place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE, False)
-    for i in tl.range(edges_first, edges_stop, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
-        place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE, True)
+    if TILE.specialize:
+        # One loop, masked all along: the compiler specialises no other.
+        for k_first in tl.range(sweep[0], sweep[3], BLOCK_N, warp_specialize=True):
+            place = Place(batch, head, first, k_first, offset, n_queries, n_keys)
+            state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
+                           True)
+    else:
+        for i in tl.range(inner_first, inner_stop, STEP, disable_licm=TILE.disable_licm):
+            place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+            state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
+                           False)
+        for i in tl.range(edges_first, edges_stop, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
+            place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+            state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
+                           True)
 
     factor, lse = softmax_finish(state[1], state[2])
     if len(extras.dropout) > 0:

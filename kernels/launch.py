@@ -1,13 +1,16 @@
 """Launching: the one place where a kernel meets its device, its options and its tile configuration."""
 
 import contextlib
+import contextvars
 import dataclasses
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import triton
 import triton.language as tl
 
 from fused_attn.kernels.tiles import Sequences
@@ -105,11 +108,24 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
     if _recorder.launches is not None:
         _recorder.launches.append((kernel, programs, args, config))
     options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
+    launch = functools.partial(kernel[(programs,)], *args, config, **options)
+    if config.descriptors:
+        launch = functools.partial(contextvars.copy_context().run, _with_scratch, launch)
     if here:
-        kernel[(programs,)](*args, config, **options)
+        launch()
     else:
         with torch.accelerator.device_index(device.index):
-            kernel[(programs,)](*args, config, **options)
+            launch()
+
+
+def _with_scratch(launch: Callable[[], Any]) -> None:
+    """Launches a kernel that writes tensor descriptors, in memory of torch's; the context keeps the user's own allocator."""
+    triton.set_allocator(_scratch)
+    launch()
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device=torch.accelerator.current_accelerator())
 
 
 def fit_offsets(config: TileConfig, call: Call, *tensors: torch.Tensor) -> TileConfig:

@@ -112,6 +112,19 @@ def rest_columns(width: int) -> int:
 
 
 @triton.jit
+def boxed(view, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """A view of which tiles of ROWS rows are loaded through tensor descriptors: (descriptor,), or one for each block."""
+    base, length, row_stride, _ = view
+    HEAD: tl.constexpr = head_columns(WIDTH)
+    REST: tl.constexpr = rest_columns(WIDTH)
+    width: tl.constexpr = HEAD if REST else WIDTH
+    boxes = (tl.make_tensor_descriptor(base, [length, width], [row_stride, 1], [ROWS, HEAD]),)
+    if REST:
+        boxes = boxes + (tl.make_tensor_descriptor(base + HEAD, [length, WIDTH - HEAD], [row_stride, 1], [ROWS, REST]),)
+    return boxes
+
+
+@triton.jit
 def tile_ptrs(view, first_row, FIRST_COL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
     """Pointers to rows ``first_row ...`` and columns ``FIRST_COL ...`` of a view: [ROWS, COLS].
 
@@ -155,9 +168,14 @@ def load_tile(view, first_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, TAIL: tl
     """Tile of ROWS rows whose columns past ``WIDTH``, and with ``TAIL`` the rows past the end, read as zero."""
     HEAD: tl.constexpr = head_columns(WIDTH)
     REST: tl.constexpr = rest_columns(WIDTH)
-    tile = (load_block(view, first_row, 0, WIDTH, ROWS, HEAD, TAIL, WIDE),)
-    if REST:
-        tile = tile + (load_block(view, first_row, HEAD, WIDTH, ROWS, REST, TAIL, WIDE),)
+    if len(view) <= 2:  # boxed: everything outside reads as zero
+        tile = (view[0].load([first_row, 0]),)
+        if REST:
+            tile = tile + (view[1].load([first_row, 0]),)
+    else:
+        tile = (load_block(view, first_row, 0, WIDTH, ROWS, HEAD, TAIL, WIDE),)
+        if REST:
+            tile = tile + (load_block(view, first_row, HEAD, WIDTH, ROWS, REST, TAIL, WIDE),)
     return tile
 
 

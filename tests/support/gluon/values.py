@@ -5,6 +5,7 @@ Halves are kept as float32 values that a half can hold: every result of theirs i
 
 import math
 import operator
+import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -220,6 +221,11 @@ class Tile:
 
     def __invert__(self) -> "Tile":
         return Tile(np.invert(self.values), self.dtype)
+
+    @property
+    def type(self) -> types.SimpleNamespace:
+        """Kernels ask it for a layout, of which nothing is known here."""
+        return types.SimpleNamespace(shape=list(self.shape), layout=None)
 
     def __repr__(self) -> str:
         return f"Tile {self.dtype} {list(self.shape)}"

@@ -1,0 +1,64 @@
+"""Rings of tiles in shared memory, which one producer warp fills by TMA and warpgroups of consumers empty.
+
+A *step* counts the tiles that a ring has carried: step s lies in slot ``s % stages``, and the parity that its barriers are
+awaited with is that of ``s // stages``. Each slot has two barriers: ``full`` is passed once the tile's bytes have landed,
+``empty`` once every consumer has handed the slot back.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Triton 3.6 and 3.7 have the long names alone, 3.8 both, 3.9 the short ones alone.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+class Ring(NamedTuple):
+    """``stages`` tiles in shared memory and their barriers."""
+
+    tiles: Any  # [stages, 1, ..., rows, columns]
+    full: Any  # [stages, 1]
+    empty: Any  # [stages, 1]
+
+
+@gluon.jit
+def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A ring for the boxes of a tensor descriptor."""
+    tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def fill(ring, step, desc, coordinates):
+    """Producer: starts to load the box at ``coordinates``, as soon as its slot is empty."""
+    slot = step % ring.tiles.shape[0]
+    mbarrier.wait(ring.empty.index(slot), (step // ring.tiles.shape[0] + 1) & 1)
+    mbarrier.expect(ring.full.index(slot), desc.block_type.nbytes)
+    tma_load(desc, coordinates, ring.full.index(slot), ring.tiles.index(slot))
+
+
+@gluon.jit
+def await_tile(ring, step, pred=True):
+    """Consumer: waits until the tile has landed."""
+    mbarrier.wait(ring.full.index(step % ring.tiles.shape[0]), (step // ring.tiles.shape[0]) & 1, pred=pred)
+
+
+@gluon.jit
+def tile_at(ring, step):
+    """The tile [rows, columns] in shared memory."""
+    tile = ring.tiles.index(step % ring.tiles.shape[0])
+    return tile.reshape([ring.tiles.shape[-2], ring.tiles.shape[-1]])
+
+
+@gluon.jit
+def release(ring, step):
+    """Consumer: hands the slot back; nothing of its own may read it any more."""
+    mbarrier.arrive(ring.empty.index(step % ring.tiles.shape[0]), count=1)
