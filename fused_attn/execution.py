@@ -23,6 +23,7 @@ from fused_attn.tuning import (
     choose_additive,
     choose_combine,
     choose_fused,
+    choose_gluon_backward,
     choose_rotary,
     choose_rung,
     choose_shares,
@@ -191,14 +192,18 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
     call, roles = lower(q, k, spec, companions)
     lse = _as_lse(lse, q, packed)
 
+    if (dq is not None and dk is not None and dv is not None
+            and rungs.rung("backward", q, k, v, spec, companions, dout) == "gluon"):
+        delta = _gluon_backward(tensors, lse, dq, dk, dv, call)
+        dsinks = _sinks_gradient(lse, delta, companions.sinks) if needs.dsinks else None
+        return dq, dk, dv, dsinks, None, [None] * len(companions.operands)
     config = functools.partial(_config, q=q, v=v, call=call)
     delta = lse  # where only dV is wanted delta is not read
     dsinks = dscore_weight = None
     if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.operands):
         delta = _delta(dout, dlse, q, out, residual, lse, call, config("delta"))
-        if needs.dsinks:  # a sink is a key of value 0: its dP is 0
-            weight = _sink_weight(lse, companions.sinks)
-            dsinks = -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(companions.sinks.dtype)
+        if needs.dsinks:
+            dsinks = _sinks_gradient(lse, delta, companions.sinks)
     fused = _fused_config(q, v, spec, call, needs)
     if fused is not None:
         total = like(q, q.shape[3], _accumulates(q)).zero_()
@@ -244,8 +249,30 @@ def _delta(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, out: 
     return delta
 
 
-def _sink_weight(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    return torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - lse))
+def _sinks_gradient(lse: torch.Tensor, delta: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Of a key of value 0: its dP is 0."""
+    weight = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - lse))
+    return -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _gluon_backward(tensors: tuple[Any, ...], lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
+                    call: Call) -> torch.Tensor:
+    """Fills dq, dk and dv by Hopper's Gluon kernel; returns delta [B, H, Nq]. Tensors as ``backward`` has them."""
+    from fused_attn.kernels.hopper import backward as gluon  # here: Gluon is imported where it is asked for
+    from fused_attn.kernels.hopper import workspace
+    from fused_attn.kernels.hopper.problem import tile_width
+
+    dout, dlse, q, k, v, out, *_ = tensors
+    config = choose_gluon_backward(q.shape[3], v.shape[3])
+    around = TileConfig(config.block_m, config.block_n, num_warps=4, num_stages=1)
+    tiles = -(-call.n_queries // config.block_m)
+    rows = call.batch * q.shape[1] * tiles
+    stats = lse.new_empty(2, rows, config.block_m)
+    sums = lse.new_zeros(rows, config.block_m * tile_width(q.shape[3]))
+    workspace.launch_statistics(out, dout, lse, None if dlse is None else _as_lse(dlse, q, False), stats, call, config=around)
+    gluon.launch_backward(q, k, v, dout, stats, sums, dk, dv, call, config=config)
+    workspace.launch_ordered(sums, dq, call, config=around)
+    return stats[1].view(call.batch, q.shape[1], tiles * config.block_m)[:, :, : call.n_queries]
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:

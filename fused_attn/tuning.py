@@ -222,6 +222,16 @@ _DESCRIPTORS = {64: T(128, 128, 8, 2, edge_stages=1), 128: T(128, 128, 8, 2, edg
                 256: T(128, 64, 8, 2, edge_stages=1)}
 
 
+# The Gluon backward's main kernel; those around it take the same tiles.
+_GLUON_BACKWARD = {64: T(128, 128, 4, 2, options=_GLUON_OPTIONS), 128: T(64, 128, 4, 2, options=_GLUON_OPTIONS)}
+
+
+@functools.cache
+def choose_gluon_backward(head_dim: int, head_dim_v: int) -> T:
+    """The configuration of the Gluon backward on sm_90, in halves up to head dim 128."""
+    return _GLUON_BACKWARD[64 if max(head_dim, head_dim_v) <= 64 else 128]
+
+
 @functools.cache
 def choose_rung(rung: str, head_dim: int, head_dim_v: int, heavy: bool = False) -> T:
     """The forward's configuration on sm_90 for "descriptors", "specialized" or "gluon", in halves up to head dim 256."""

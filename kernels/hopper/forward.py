@@ -7,8 +7,6 @@ while P V runs on the tensor cores. Tiles go from the last key to the first, so 
 Source: Shah et al. 2024, "FlashAttention-3".
 """
 
-from typing import Any
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,6 +22,7 @@ from fused_attn.kernels.hopper.problem import (
     L2_BYTES,
     ROWS,
     Problem,
+    accumulator_layout,
     box,
     descriptor,
     inner_tiles,
@@ -39,12 +38,6 @@ from fused_attn.spec import TileConfig
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 NEG_INF = gl.constexpr(float("-inf"))
-
-
-@gluon.constexpr_function
-def accumulator_layout(columns: int) -> Any:
-    """Of [64, columns] in the registers of one warpgroup, as wgmma gives it."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit

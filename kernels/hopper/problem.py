@@ -49,6 +49,12 @@ class Item(NamedTuple):
     offset: Any
 
 
+@gluon.constexpr_function
+def accumulator_layout(columns: int) -> Any:
+    """Of [64, columns] in the registers of one warpgroup, as wgmma gives it."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
 @gluon.jit
 def span(cu, used, batch, length):
     """(first row, number of rows) of one side of a sequence; ``length`` where nothing says otherwise."""

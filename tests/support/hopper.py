@@ -9,31 +9,36 @@ from unittest import mock
 import torch
 
 from fused_attn import execution, rungs, settings
-from fused_attn.kernels.hopper import forward
+from fused_attn.kernels.hopper import backward, forward, workspace
 from fused_attn.spec import TileConfig
 from support.gluon import launch
 
 
 @contextlib.contextmanager
-def gluon(config: TileConfig | None = None, seed: int = 0, module: ModuleType = forward) -> Iterator[list[int]]:
-    """Within it, attention(..., backend="triton") takes the card for a Hopper and runs Gluon's forward under one schedule.
+def gluon(config: TileConfig | None = None, seed: int = 0, modules: dict[str, ModuleType] | None = None,
+          backward_config: TileConfig | None = None) -> Iterator[list[str]]:
+    """Within it, attention(..., backend="triton") takes the card for a Hopper and runs Gluon's kernels under one schedule.
 
-    ``config``: its tiles, else those of a card; ``module``: the forward, perhaps a copy with a bug in it. Yields a list with
-    an entry for each launch: the number of its programs.
+    ``config``, ``backward_config``: their tiles, else those of a card; ``modules``: copies of kernels.hopper's modules, with
+    bugs in them. Yields the names of the Gluon kernels that were launched.
     """
-    launches: list[int] = []
+    launches: list[str] = []
 
     def schedule(kernel, programs, args, tile):
-        launches.append(programs)
+        launches.append(kernel.fn.__name__)
         launch(kernel, programs, args, tile, seed=seed)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings.hopper("gluon"))
         stack.enter_context(mock.patch.object(rungs, "arch_of", return_value="sm_90"))
-        launched = functools.partial(module.launch_forward, launch=schedule)
-        stack.enter_context(mock.patch.object(forward, "launch_forward", launched))
-        if config is not None:
-            stack.enter_context(mock.patch.object(execution, "choose_rung", return_value=config))
+        for module, name, more in ((forward, "launch_forward", {"launch": schedule}),
+                                   (backward, "launch_backward", {"launch": schedule}),
+                                   (workspace, "launch_statistics", {}), (workspace, "launch_ordered", {})):
+            function = getattr((modules or {}).get(module.__name__, module), name)
+            stack.enter_context(mock.patch.object(module, name, functools.partial(function, **more)))
+        for name, chosen in (("choose_rung", config), ("choose_gluon_backward", backward_config)):
+            if chosen is not None:
+                stack.enter_context(mock.patch.object(execution, name, return_value=chosen))
         yield launches
 
 
