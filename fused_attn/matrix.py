@@ -1,7 +1,6 @@
 """``fused-attn compile``: one report a kernel, for one target or for all of them."""
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -44,7 +43,7 @@ def compile_one(arguments: argparse.Namespace) -> int:
         for kernel in offline.kernels(which, arguments.feature):
             for report in offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
                                                  feature=arguments.feature):
-                rows.append(dataclasses.asdict(report))
+                rows.append(report.row())
                 if arguments.json:
                     print(json.dumps(rows[-1]), flush=True)
     if not arguments.json:
