@@ -1,6 +1,7 @@
-"""``fused-attn compile``: one report a kernel, for one target or for all of them."""
+"""``fused-attn compile``: one report a kernel, for one target or for all of them; with ``--profile`` the static profile."""
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fused_attn import offline
+from fused_attn import offline, profile
 from fused_attn.report import print_table
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
@@ -38,21 +39,28 @@ def problems(row: dict[str, Any]) -> list[str]:
 def compile_one(arguments: argparse.Namespace) -> int:
     """Compiles for one target and prints the reports; the status says whether ``--gate`` found a problem."""
     passes = ("forward", "backward") if arguments.which == "all" else (arguments.which,)
-    rows = []
+    reports, rows = [], []
     for dtype, head_dim, which in product(arguments.dtype, arguments.head_dim, passes):
         for kernel in offline.kernels(which, arguments.feature):
             for report in offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
                                                  feature=arguments.feature):
-                rows.append(report.row())
+                reports.append(report)
+                rows.append(dataclasses.asdict(profile.profile(report)) if arguments.profile else report.row())
                 if arguments.json:
                     print(json.dumps(rows[-1]), flush=True)
-    if not arguments.json:
-        shown = ("kernel", "dtype", "head_dim", "config", "registers", "spill_bytes", "local_in_loops", "shared_bytes",
-         "matrix", "loop_instructions", "warnings", "compile_seconds")
+    if not rows:
+        print(f"{arguments.target}: no configuration of {arguments.feature} for these head dims and types", file=sys.stderr)
+    elif not arguments.json:
         window = "causal" if arguments.causal else "full"
-        print_table([{**{key: row[key] for key in shown}, "matrix": sum(row["matrix"].values())} for row in rows],
-                    f"{arguments.target}, {window}, {arguments.feature}, Triton {rows[0]['triton']}")
-    broken = {f"{row['kernel']} {row['dtype']} D{row['head_dim']}": offline.Report(**row).problems() for row in rows}
+        title = f"{arguments.target}, {window}, {arguments.feature}, Triton {rows[0]['triton']}"
+        if arguments.profile:
+            for name, table in profile.tables(rows).items():
+                print_table(table, f"{title}: {name}")
+        else:
+            shown = ("kernel", "dtype", "head_dim", "config", "registers", "spill_bytes", "local_in_loops", "shared_bytes",
+                     "matrix", "loop_instructions", "warnings", "compile_seconds")
+            print_table([{**{key: row[key] for key in shown}, "matrix": sum(row["matrix"].values())} for row in rows], title)
+    broken = {f"{report.kernel} {report.dtype} D{report.head_dim}": report.problems() for report in reports}
     for name, found in broken.items():
         if found:
             print(f"{arguments.target} {name}: {'; '.join(found)}", file=sys.stderr)
@@ -84,16 +92,28 @@ def jobs() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
         yield target, "bf16", (64, 128, 256), True, "bias fp32, mask"
 
 
-def run(out: Path | None) -> int:
-    """Compiles the whole matrix, a process a job, writes the rows and fails where a rule is broken."""
+def profiled() -> Iterator[tuple[str, str, tuple[int, ...], bool, str]]:
+    """The same of the static profile: plain attention, decoding and the fused backward in bf16 on four targets."""
+    targets, wide = ("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128, 256)
+    for target, causal in product(targets, (False, True)):
+        yield target, "bf16", wide, causal, "plain"
+    for target in targets:
+        yield target, "bf16", wide, False, "decode"
+    for target, causal in product(("sm_80", "sm_90"), (False, True)):
+        yield target, "bf16", (64, 128), causal, "fused"
+
+
+def run(out: Path | None, static_profile: bool) -> int:
+    """Compiles the whole matrix, or all that is profiled, a process a job, writes the rows, and of the profile a readable
+    table beside them; fails where a rule is broken."""
     from rich.progress import Progress
 
-    work = list(jobs())
+    work = list(profiled() if static_profile else jobs())
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress() as progress:
         task = progress.add_task("compiling", total=len(work))
-        futures = {pool.submit(_subprocess, *job): job for job in work}
+        futures = {pool.submit(_subprocess, *job, static_profile): job for job in work}
         for future in as_completed(futures):
             target, dtype, head_dims, causal, feature = futures[future]
             done, error = future.result()
@@ -102,7 +122,7 @@ def run(out: Path | None) -> int:
                 failures.append(f"{target} {dtype} D{head_dims} causal={causal} {feature}: {error}")
             progress.advance(task)
     rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["feature"], row["causal"], row["kernel"]))
-    for row in rows:
+    for row in () if static_profile else rows:
         if found := problems(row):
             failures.append(f"{row['target']} {row['kernel']} {row['dtype']} D{row['head_dim']} causal={row['causal']} "
                             f"{row['feature']}: "
@@ -111,6 +131,8 @@ def run(out: Path | None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in rows)
         out.write_text(f"[\n{lines}\n]\n")
+        if static_profile:
+            out.with_suffix(".md").write_text(profile.markdown(rows))
         print(f"{len(rows)} rows in {out}")
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -118,12 +140,12 @@ def run(out: Path | None) -> int:
     return 1 if failures else 0
 
 
-def _subprocess(target: str, dtype: str, head_dims: tuple[int, ...], causal: bool, feature: str,
+def _subprocess(target: str, dtype: str, head_dims: tuple[int, ...], causal: bool, feature: str, static_profile: bool,
                 ) -> tuple[list[dict[str, Any]], str]:
     """Rows of one job, in a process of its own: a compiler that crashes takes only its job along."""
     command = [sys.executable, "-m", "fused_attn", "compile", "--target", target, "--dtype", dtype, "--json",
-               "--feature", feature,
-               "--head-dim", *map(str, head_dims), *(["--causal"] if causal else [])]
+               "--feature", feature, "--head-dim", *map(str, head_dims),
+               *["--causal"] * causal, *["--profile"] * static_profile]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     return rows, "" if result.returncode == 0 else f"exit status {result.returncode}: {result.stderr[-400:]}"

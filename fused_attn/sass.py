@@ -17,8 +17,8 @@ from typing import Any
 
 import triton
 
-# What an instruction is for, by its opcode; the first that matches. What matches nothing ("other": uniform registers,
-# constants, branches) takes an issue slot and nothing else that is counted.
+# What an instruction is for, by its opcode; the first that matches. "exp2" is all that the special function unit does. What
+# matches nothing ("other": uniform registers, constants, branches) takes an issue slot and nothing else that is counted.
 FAMILIES = {
     "tensor": r"HGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma|v_wmma",
     "local": r"LDL|STL|scratch_",
@@ -214,7 +214,8 @@ def _natural_loops(listing: Listing) -> list[tuple[list[int], int]]:
         for head in targets:
             if dominators[source] >> head & 1:
                 body, work = bodies.setdefault(head, {head}), [source]
-                last[head] = max(last.get(head, 0), ends[source])
+                # where the loop is laid out with its head behind its end, nothing tells what else lies out of line
+                last[head] = max(last.get(head, 0), ends[source] if source >= head else n)
                 while work:
                     b = work.pop()
                     if b not in body:

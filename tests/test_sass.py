@@ -124,6 +124,25 @@ def test_a_wait_spun_on_out_of_line_neither_makes_nor_lengthens_a_loop():
     assert opcodes(loop) == ["FADD", "BRA", "HMMA.16816.F32.BF16", "BRA"]
 
 
+def test_a_loop_whose_head_lies_behind_its_end():
+    """LLVM lays some loops out so that the end falls through to the head."""
+    (loop,) = sass.parse_amd("""
+    s_branch .LBB0_9
+.LBB0_8:
+    v_mfma_f32_16x16x16_bf16 a[0:3], v[0:1], v[2:3], a[0:3]
+    s_cbranch_scc0 .LBB0_41
+.LBB0_9:
+    v_exp_f32_e32 v4, v4
+    s_cbranch_execz .LBB0_8
+    v_perm_b32 v4, v4, v5, v6
+    s_branch .LBB0_8
+.LBB0_41:
+    s_endpgm
+""").main_loops()
+    assert opcodes(loop) == ["v_mfma_f32_16x16x16_bf16", "s_cbranch_scc0", "v_exp_f32_e32", "s_cbranch_execz", "v_perm_b32",
+                             "s_branch"]
+
+
 def test_both_sides_of_a_branch_belong_to_the_loop():
     assert opcodes(only_loop(around("@P1 BRA `(.L_x_1)", "FSEL R1, R1, R2, P2", ".L_x_1:", HMMA))) == [
         "BRA", "FSEL", "HMMA.16816.F32.BF16", "BRA"]
