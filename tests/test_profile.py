@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from fused_attn import profile, sass
+from fused_attn import matrix, profile, sass
 from fused_attn.matrix import profiled
 from fused_attn.profile import MACHINES
 from fused_attn.sass import Instruction
@@ -237,5 +237,15 @@ def test_a_kernel_that_vanished_is_told():
     assert told == "sm_90 forward bf16 128 True plain: only before"
 
 
-def test_the_readable_table_is_of_the_same_rows():
-    assert (ROOT / "docs/profile.md").read_text() == profile.markdown(committed())
+def test_one_command_writes_the_rows_and_the_readable_table(tmp_path, monkeypatch):
+    """Given the committed rows, the whole run writes the committed files."""
+
+    def compiled(target, dtype, head_dims, causal, feature, static_profile):
+        assert static_profile
+        return [row for row in committed() if (row["target"], row["dtype"], row["causal"], row["feature"])
+                == (target, dtype, causal, feature) and row["head_dim"] in head_dims], ""
+
+    monkeypatch.setattr(matrix, "_subprocess", compiled)
+    assert matrix.run(tmp_path / "profile.json", static_profile=True) == 0
+    for file in ("profile.json", "profile.md"):
+        assert (tmp_path / file).read_text() == (ROOT / "docs" / file).read_text()
