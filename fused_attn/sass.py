@@ -108,10 +108,11 @@ class Listing:
         if op.startswith("HMMA.168"):
             return 16, 8, int(op[8:].split(".")[0])
         if found := re.search(r"idesc\[UR(\d+)\]", args):
-            for x in reversed(self.instructions[:index]):
-                if value := re.match(rf"\s*UR{found.group(1)}, (0x[0-9a-f]+)", x.args if x.op == "UMOV" else ""):
-                    bits = int(value.group(1), 16)
-                    return (bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8, 16
+            written = (x for x in reversed(self.instructions[:index]) if re.match(rf"UR{found.group(1)},", x.args))
+            last = next(written, Instruction(""))
+            if value := re.search(r", (0x[0-9a-f]+)$", last.args if last.op == "UMOV" else ""):
+                bits = int(value.group(1), 16)
+                return (bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8, 16
         return None
 
 
@@ -140,7 +141,7 @@ class Loop:
                     flying += "gsb0" in x.args
                 elif x.op.startswith("WARPGROUP.DEPBAR"):
                     flying = min(flying, _left_in_flight(x))
-                elif turn and re.match(r"MUFU\.EX2", x.op):
+                elif turn and x.op.startswith("MUFU.EX2"):
                     counted.append(flying > 0)
         return sum(counted) / len(counted) if counted and any(x.op.startswith("HGMMA") for x in self.instructions) else None
 

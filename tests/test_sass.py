@@ -226,8 +226,9 @@ def test_shapes_of_matrix_instructions():
     loop = only_loop(around(
         GROUP, HMMA, "UMOV UR53, 0x8200490", "UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR11], tmem[UR52], idesc[UR53], UPT",
         "UMOV UR53, 0x4100490", "UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR11], tmem[UR52], idesc[UR53], UPT",
-        "UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR11], tmem[UR52], idesc[UR9], UPT"))
-    assert loop.shapes == ((64, 128, 16), (16, 8, 16), None, (128, 128, 16), None, (64, 64, 16), None, None)
+        "UIADD3.X UR53, UPT, UPT, UR27, URZ, URZ, UP1, !UPT",
+        "UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR11], tmem[UR52], idesc[UR53], UPT"))
+    assert loop.shapes == ((64, 128, 16), (16, 8, 16), None, (128, 128, 16), None, (64, 64, 16), None, None, None)
 
 
 def test_amd_assembly():
