@@ -15,7 +15,7 @@ STAMP := $(VENV)/installed
 FAST := not slow and not gpu
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help install test lint test-fast test-all demo check compile-matrix gpu clean
+.PHONY: help install test lint test-fast test-all demo check compile-matrix profile gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do \
@@ -51,6 +51,9 @@ check: $(STAMP)  ## is the answer right on this machine?
 
 compile-matrix: $(STAMP)  ## compile every kernel for every target, without a GPU, into docs/compile-matrix.json
 	$(BIN)/python -m fused_attn compile --matrix --out docs/compile-matrix.json
+
+profile: $(STAMP)  ## the static profile of the default kernels, without a GPU, into docs/profile.json and .md
+	$(BIN)/python -m fused_attn compile --profile --matrix --out docs/profile.json
 
 gpu:  ## on a machine with a GPU, installing nothing: tests and timings in OUT=gpu-output, within MINUTES=9
 	python3 -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))

@@ -37,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_.add_argument("--pass", dest="which", choices=("forward", "backward", "all"), default="all")
     compile_.add_argument("--json", action="store_true", help="print one JSON object a kernel")
     compile_.add_argument("--gate", action="store_true", help="fail when a kernel breaks the rules for defaults")
-    compile_.add_argument("--matrix", action="store_true", help="every target, head dim and dtype")
-    compile_.add_argument("--out", type=Path, help="with --matrix: write the rows to this JSON file")
+    compile_.add_argument("--profile", action="store_true", help="occupancy and main loops instead: the static profile")
+    compile_.add_argument("--matrix", action="store_true",
+                          help="every target, head dim and dtype; with --profile all that docs/profile.json holds")
+    compile_.add_argument("--out", type=Path,
+                          help="with --matrix: write the rows to this JSON file, of --profile also as a table beside it (.md)")
     compile_.set_defaults(run=_compile)
 
     demo = commands.add_parser("demo", help="check, then train a small GPT on real text and look at it")
@@ -107,7 +110,7 @@ def _compile(arguments: argparse.Namespace) -> int:
     from fused_attn import matrix
 
     if arguments.matrix:
-        return matrix.run(arguments.out)
+        return matrix.run(arguments.out, arguments.profile)
     if arguments.target is None:
         print("fused-attn compile: --target or --matrix is needed", file=sys.stderr)
         return 2

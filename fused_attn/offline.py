@@ -2,7 +2,7 @@
 
 The real launchers run on meta tensors with a launcher that only compiles, so that signatures, specialisations and tile
 configurations are those of a real launch. Registers, spills, shared memory and the instruction mix are read from the
-binary: for NVIDIA from ptxas and nvdisasm, which ship with Triton, for AMD from the assembly.
+binary (``sass.py``).
 """
 
 import contextlib
@@ -10,10 +10,7 @@ import dataclasses
 import io
 import os
 import re
-import subprocess
 import tempfile
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fused_attn import sass
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import Split, launch_forward
+from fused_attn.kernels.launch import Call, Launcher
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
@@ -36,6 +35,7 @@ from fused_attn.tuning import (
     choose_additive,
     choose_combine,
     choose_fused,
+    choose_gluon_backward,
     choose_rotary,
     choose_rung,
     choose_shares,
@@ -49,16 +49,15 @@ FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
 
-_MATRIX = re.compile(r"^(HGMMA|HMMA|DMMA|UTCHMMA|UTCQMMA|v_mfma|v_wmma)")
-_FMA = re.compile(r"^(FFMA|DFMA|v_fma_f32|v_fmac_f32|v_pk_fma_f32|v_dot2|v_fma_f64)")
-_LOCAL = re.compile(r"^(LDL|STL|scratch_)")
+_NO_PRODUCTS = ("delta", "list", "rotary", "combine", "statistics", "ordered")
 
 
 def kernels(which: str, feature: str, rung: str = "pointers") -> tuple[Kernel, ...]:
     """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own, the fused
-    backward one that gives dQ as well, and the other rungs of sm_90 a forward alone."""
+    backward one that gives dQ as well. Of the other rungs of sm_90 only Gluon's has a backward, of three kernels."""
     if rung != "pointers":
-        return ("forward",) if which == "forward" else ()
+        backward: tuple[Kernel, ...] = ("statistics", "backward", "ordered") if rung == "gluon" else ()
+        return ("forward",) if which == "forward" else backward
     if feature == "rotary":
         return ("rotary",) if which == "forward" else ()
     if feature == "decode":
@@ -75,7 +74,8 @@ def kernels(which: str, feature: str, rung: str = "pointers") -> tuple[Kernel, .
 class Report:
     """What the binary of one kernel says. ``spill_bytes`` is local memory written; ``local_in_loops`` counts instructions
     that touch local memory inside a main loop, an innermost one with matrix products (fp32: with fused multiply-adds);
-    ``matrix`` counts matrix instructions by opcode, ``loop_mix`` all instructions of the main loops by opcode family."""
+    ``matrix`` counts matrix instructions by opcode, ``loop_mix`` all instructions of the main loops by opcode without
+    modifiers. ``code`` is the binary itself, of a report that was just made."""
 
     target: str
     kernel: str
@@ -98,6 +98,11 @@ class Report:
     compile_seconds: float
     triton: str
     rung: str = "pointers"
+    code: sass.Binary | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def row(self) -> dict[str, Any]:
+        """The figures as JSON takes them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "code"}
 
     def problems(self, max_spill: int = 64, local_in_loops: bool = False, max_seconds: float = 10.0) -> list[str]:
         """What breaks the rules that default configurations are held to; empty if nothing does."""
@@ -108,7 +113,7 @@ class Report:
             found.append(f"{self.local_in_loops} local-memory accesses in a main loop")
         if self.shared_bytes > self.shared_limit:
             found.append(f"{self.shared_bytes} bytes of shared memory of {self.shared_limit}")
-        if self.kernel not in ("delta", "list", "rotary", "combine") and self.dtype in ("fp16", "bf16") and not self.matrix:
+        if self.kernel not in _NO_PRODUCTS and self.dtype in ("fp16", "bf16") and not self.matrix:
             found.append("no matrix instruction")
         if self.warnings:
             found.append("serialised matrix instructions: " + ", ".join(self.warnings))
@@ -216,6 +221,10 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         config = choose_fused(head_dim, head_dim_v, element, target)
         if config is None:
             return []
+    elif config is None and kernel in ("statistics", "backward", "ordered"):
+        if max(head_dim, head_dim_v) > 128:
+            return []
+        config = choose_gluon_backward(head_dim, head_dim_v)
     elif config is None and rung != "pointers":
         config = fit_operands(choose_rung(rung, head_dim, head_dim_v, call.heavy), call.loaded_bytes, element)
     elif config is None and call.extras.additive:
@@ -254,11 +263,8 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         elif kernel == "combine":
             launch_combine(out[None, :, :, :1].to(lse.dtype), lse[None, :, :, :1], out[:, :, :1], lse[:, :, :1], None,
                            config=config, launch=compile_only)
-        elif kernel == "forward" and rung == "gluon":
-            from fused_attn.kernels.hopper import forward as gluon_forward
-
-            gluon_forward.launch_forward(q, k, v, out, lse, companions.sinks, spec.softcap, call, config=config,
-                                         launch=compile_only)
+        elif rung == "gluon":
+            _launch_gluon(kernel, (q, k, v, out, lse, companions.sinks), spec.softcap, call, config, compile_only)
         elif kernel == "forward":
             launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only,
                            precise=bool(call.extras.additive))  # which always keep the residual
@@ -283,10 +289,30 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
             shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
             compile_seconds=round(seconds, 2), triton=triton.__version__,
-            **(_read_amd(binary) if target.startswith("gfx") else _read_nvidia(binary, log)),
+            **_figures(sass.read(binary, log, target)),
         )
         for name, (binary, log, seconds) in zip(names, compiled, strict=True)
     ]
+
+
+def _launch_gluon(kernel: Kernel, tensors: tuple[Any, ...], softcap: float | None, call: Call, config: TileConfig,
+                  launch: Launcher) -> None:
+    from fused_attn.kernels.hopper import backward, forward, workspace  # here: Gluon is imported where it is asked for
+    from fused_attn.kernels.hopper.problem import tile_width
+
+    q, k, v, out, lse, sinks = tensors
+    around = TileConfig(config.block_m, config.block_n, num_warps=4, num_stages=1)
+    rows = call.batch * q.shape[1] * -(-call.n_queries // config.block_m)
+    stats = lse.new_empty(2, rows, config.block_m)
+    sums = lse.new_empty(rows, config.block_m * tile_width(q.shape[3]))
+    if kernel == "forward":
+        forward.launch_forward(q, k, v, out, lse, sinks, softcap, call, config=config, launch=launch)
+    elif kernel == "statistics":
+        workspace.launch_statistics(out, out, lse, None, stats, call, config=around, launch=launch)
+    elif kernel == "backward":
+        backward.launch_backward(q, k, v, out, stats, sums, k, v, call, config=config, launch=launch)
+    else:
+        workspace.launch_ordered(sums, q, call, config=around, launch=launch)
 
 
 def describe(config: TileConfig) -> str:
@@ -299,58 +325,14 @@ def describe(config: TileConfig) -> str:
     return " ".join([*words, *(f"{name}={value}" for name, value in config.options)])
 
 
-def _read_nvidia(binary: Any, log: str) -> dict[str, Any]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(binary.asm["cubin"])
-        cubin.flush()
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
-    line = re.compile(r"^(?:(\.L_\w+):|\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*))", re.M)
-    listing = [(label, op, rest) for label, op, rest in line.findall(sass)]
-    branch = [re.search(r"`\((\.L_\w+)\)", rest) if op.startswith("BRA") else None for _, op, rest in listing]
+def _figures(code: sass.Binary) -> dict[str, Any]:
+    """The fields of a report that are read from the binary."""
+    loops = code.listing.main_loops()
     return {
-        "registers": int(re.findall(r"Used (\d+) registers", log)[-1]),
-        "spill_bytes": int(re.findall(r"(\d+) bytes spill stores", log)[-1]),
-        "warnings": sorted(set(re.findall(r"C75\d\d", log))),
-        **_loops([(label, op, jump.group(1) if jump else None) for (label, op, _), jump in zip(listing, branch, strict=True)]),
-    }
-
-
-def _read_amd(binary: Any) -> dict[str, Any]:
-    assembly = binary.asm["amdgcn"]
-    listing = []
-    for label, op, rest in re.findall(r"^(?:(\.LBB\w+):|\s+([a-z]\w+)(?:\s+([^;\n]*))?)", assembly, re.M):
-        jump = rest.strip() if op.startswith(("s_cbranch", "s_branch")) else None
-        listing.append((label, op, jump))
-
-    def field(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[-1])
-
-    return {
-        "registers": field("vgpr_count"),
-        "spill_bytes": field("private_segment_fixed_size"),
-        "warnings": [],
-        **_loops(listing),
-    }
-
-
-def _loops(listing: list[tuple[str, str, str | None]]) -> dict[str, Any]:
-    """Instruction counts of the innermost loops that multiply matrices; ``listing`` holds (label, opcode, jump target)."""
-    position = {label: index for index, (label, _, _) in enumerate(listing) if label}
-    loops = [(position[jump], index) for index, (_, _, jump) in enumerate(listing)
-             if jump is not None and position.get(jump, index) < index]
-
-    def count(pattern: re.Pattern[str], first: int, last: int) -> int:
-        return sum(1 for _, op, _ in listing[first : last + 1] if pattern.match(op))
-
-    whole = (0, len(listing) - 1)
-    pattern = _MATRIX if count(_MATRIX, *whole) else _FMA
-    busy = [loop for loop in loops if count(pattern, *loop)]
-    inner = [a for a in busy if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in busy)]
-    return {
-        "matrix": dict(Counter(op for _, op, _ in listing if _MATRIX.match(op))),
-        "instructions": sum(1 for _, op, _ in listing if op),
-        "loop_mix": dict(Counter(op.split(".")[0] for a, b in inner for _, op, _ in listing[a : b + 1] if op).most_common()),
-        "local_in_loops": sum(count(_LOCAL, *loop) for loop in inner),
-        "loop_instructions": [sum(1 for _, op, _ in listing[a : b + 1] if op) for a, b in sorted(inner)],
+        "code": code, "registers": code.registers, "spill_bytes": code.spill_bytes, "warnings": list(code.warnings),
+        "matrix": sass.opcodes(code.listing.instructions, "tensor"),
+        "instructions": len(code.listing.instructions),
+        "loop_mix": sass.opcodes([x for loop in loops for x in loop.instructions]),
+        "local_in_loops": sum(loop.count()["local"] for loop in loops),
+        "loop_instructions": [len(loop.instructions) for loop in loops],
     }

@@ -13,7 +13,8 @@ import torch
 
 from fused_attn.spec import TileConfig as T
 
-Kernel = Literal["forward", "shares", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary"]
+Kernel = Literal["forward", "shares", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary",
+                 "statistics", "backward", "ordered"]
 
 _CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
 _CDNA2 = (*_CDNA, ("waves_per_eu", 2))

@@ -140,31 +140,3 @@ def test_every_target_has_a_configuration_for_every_call():
                     config = choose(kernel, dim, 64, dtype, target)
                     assert isinstance(config, TileConfig)
                     assert dataclasses.astuple(config)[:2] == (config.block_m, config.block_n)
-
-
-def threads_that_fit(registers, config):
-    """Programs of a kernel that one multiprocessor's 65536 registers hold at a time."""
-    warps = int(config.split()[1][1:])
-    return 65536 // (registers * 32 * warps)
-
-
-def test_plain_kernels_pay_nothing_for_the_features():
-    """Plain causal kernels against what they took before there were masks, biases, dropout and packed sequences.
-
-    The compiler's own noise is 1 % of the instructions of a loop; a program less on a multiprocessor is not.
-    """
-    before = {(r["target"], r["kernel"], r["head_dim"]): r for r in json.loads((ROOT / "docs/plain-kernels.json").read_text())}
-    rows = [r for r in json.loads((ROOT / "docs/compile-matrix.json").read_text())
-            if r["target"] in ("sm_80", "sm_90") and r["dtype"] == "bf16" and r["causal"] and r["feature"] == "plain"]
-    compared = 0
-    for row in rows:
-        old = before.get((row["target"], row["kernel"], row["head_dim"]))
-        if old is None:
-            continue
-        compared += 1
-        where = row["target"], row["kernel"], row["head_dim"]
-        assert row["spill_bytes"] <= old["spill_bytes"], where
-        for now, then in zip(row["loop_instructions"], old["loop_instructions"], strict=True):
-            assert now <= then + max(2, 0.011 * then), where
-        assert threads_that_fit(row["registers"], row["config"]) >= threads_that_fit(old["registers"], row["config"]), where
-    assert compared == len(before)
