@@ -9,12 +9,12 @@ import functools
 import importlib.util
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from fused_attn import mods, reference, settings, tuning
+from fused_attn import mods, reference, rungs, settings, tuning
 from fused_attn.describe import Described
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions
 
@@ -25,17 +25,23 @@ MAX_HEAD_DIM = 576  # of keys and queries; the tables of tuning.py end there
 class Explanation:
     """What ``explain`` found: the backend that would run a call, and what each other one has against it.
 
-    ``reasons`` maps every backend to its reasons, empty for one that could run the call too.
+    ``reasons`` maps every backend to its reasons, empty for one that could run the call too. Within ``fused_attn.hopper`` the
+    ``rung`` is the one asked for and ``against_rung`` maps "forward" and "backward" to what it has against them; a pass with
+    reasons runs on pointers.
     """
 
     backend: str
     reasons: dict[str, tuple[str, ...]]
+    rung: str = "pointers"
+    against_rung: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
         for name, reasons in self.reasons.items():
             if name != self.backend:
                 lines.append(f"  {name}: {'; '.join(reasons) or 'could run this call too'}")
+        for which, reasons in self.against_rung.items():
+            lines.append(f"{which}: {f'pointers; {self.rung}: ' + '; '.join(reasons) if reasons else self.rung}")
         return "\n".join(lines)
 
 
@@ -195,7 +201,11 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
         "torch": against_torch(call, return_lse),
         "reference": ("memory is quadratic in the sequence length",),
     }
-    return Explanation(choose(call, return_lse, backend, strict, warn=False), reasons)
+    chosen, rung = choose(call, return_lse, backend, strict, warn=False), settings.rung()
+    against_rung: dict[str, tuple[str, ...]] = {}
+    if chosen == "triton" and rung != "pointers":
+        against_rung = {"forward": rungs.against(rung, "forward", *call), "backward": rungs.against(rung, "backward", *call)}
+    return Explanation(chosen, reasons, rung, against_rung)
 
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,

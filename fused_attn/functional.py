@@ -223,6 +223,8 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bo
     """Which backend ``attention`` would run for these arguments, and every reason against the others."""
     _check_switches(deterministic, strict)
     call = describe.describe(q, k, v, **arguments)
+    if deterministic is False:
+        call = call._replace(spec=call.spec._replace(deterministic=False))
     return dispatch.explain(call, return_lse, backend, strict)
 
 

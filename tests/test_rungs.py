@@ -1,13 +1,20 @@
 """The rungs of Hopper's forward that are Triton: the same answers with tiles loaded through descriptors, in one loop or two."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from support.features import FEATURES, Call, Shape
 from support.guard import is_poison
 
-from fused_attn import execution
+import fused_attn
+from fused_attn import attention, execution, rungs, settings
 from fused_attn.spec import TileConfig
 
+ROOT = Path(__file__).parents[1]
 TILES = {"descriptors": TileConfig(64, 32, 1, 1, descriptors=True),
          "specialized": TileConfig(64, 32, 1, 1, descriptors=True, specialize=True)}
 ONE_LOOP = {"plain", "causal", "window", "scale", "softcap", "gqa", "lengths", "dims", "dims_192", "key_lengths", "sinks",
@@ -35,3 +42,92 @@ def test_every_feature_has_the_same_answer(monkeypatch, rung, name):
     for key, expected in want.items():
         assert not is_poison(got[key]).any(), key
         torch.testing.assert_close(got[key], expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A machine whose tensors lie on a Hopper."""
+    monkeypatch.setattr(rungs, "arch_of", lambda device: "sm_90")
+
+
+def halves(dim=64, length=96, heads=2, dtype=torch.bfloat16):
+    return [torch.randn(1, heads, length, dim).to(dtype) for _ in range(3)]
+
+
+# (rung, forward is its, backward is its, head dim, arguments of the call)
+TAKEN = [
+    ("gluon", True, True, 64, {"deterministic": False}),
+    ("gluon", True, True, 128, {"deterministic": False, "causal": True, "window": (9, None), "sinks": torch.zeros(2)}),
+    ("gluon", True, False, 64, {}),
+    ("gluon", True, False, 256, {"deterministic": False}),
+    ("gluon", True, False, 64, {"deterministic": False, "softcap": 3.0}),
+    ("gluon", False, False, 20, {"deterministic": False}),
+    ("gluon", False, False, 64, {"deterministic": False, "scale": -1.0}),
+    ("gluon", False, False, 64, {"deterministic": False, "dropout_p": 0.5}),
+    ("gluon", False, False, 64, {"deterministic": False, "precise": True}),
+    ("gluon", False, False, 64, {"deterministic": False, "mask": torch.ones(96, 96, dtype=torch.bool)}),
+    ("gluon", False, False, 64, {"deterministic": False, "alibi_slopes": torch.ones(2)}),
+    ("gluon", False, False, 64, {"deterministic": False, "key_lengths": torch.tensor([7])}),
+    ("specialized", True, False, 256, {"causal": True, "softcap": 3.0}),
+    ("specialized", False, False, 64, {"alibi_slopes": torch.ones(2)}),
+    ("descriptors", True, False, 64, {"alibi_slopes": torch.ones(2)}),
+    ("descriptors", False, False, 64, {"dropout_p": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("rung", "forward", "backward", "dim", "arguments"), TAKEN)
+def test_explain_names_the_kernels_of_a_pass(card, rung, forward, backward, dim, arguments):
+    with fused_attn.hopper(rung):
+        told = fused_attn.explain(*halves(dim), backend="triton", **arguments)
+    assert told.rung == rung
+    assert {which: not reasons for which, reasons in told.against_rung.items()} == {"forward": forward, "backward": backward}
+    assert f"forward: {rung}" in str(told).splitlines() or not forward
+    assert forward or f"forward: pointers; {rung}: " in str(told)
+
+
+@pytest.mark.parametrize("tensors", [
+    [x[..., 1:] for x in halves(65)],  # rows that do not begin at a multiple of 16 bytes
+    [x.mT.contiguous().mT for x in halves()],
+    [x[:, :1].expand(1, 2, 96, 64) for x in halves()],
+    halves(dtype=torch.float32),
+    [*halves()[:2], halves(128)[2]],  # tiles of different widths
+], ids=["unaligned", "columns", "expanded", "fp32", "values"])
+def test_tensors_that_boxes_cannot_hold_stay_with_pointers(card, tensors):
+    with fused_attn.hopper("gluon"):
+        told = fused_attn.explain(*tensors, backend="triton")
+    assert told.against_rung["forward"]
+
+
+def test_pointers_are_the_default_and_another_card_keeps_them():
+    tensors = halves()
+    assert fused_attn.explain(*tensors, backend="triton").against_rung == {}
+    with fused_attn.hopper("gluon"):
+        told = fused_attn.explain(*tensors, backend="triton")
+        assert told.against_rung["forward"] == ("the card is no Hopper",)
+        assert attention(*tensors, backend="triton").isfinite().all()
+    assert settings.rung() == "pointers"
+
+
+def test_an_unknown_rung_is_an_error():
+    with pytest.raises(ValueError, match=r"kernels: expected one of pointers, descriptors, specialized, gluon; got 'cuda'"), \
+            fused_attn.hopper("cuda"):
+        pass
+
+
+def test_the_environment_chooses_a_rung():
+    command = [sys.executable, "-c", "import fused_attn.settings as s; print(s.rung())"]
+    for value, expected in (("gluon", "gluon"), ("", "pointers")):
+        done = subprocess.run(command, env={**os.environ, "FUSED_ATTN_HOPPER": value}, capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.strip() == expected, done.stderr
+    done = subprocess.run(command, env={**os.environ, "FUSED_ATTN_HOPPER": "cuda"}, capture_output=True, text=True, cwd=ROOT)
+    assert "FUSED_ATTN_HOPPER: expected one of pointers" in done.stderr
+
+
+def test_a_call_on_another_rung_is_not_repeated_from_this_one(monkeypatch):
+    """What a plain call leaves behind is for calls on its own rung."""
+    tensors = halves()
+    attention(*tensors, backend="triton")
+    times = climb(monkeypatch, "descriptors")
+    with fused_attn.hopper("descriptors"):
+        attention(*tensors, backend="triton")
+    assert times
