@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from benchmarks.cases import DTYPES, Pass
-from benchmarks.timing import measure, spread
+from benchmarks.correctness import asked
+from fused_attn.bench.cases import DTYPES, Pass
+from fused_attn.bench.timing import measure, spread
 from fused_attn.spec import Window, attention_flops, kept_pairs
 
 Row = dict[str, Any]
@@ -129,11 +130,6 @@ class Call:
         out = self.attend(leaves, backend)
         grads = torch.autograd.grad(out, list(leaves.values()), self.dout.to(out.dtype))
         return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
-
-
-def asked(device: str) -> str | None:
-    """What a call names as its backend: on CPU tensors, where the kernels are no default, they are asked for."""
-    return "triton" if device == "cpu" else None
 
 
 def check(feature: Feature, shape: Shape, device: str) -> Row:

@@ -24,9 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import correctness, features, peers, plots, report, timing
-from benchmarks.cases import Case, correctness_cases, determinism_cases, timing_cases
+from benchmarks import correctness, features, plots, report
+from benchmarks.cases import correctness_cases, determinism_cases, timing_cases
 from benchmarks.conditions import clocks, conditions
+from fused_attn.bench import contest, peers
+from fused_attn.bench.cases import Case
 
 Row = dict[str, Any]
 
@@ -225,8 +227,8 @@ def determinism_stage(run: Run) -> None:
 
 def timing_stage(run: Run) -> None:
     present = peers.found(run.device)
-    jobs = [Job("host overhead", partial(_one, timing.overhead, run.device, 2 if run.smoke else 200), ("forward",))]
-    jobs += [Job(case.name, partial(timing.time_case, case, run.device, present), case.passes)
+    jobs = [Job("host overhead", partial(_one, contest.overhead, run.device, 2 if run.smoke else 200), ("forward",))]
+    jobs += [Job(case.name, partial(contest.time_case, case, run.device, present, 2 if run.smoke else None), case.passes)
              for case in timing_cases(run.smoke)]
     _, shape = features.shapes(run.smoke)
     first = 1 + (len(jobs) - 1) // 3  # after the most informative of the plain cases

@@ -8,54 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fused_attn.bench.plots import STYLE, bars, legend, short
+
 Row = dict[str, Any]
 
-# One colour for each implementation everywhere; all tell apart without colour vision (Okabe and Ito).
-COLOURS = {"ours": "#D55E00", "sdpa cudnn": "#0072B2", "sdpa flash": "#56B4E9", "sdpa efficient": "#BBBBBB", "flex": "#009E73",
-           "eager": "#777777", "flash_attn 2": "#CC79A7", "flash_attn 3": "#222222"}
-STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-         "grid.color": "#DDDDDD", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 150}
 FAMILIES = {"window": "sliding window", "gqa": "grouped queries", "softcap": "softcap", "fp16": "fp16", "fp32": "fp32",
             "decode": "decoding"}
 PANELS = {"TFLOP/s, halves": ("window", "gqa", "softcap", "fp16"), "TFLOP/s, fp32": ("fp32",), "TFLOP/s, decoding": ("decode",)}
-
-
-def short(n: int) -> str:
-    return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
-
-
-def speeds(row: Row) -> dict[str, Row]:
-    """Implementation -> its timing, for those that have one."""
-    timed = {"ours": row, **row.get("peers", {})}
-    return {name: timed[name] for name in COLOURS if "tflops" in timed.get(name, {})}
-
-
-def _bars(axes: Any, rows: list[Row], labels: list[str]) -> None:
-    """Groups of bars, TFLOP/s with the 20th to 80th percentile; the number of ours stands in its bar."""
-    widest = max((len(speeds(row)) for row in rows), default=1)
-    width = 0.84 / max(3, widest)
-    top = max((timed["tflops"] for row in rows for timed in speeds(row).values()), default=1.0)
-    for group, row in enumerate(rows):
-        found = speeds(row)
-        for place, (name, timed) in enumerate(found.items()):
-            x, height = group + (place - (len(found) - 1) / 2) * width, timed["tflops"]
-            low, high = (row["flops"] / timed[end] / 1e9 for end in ("p80", "p20"))
-            axes.bar(x, height, 0.92 * width, color=COLOURS[name], label=name,
-                     yerr=[[max(0.0, height - low)], [max(0.0, high - height)]],
-                     error_kw={"elinewidth": 0.6, "ecolor": "#444444"})
-            if name == "ours":
-                inside = height > 0.25 * top
-                axes.annotate(f"{height:.3g}", (x, height), (0, -6 if inside else 4), textcoords="offset points", rotation=90,
-                              ha="center", va="top" if inside else "bottom", fontsize=6.5, color="white" if inside else "black")
-    axes.set_xticks(range(len(rows)), labels)
-    axes.set_xlim(-0.6, max(1, len(rows)) - 0.4)
-
-
-def _legend(figure: Any) -> None:
-    """One legend of everything drawn, in the order of COLOURS, below the panels."""
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = [name for name in COLOURS if name in handles]
-    figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order))
 
 
 def _grid(plt: Any, rows: list[Row], which: str, conditions: Row) -> Any:
@@ -69,12 +28,12 @@ def _grid(plt: Any, rows: list[Row], which: str, conditions: Row) -> Any:
         for head_dim, axes in zip(head_dims, line, strict=True):
             members = sorted((row for row in rows if (row["head_dim"], row["causal"]) == (head_dim, causal)),
                              key=lambda row: row["n_keys"])
-            _bars(axes, members, [short(row["n_keys"]) for row in members])
+            bars(axes, members, [short(row["n_keys"]) for row in members])
             axes.set_title(f"head dim {head_dim}, {'causal' if causal else 'full'}", fontsize=9)
             axes.set_xlabel("sequence length")
         line[0].set_ylabel("TFLOP/s")
     figure.suptitle(f"Attention {which}, {'/'.join(sorted({row['dtype'] for row in rows}))}: {_where(conditions)}", fontsize=10)
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -124,12 +83,12 @@ def _features(plt: Any, rows: list[Row], conditions: Row) -> Any:
             members = [row for family in families for row in rows if (row["family"], row["pass"]) == (family, which)]
             labels = [f"{FAMILIES[row['family']]}\n{short(row['n_keys'])}, D {row['head_dim']}" for row in members]
             axes.set_visible(bool(members))
-            _bars(axes, members, labels)
+            bars(axes, members, labels)
             axes.tick_params(axis="x", labelsize=7)
             axes.set_ylabel(title)
             axes.set_title(which, fontsize=9)
     figure.suptitle(f"Features: {_where(conditions)}", fontsize=10)
-    _legend(figure)
+    legend(figure)
     return figure
 
 

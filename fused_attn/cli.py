@@ -25,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
 
+    from fused_attn.bench import command  # imports no Triton: what it times says whether kernels are interpreted
+
+    bench = commands.add_parser("bench", help="time attention on your own shapes, beside what else is here",
+                                description=command.__doc__)
+    command.add_arguments(bench)
+    bench.set_defaults(run=command.run)
+
     compile_ = commands.add_parser("compile", help="compile the kernels for any target, no GPU needed")
     compile_.add_argument("--target", help="sm_80, sm_90, gfx942, ...")
     compile_.add_argument("--head-dim", type=int, choices=range(1, 577), metavar="D", nargs="+", default=[128],

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import fused_attn
-from benchmarks import correctness, features, gpu, peers, plots, report
+from benchmarks import correctness, features, gpu, plots, report
 from benchmarks.cases import correctness_cases, timing_cases
+from fused_attn.bench import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"rows.jsonl", "summary.json", "summary.md", "correctness.json"}
