@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fused_attn
 from benchmarks import correctness, features, gpu, plots, report
 from benchmarks.cases import correctness_cases, timing_cases
 from fused_attn.bench import peers
@@ -233,17 +232,3 @@ def test_losing_cases_are_in_the_tables():
     assert all(f"- {row['case']} {row['pass']}: " in text for row in losing)
     assert " L)" in text
     assert "sdpa cudnn, 12 cases" in text
-
-
-def test_the_host_time_of_calls(monkeypatch, tmp_path, capsys):
-    from benchmarks import cpu, host
-
-    monkeypatch.setattr(host, "CALLS", 1)
-    monkeypatch.setattr(cpu, "ROUNDS", 1)
-    monkeypatch.setattr("sys.argv", ["host", "--out", str(tmp_path / "host.json")])
-    assert host.main() == 0
-    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
-    assert {row["case"] for row in rows} == {"one tile", "decode"}
-    assert all(row["us"] > 0 for row in rows)
-    q = torch.ones(1, 1, 4, 16)
-    assert fused_attn.attention(q, q, q, backend="triton").eq(1).all()

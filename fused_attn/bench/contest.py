@@ -91,7 +91,8 @@ class Contest:
         except Exception as error:
             facts["error"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
 
-    def _calls(self, which: Pass) -> Calls:
+    def calls(self, which: Pass) -> Calls:
+        """What is timed of each implementation that passed its checks."""
         if which == "forward":
             return {name: entry.call for name, entry in self.entries.items()}
         return {name: partial(entry.gradients, self.outs[name]) for name, entry in self.entries.items()}
@@ -104,7 +105,7 @@ class Contest:
         peers = {name: dict(facts) for name, facts in self.facts.items() if name != OURS}
         if OURS not in self.entries:
             return {**row, **ours, "ok": None if ours["error"].startswith("OutOfMemoryError") else False, "peers": peers}
-        calls = self._calls(which)
+        calls = self.calls(which)
         times = measure(calls, self.device, self.rounds)
         timed = {name: spread(ms) for name, ms in times.items()}
         for result in timed.values():
@@ -186,12 +187,6 @@ def time_case(case: Case, device: str, peers: list[Peer], rounds: int | None = N
     yield from Contest(subject_of(case, device, peers), device, rounds).rows()
 
 
-def _repeat(attend: Attend, inputs: Inputs, times: int) -> None:
-    with torch.no_grad():
-        for _ in range(times):
-            attend(*inputs[:3])
-
-
 def overhead(device: str, calls: int) -> Row:
     """Microseconds of host time a call, without gradients, on shapes whose device time is next to nothing."""
     on_gpu = device != "cpu"
@@ -202,7 +197,8 @@ def overhead(device: str, calls: int) -> Row:
     for name, attend in ((OURS, subject.attend), (SDPA_DEFAULT.name, SDPA_DEFAULT.prepare(subject, device))):
         rounds = []
         for _ in range(6):  # the first one warms up
-            rounds.append(wall_ms(partial(_repeat, attend, inputs, calls)) / calls * 1e3)
+            with torch.no_grad():
+                rounds.append(wall_ms(partial(attend, *inputs[:3]), calls) * 1e3)
             if on_gpu:
                 torch.cuda.synchronize()
         row[f"{name}_us"] = round(statistics.median(rounds[1:]), 2)

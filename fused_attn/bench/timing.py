@@ -1,5 +1,6 @@
 """How long calls take, in turns and with their spread, and what memory they need."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import torch
 
 FLUSH_BYTES = 2**28  # more than the L2 cache of any card
 MILLISECONDS_PER_CALLEE = 120.0  # of timed work for each implementation and pass
+CLOCKED_MS = 1.0  # least that the clock of a CPU is asked to tell
 MIN_ROUNDS, MAX_ROUNDS = 10, 60
 SPIN_CYCLES_PER_MS = 2_000_000
 
@@ -26,17 +28,18 @@ def measure(calls: Calls, device: str, rounds: int | None = None) -> dict[str, l
     """Milliseconds of each call, round by round and in a different order each round.
 
     On a GPU, between events on the stream: before each call the L2 cache is overwritten, and the GPU is kept busy for
-    longer than the host takes to launch it, so that what is timed is the device alone. On a CPU, by the clock.
-    ``rounds``: how many; by default as many as fit the time that the slowest is given.
+    longer than the host takes to launch it, so that what is timed is the device alone. On a CPU, by the clock, quick calls
+    several times in a row. ``rounds``: how many; by default as many as fit the time that the slowest is given.
     """
     names = list(calls)
     if device == "cpu":
-        if rounds is None:
-            rounds = _rounds([min(wall_ms(call), wall_ms(call)) for call in calls.values()])
+        estimates = [min(wall_ms(call) for _ in range(3)) for call in calls.values()] if rounds is None else [math.inf]
+        repeat = max(1, int(CLOCKED_MS / max(1e-6, *estimates)))
+        rounds = rounds or _rounds([repeat * estimate for estimate in estimates])
         walls: dict[str, list[float]] = {name: [] for name in names}
         for i in range(rounds):
             for name in _turn(names, i):
-                walls[name].append(wall_ms(calls[name]))
+                walls[name].append(wall_ms(calls[name], repeat))
         return walls
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     host_ms = {}
@@ -78,11 +81,12 @@ def _turn(names: list[str], i: int) -> list[str]:
     return names[i % len(names):] + names[:i % len(names)]
 
 
-def wall_ms(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call by the clock."""
+def wall_ms(call: Callable[[], Any], repeat: int = 1) -> float:
+    """Milliseconds of a call by the clock, the mean of ``repeat`` in a row."""
     start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - start) * 1e3 / repeat
 
 
 def peak_mib(call: Callable[[], Any], device: str) -> float | None:
