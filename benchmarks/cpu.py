@@ -2,6 +2,7 @@
 
 calls    attention() beside torch's SDPA, which answers it there: what a call adds
 layers   fused_attn.nn beside torch.nn, of the same weights
+models   a GPT and a Llama in training and in generation, by SDPA, by the matrix of scores, and by ours
 imports  ``import torch`` and ``import fused_attn``, in fresh processes
 memory   peak of the resident size over long sequences, in fresh processes
 compile  the kernels for cards that are not here: seconds of every default kernel
@@ -55,10 +56,11 @@ def timed(named: dict[str, Callable[[], Subject]], rounds: int | None) -> list[R
     return rows
 
 
-def _stages(rounds: int | None) -> dict[str, Callable[[], list[Row]]]:
-    from benchmarks import fresh
+def _stages(rounds: int | None = None, small: bool = False) -> dict[str, Callable[[], list[Row]]]:
+    from benchmarks import fresh, models
 
     return {"calls": lambda: timed(calls(), rounds), "layers": lambda: timed(layers(LAYER, "cpu"), rounds),
+            "models": lambda: timed(dict(models.subjects("cpu", small)), rounds),
             "imports": fresh.imports, "memory": fresh.memory, "compile": fresh.compile_times}
 
 
@@ -68,9 +70,10 @@ def _shown(row: Row) -> Row:
     speed = f"{row['ms']:.4g} ms" if "ms" in row else f"FAILED {row['error']}" if "error" in row else ""
     other = row["peers"][best] if best else {}
     beside = f"{best}: {other['ms']:.4g} ms" if "ms" in other else ""
-    more = {key: row[key] for key in ("peak_mib", "spill_bytes", "registers") if row.get(key) is not None}
+    extra = ("tokens_per_s", "peak_mib", "spill_bytes", "registers", "compile_s")
+    more = ", ".join(f"{key} {row[key]}" for key in extra if row.get(key) is not None)
     return {"case": row["case"], "pass": row["pass"], "ours": speed, "beside": beside,
-            "its_time_/_ours": "" if ratio is None else f"{ratio:.3f}", "more": more or ""}
+            "its_time_/_ours": "" if ratio is None else f"{ratio:.3f}", "more": more}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,14 +83,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
-    parser.add_argument("--stage", choices=_stages(None), action="append", help="this stage alone; may be given again")
+    parser.add_argument("--stage", choices=_stages(), action="append", help="this stage alone; may be given again")
     parser.add_argument("--rounds", type=int, help="timed calls of each; by default what fits 120 ms, 10 at least")
+    parser.add_argument("--small", action="store_true", help="models of the smallest sizes")
     options = parser.parse_args(arguments)
     found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads()}
     key = f"CPU, {found['threads']} threads/torch {found['torch']}/triton {found['triton']}/{found['source']}"
     common = {"commit": found["commit"], "conditions": key}
     rows = []
-    for stage, run in _stages(options.rounds).items():
+    for stage, run in _stages(options.rounds, options.small).items():
         if options.stage is None or stage in options.stage:
             rows += [{"stage": stage, **row, **common} for row in run()]
     print_table([_shown(row) for row in rows], f"on a CPU, {found['threads']} threads, torch {found['torch']}; medians")

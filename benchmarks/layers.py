@@ -44,28 +44,24 @@ def gate_of(exact: Tensors, dtype: str) -> Callable[[str, Tensors], tuple[Row, s
     return gate_by(exact, lambda result: LIMITS[dtype][result != "out"])
 
 
-def products(module: nn.Module, tokens: int, attention: int, which: Pass) -> int:
-    """FLOPs of the matrix products of a module: each weight meets each token, once forward and twice backward.
+def matrices(module: nn.Module) -> int:
+    """Elements of the weights that tokens are multiplied with."""
+    return sum(p.numel() for name, p in module.named_parameters() if p.dim() == 2 and not name.startswith("positions"))
 
-    ``attention``: forward FLOPs of its attention, of which a backward makes 2.5 times as many.
+
+def products(weights: int, tokens: int, attention: int, which: Pass) -> int:
+    """FLOPs of matrix products: each of ``weights`` elements meets each token, once forward and twice backward.
+
+    ``attention``: forward FLOPs of attention, of which a backward makes 2.5 times as many.
     """
-    weights = 2 * tokens * sum(p.numel() for p in module.parameters() if p.dim() == 2)
-    return weights + attention if which == "forward" else 2 * weights + int(2.5 * attention)
+    forward = 2 * tokens * weights
+    return forward + attention if which == "forward" else 2 * forward + int(2.5 * attention)
 
 
 def moved(module: nn.Module, tokens: torch.Tensor, which: Pass) -> int:
     """The least bytes a pass of a module moves: weights, input and output; backward, the gradients of all three besides."""
     forward = sum(p.numel() * p.element_size() for p in module.parameters()) + 2 * tokens.numel() * tokens.element_size()
     return forward if which == "forward" else 2 * forward
-
-
-def results(entry: Entry, backward: bool) -> Tensors:
-    """out, and the gradient of every leaf."""
-    out = entry.call()
-    found = {"out": out.detach()}
-    if backward:
-        found |= {f"d{name}": x for name, x in zip(entry.leaves, entry.gradients(out), strict=True)}
-    return found
 
 
 def layer(name: str, sizes: Sizes, device: str, training: bool) -> Subject:
@@ -102,14 +98,14 @@ def layer(name: str, sizes: Sizes, device: str, training: bool) -> Subject:
         leaves = {"x": tokens, **dict(module.named_parameters())} if training else {}
         return Entry(call, leaves, dout.to(tokens.dtype))
 
-    gate = gate_of(results(make(nn, wide=True), training), sizes.dtype) if not dropout else _ungated
+    gate = gate_of(make(nn, wide=True).results(training), sizes.dtype) if not dropout else _ungated
     module = getattr(nn, cls)(sizes.width, sizes.heads, **options, device="meta")
     pairs = kept_pairs(sizes.length, sizes.length, Window(), 0)
     attention = attention_flops(sizes.batch, sizes.heads, pairs, *[sizes.width // sizes.heads] * 2, products_qk=1, products_v=1)
     attention *= 2 if cls == "TransformerDecoderLayer" else 1
     return Subject(
         ("forward", "backward") if training else ("forward",), partial(make, fused_attn.nn), {"torch.nn": partial(make, nn)},
-        gate, partial(products, module, sizes.batch * sizes.length, attention), partial(moved, module.to(dtype), x),
+        gate, partial(products, matrices(module), sizes.batch * sizes.length, attention), partial(moved, module.to(dtype), x),
         {"family": "layers", "layer": name, "mode": "training" if training else "evaluation", "dtype": sizes.dtype,
          "default": True})
 

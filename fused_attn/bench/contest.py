@@ -33,8 +33,21 @@ class Entry:
     dout: torch.Tensor | None = None
     common: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, x: x
 
-    def gradients(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(out, list(self.leaves.values()), self.dout, retain_graph=True)
+    def gradients(self, out: torch.Tensor, keep: bool = True) -> tuple[torch.Tensor, ...]:
+        """Of every leaf; ``keep`` the graph for another time."""
+        return torch.autograd.grad(out, list(self.leaves.values()), self.dout, retain_graph=keep)
+
+    def step(self) -> None:
+        """Forward and backward as in training."""
+        self.gradients(self.call(), keep=False)
+
+    def results(self, backward: bool) -> Tensors:
+        """out and the gradients, in the layout that all implementations share."""
+        out = self.call()
+        found = {"out": out.detach()}
+        if backward:
+            found |= zip((f"d{leaf}" for leaf in self.leaves), self.gradients(out, keep=False), strict=True)
+        return {name: self.common(name, x) for name, x in found.items()}
 
 
 @dataclass
@@ -42,6 +55,7 @@ class Subject:
     """What several implementations compute. ``peers`` maps a name to what prepares the peer, or to the reason why not.
 
     ``flops`` and ``bytes`` are of a pass: matrix products, and the least that must be moved. ``facts`` stand in every row.
+    ``tokens``: how many a pass goes through, where that is a measure; whole training steps are timed too then.
     """
 
     passes: tuple[Pass, ...]
@@ -51,6 +65,7 @@ class Subject:
     flops: Callable[[Pass], int]
     bytes: Callable[[Pass], int]
     facts: Row
+    tokens: int | None = None
 
 
 class Contest:
@@ -108,16 +123,32 @@ class Contest:
         calls = self.calls(which)
         times = measure(calls, self.device, self.rounds)
         timed = {name: spread(ms) for name, ms in times.items()}
+        peaks = {name: peak_mib(call, self.device) for name, call in calls.items()}
+        del calls  # it holds graphs
         for result in timed.values():
             result["tflops"] = float(f"{flops / result['ms'] / 1e9:.4g}")
             result["gbytes_per_s"] = float(f"{moved / result['ms'] / 1e6:.4g}")
+            if subject.tokens is not None:
+                result["tokens_per_s"] = float(f"{1e3 * subject.tokens / result['ms']:.5g}")
+        if subject.tokens is not None and which == "backward":
+            self._steps(timed)
         best = min((name for name in timed if name != OURS), key=lambda name: timed[name]["ms"], default=None)
-        row |= {**ours, **timed.pop(OURS), "ok": True, "peak_mib": peak_mib(calls[OURS], self.device), "best_peer": best,
+        row |= {**ours, **timed.pop(OURS), "ok": True, "peak_mib": peaks[OURS], "best_peer": best,
                 "rounds": len(times[OURS]), "peers": {name: facts | timed.get(name, {}) for name, facts in peers.items()}}
         if best is not None:
             row["ratio_to_best_peer"] = round(timed[best]["ms"] / row["ms"], 4)
-            row["best_peer_peak_mib"] = peak_mib(calls[best], self.device)
+            row["best_peer_peak_mib"] = peaks[best]
         return row
+
+    def _steps(self, timed: dict[str, Row]) -> None:
+        """Adds to the rows of a backward what a whole step takes: ms, tokens a second, and MiB at its peak."""
+        assert self.subject.tokens is not None
+        self.outs.clear()  # and with them the graphs of the passes
+        steps: Calls = {name: entry.step for name, entry in self.entries.items()}
+        for name, times in measure(steps, self.device, self.rounds).items():
+            ms = spread(times)["ms"]
+            timed[name] |= {"step_ms": ms, "tokens_per_s": float(f"{1e3 * self.subject.tokens / ms:.5g}"),
+                            "step_peak_mib": peak_mib(steps[name], self.device)}
 
     def rows(self) -> Iterator[Row]:
         """One row a pass, each as soon as it is measured."""
@@ -126,18 +157,21 @@ class Contest:
 
 
 def difference(x: torch.Tensor, ref: torch.Tensor) -> float:
-    """|x - ref| / |ref|."""
-    return ((x.double() - ref.double()).norm() / ref.double().norm()).item()
+    """|x - ref| / |ref|, of which 0 / 0 is 0."""
+    error, size = (x.double() - ref.double()).norm().item(), ref.double().norm().item()
+    return error / size if size else error
 
 
-def gate_by(exact: Tensors, limits: Callable[[str], float]) -> Gate:
-    """Results within a relative error of ``exact``: ours within ``limits(result)``, peers within what tells functions apart."""
+def gate_by(exact: Tensors, limits: Callable[[str], float], peers_too: bool = False) -> Gate:
+    """Results within a relative error of ``exact``: ours within ``limits(result)``, peers within what tells functions apart,
+    or within the same with ``peers_too``."""
 
     def gate(name: str, results: Tensors) -> tuple[Row, str | None]:
         errors = {key: difference(x, exact[key]) for key, x in results.items()}
         wrong = [f"{key} differs from the reference by {error:.2g}" for key, error in errors.items()
-                 if not error <= (limits(key) if name == OURS else MAX_PEER_ERROR)]
-        return {"relative": {key: float(f"{error:.3g}") for key, error in errors.items()}}, "; ".join(wrong) or None
+                 if not error <= (limits(key) if name == OURS or peers_too else MAX_PEER_ERROR)]
+        facts = {"relative": {"out": errors["out"], "worst": max(errors.values())}}
+        return facts, "; ".join(wrong[:3]) or None
 
     return gate
 
