@@ -1,5 +1,6 @@
 """What only a fresh process can tell: how long imports and first calls take, what memory peaks at, what compiling costs."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_attn.bench import peers
+from fused_attn.bench.cases import Case, case
 from fused_attn.report import track
 
 Row = dict[str, Any]
@@ -69,6 +72,42 @@ for which in ("forward", "backward"):
 """
 
 
+# The first call of an implementation in this process, then what a call costs; CUDA itself is awake before the clock starts.
+COLD = """
+import functools, json, sys, time
+import torch
+from fused_attn.bench.cases import Case
+from fused_attn.bench import peers
+
+name, device, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+case = Case(**{**fields, "passes": tuple(fields["passes"])})
+q, k, v, dout, _ = case.inputs(device)
+trained = "backward" in case.passes
+q, k, v = (x.requires_grad_(trained) for x in (q, k, v))
+(q @ k.mT[:, :1]).sum().item()
+wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+
+def clock(call):
+    wait()
+    start = time.perf_counter()
+    result = call()
+    wait()
+    return (time.perf_counter() - start) * 1e3, result
+
+def prepared():
+    attend = case.attend if name == "ours" else peers.named(name).prepare(case, device)
+    return functools.partial(attend, q, k, v)
+
+prepare_ms, call = clock(prepared)
+ms, out = clock(call)
+found = {"forward": {"first": prepare_ms + ms, "warm": sorted(clock(call)[0] for _ in range(7))[3]}}
+if trained:
+    backward = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
+    found["backward"] = {"first": clock(backward)[0], "warm": sorted(clock(backward)[0] for _ in range(7))[3]}
+print(json.dumps(found))
+"""
+
+
 def output(code: str, *arguments: object, **variables: str) -> str:
     """What a fresh Python prints that runs ``code`` in this checkout."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -118,3 +157,53 @@ def compile_times(targets: Sequence[str] = TARGETS, head_dims: Sequence[int] = (
             rows.append({"case": f"{target} bf16 d{head_dim} causal {found['kernel']}", "family": "compile", "default": True,
                          **found, "compile_s": seconds, "peers": {}})
     return rows
+
+
+def cold(case: Case, device: str) -> list[Row]:
+    """One row a pass: the first call in a process with empty caches on disk, that of the next process, and warm calls.
+
+    In ms by the clock, for ours, torch's SDPA and FlexAttention: what compiling costs, and what of it the disk saves. Imports
+    are not in it.
+    """
+    found: dict[str, Row] = {}
+    for name in ("ours", "sdpa", "flex"):
+        reason = None if name == "ours" else peers.named(name).against(case)
+        if name == "flex" and device not in peers.FLEX_DEVICES and "backward" in case.passes:
+            reason = "has no backward here"
+        if reason:
+            found[name] = {"not run": reason}
+            continue
+        with tempfile.TemporaryDirectory() as cache:
+            places = {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+            try:
+                runs = [json.loads(output(COLD, name, device, json.dumps(dataclasses.asdict(case)), **places).splitlines()[-1])
+                        for _ in range(2)]
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                found[name] = {"error": str(error)[-300:]}
+                continue
+        found[name] = {which: {"ms": runs[1][which]["warm"], "cold_ms": runs[0][which]["first"],
+                               "disk_ms": runs[1][which]["first"],
+                               "tflops": float(f"{case.flops(which) / runs[1][which]['warm'] / 1e9:.4g}")}
+                       for which in case.passes}
+    rows: list[Row] = []
+    for which in case.passes:
+        of = {name: facts.get(which, facts) for name, facts in found.items()}
+        ours = of.pop("ours")
+        row: Row = {"case": f"cold {case.name}", "pass": which, "family": "cold", "default": case.backend is None,
+                    "flops": case.flops(which), "ok": "error" not in ours, **ours, "peers": of}
+        timed = {name: facts["ms"] for name, facts in of.items() if "ms" in facts}
+        if timed and "ms" in ours:
+            best = min(timed, key=lambda name: timed[name])
+            row |= {"best_peer": best, "ratio_to_best_peer": round(timed[best] / ours["ms"], 4)}
+        rows.append(row)
+    return rows
+
+
+def cold_cases(device: str, smoke: bool = False) -> list[Case]:
+    """What is called for the first time: forward and backward; and on a CPU a forward alone, which FlexAttention takes."""
+    if smoke:
+        return [case(24, 16, batch=1, causal=True, dtype="fp32", passes=("forward",), backend="triton")]
+    if device == "cpu":
+        shape = case(512, 64, batch=1, heads=8, causal=True, dtype="fp32")
+        return [shape, dataclasses.replace(shape, passes=("forward",))]
+    return [case(4096, d, batch=4, heads=2048 // d, causal=True) for d in (128, 64)]

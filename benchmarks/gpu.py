@@ -29,6 +29,7 @@ from benchmarks.cases import correctness_cases, determinism_cases, timing_cases
 from benchmarks.conditions import clocks, conditions
 from fused_attn.bench import contest, peers
 from fused_attn.bench.cases import Case
+from fused_attn.bench.contest import Contest, Subject
 
 Row = dict[str, Any]
 
@@ -204,6 +205,11 @@ def _one(check: Callable[..., Row], *arguments: Any) -> Iterable[Row]:
     yield check(*arguments)
 
 
+def _timed(make: Callable[[], Subject], run: Run) -> Callable[[], Iterable[Row]]:
+    """The rows of a subject: checked, then timed."""
+    return lambda: Contest(make(), run.device, 2 if run.smoke else None).rows()
+
+
 def correctness_stage(run: Run) -> None:
     jobs = [Job(name, partial(_one, check, run.device)) for name, check in correctness.SPECIAL.items()]
     jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
@@ -232,7 +238,7 @@ def timing_stage(run: Run) -> None:
              for case in timing_cases(run.smoke)]
     _, shape = features.shapes(run.smoke)
     first = 1 + (len(jobs) - 1) // 3  # after the most informative of the plain cases
-    jobs[first:first] = [Job(f"feature {feature.name}", partial(features.time_feature, feature, shape, run.device),
+    jobs[first:first] = [Job(f"feature {feature.name}", _timed(partial(features.subject, feature, shape, run.device), run),
                              ("forward", "backward")) for feature in features.FEATURES[: 3 if run.smoke else None]]
     run.work("timing", jobs)
     if run.device != "cpu":

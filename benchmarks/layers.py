@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fused_attn.nn
+from fused_attn import settings
 from fused_attn.bench.cases import DTYPES, Pass
 from fused_attn.bench.contest import Entry, Subject, Tensors, gate_by
 from fused_attn.bench.oracle import Row
@@ -107,7 +108,7 @@ def layer(name: str, sizes: Sizes, device: str, training: bool) -> Subject:
         ("forward", "backward") if training else ("forward",), partial(make, fused_attn.nn), {"torch.nn": partial(make, nn)},
         gate, partial(products, matrices(module), sizes.batch * sizes.length, attention), partial(moved, module.to(dtype), x),
         {"family": "layers", "layer": name, "mode": "training" if training else "evaluation", "dtype": sizes.dtype,
-         "default": True})
+         "default": settings.BACKEND is None})
 
 
 def _ungated(name: str, found: Tensors) -> tuple[Row, str | None]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.layers import matrices, moved, products
+from fused_attn import settings
 from fused_attn.bench.cases import DTYPES
 from fused_attn.bench.contest import Entry, Gate, Subject, difference, gate_by
 from fused_attn.nn import KVCache, LearnedPositions, MultiheadAttention, RotaryEmbedding
@@ -200,7 +201,7 @@ def _gate(plain: Callable[[bool], Entry], backward: bool, dtype: str) -> Gate:
 
 
 def _facts(config: Config, family: str) -> dict[str, Any]:
-    return {"family": family, "model": "Llama" if config.llama else "GPT", "dtype": config.dtype, "default": True,
+    return {"family": family, "model": "Llama" if config.llama else "GPT", "dtype": config.dtype, "default": settings.BACKEND is None,
             "head_dim": config.width // config.heads, "causal": True, "n_keys": config.length}
 
 

@@ -14,7 +14,7 @@ from fused_attn.bench.peers import SDPA_DEFAULT, Attend, Peer
 from fused_attn.bench.timing import Calls, measure, peak_mib, spread, wall_ms
 
 MAX_PEER_ERROR = 0.03  # relative: beyond it a peer computes something else
-OURS = "ours"
+OURS, YARDSTICK = "ours", "plain"
 
 Tensors = dict[str, torch.Tensor]
 Gate = Callable[[str, Tensors], tuple[Row, str | None]]  # (implementation, results) -> (facts, what is wrong with them)
@@ -56,6 +56,7 @@ class Subject:
 
     ``flops`` and ``bytes`` are of a pass: matrix products, and the least that must be moved. ``facts`` stand in every row.
     ``tokens``: how many a pass goes through, where that is a measure; whole training steps are timed too then.
+    ``yardstick`` computes something else, whose time stands beside; it is not checked.
     """
 
     passes: tuple[Pass, ...]
@@ -66,6 +67,7 @@ class Subject:
     bytes: Callable[[Pass], int]
     facts: Row
     tokens: int | None = None
+    yardstick: Callable[[], Entry] | None = None
 
 
 class Contest:
@@ -82,6 +84,8 @@ class Contest:
                 self.facts[name] = {"not run": prepare}
             else:
                 self._enter(name, prepare)
+        if subject.yardstick is not None:
+            self._enter(YARDSTICK, subject.yardstick)
 
     def _enter(self, name: str, prepare: Callable[[], Entry]) -> None:
         """Prepares, calls once and checks; what fails is a fact about this implementation, with the reason."""
@@ -97,7 +101,8 @@ class Contest:
             if self.device != "cpu":
                 torch.cuda.synchronize()
             facts["first_call_s"] = round(time.perf_counter() - start, 3)
-            found, wrong = self.subject.gate(name, {key: entry.common(key, x.detach()) for key, x in results.items()})
+            results = {key: entry.common(key, x.detach()) for key, x in results.items()}
+            found, wrong = ({}, None) if name == YARDSTICK else self.subject.gate(name, results)
             facts |= found
             if wrong:
                 facts["error"] = f"gate: {wrong}"
@@ -117,7 +122,7 @@ class Contest:
         subject, ours = self.subject, dict(self.facts[OURS])
         flops, moved = subject.flops(which), subject.bytes(which)
         row: Row = {"pass": which, **subject.facts, "flops": flops, "bytes": moved}
-        peers = {name: dict(facts) for name, facts in self.facts.items() if name != OURS}
+        peers = {name: dict(facts) for name, facts in self.facts.items() if name not in (OURS, YARDSTICK)}
         if OURS not in self.entries:
             return {**row, **ours, "ok": None if ours["error"].startswith("OutOfMemoryError") else False, "peers": peers}
         calls = self.calls(which)
@@ -132,6 +137,8 @@ class Contest:
                 result["tokens_per_s"] = float(f"{1e3 * subject.tokens / result['ms']:.5g}")
         if subject.tokens is not None and which == "backward":
             self._steps(timed)
+        if YARDSTICK in timed:
+            row |= {"plain_ms": timed[YARDSTICK]["ms"], "times_plain": round(timed[OURS]["ms"] / timed.pop(YARDSTICK)["ms"], 3)}
         best = min((name for name in timed if name != OURS), key=lambda name: timed[name]["ms"], default=None)
         row |= {**ours, **timed.pop(OURS), "ok": True, "peak_mib": peaks[OURS], "best_peer": best,
                 "rounds": len(times[OURS]), "peers": {name: facts | timed.get(name, {}) for name, facts in peers.items()}}
