@@ -3,6 +3,8 @@
 calls    attention() beside torch's SDPA, which answers it there: what a call adds
 layers   fused_attn.nn beside torch.nn, of the same weights
 models   a GPT and a Llama in training and in generation, by SDPA, by the matrix of scores, and by ours
+steps    packed documents, rotary positions, a cache of keys and values
+cold     first calls in fresh processes, of ours, SDPA and FlexAttention
 imports  ``import torch`` and ``import fused_attn``, in fresh processes
 memory   peak of the resident size over long sequences, in fresh processes
 compile  the kernels for cards that are not here: seconds of every default kernel
@@ -57,10 +59,13 @@ def timed(named: dict[str, Callable[[], Subject]], rounds: int | None) -> list[R
 
 
 def _stages(rounds: int | None = None, small: bool = False) -> dict[str, Callable[[], list[Row]]]:
-    from benchmarks import fresh, models
+    from benchmarks import fresh, models, packed, steps
 
     return {"calls": lambda: timed(calls(), rounds), "layers": lambda: timed(layers(LAYER, "cpu"), rounds),
-            "models": lambda: timed(dict(models.subjects("cpu", small)), rounds),
+            "models": lambda: timed(models.subjects("cpu", small), rounds),
+            "steps": lambda: timed({**packed.subjects("cpu", small), **steps.subjects("cpu")}, rounds),
+            "cold": lambda: [{"case": f"cold {case.name}, {'trained' if len(case.passes) > 1 else 'alone'}", **row}
+                             for case in fresh.cold_cases("cpu") for row in fresh.cold(case, "cpu")],
             "imports": fresh.imports, "memory": fresh.memory, "compile": fresh.compile_times}
 
 
@@ -70,7 +75,7 @@ def _shown(row: Row) -> Row:
     speed = f"{row['ms']:.4g} ms" if "ms" in row else f"FAILED {row['error']}" if "error" in row else ""
     other = row["peers"][best] if best else {}
     beside = f"{best}: {other['ms']:.4g} ms" if "ms" in other else ""
-    extra = ("tokens_per_s", "peak_mib", "spill_bytes", "registers", "compile_s")
+    extra = ("cold_ms", "disk_ms", "tokens_per_s", "peak_mib", "spill_bytes", "registers", "compile_s")
     more = ", ".join(f"{key} {row[key]}" for key in extra if row.get(key) is not None)
     return {"case": row["case"], "pass": row["pass"], "ours": speed, "beside": beside,
             "its_time_/_ours": "" if ratio is None else f"{ratio:.3f}", "more": more}

@@ -189,7 +189,7 @@ def cold(case: Case, device: str) -> list[Row]:
     for which in case.passes:
         of = {name: facts.get(which, facts) for name, facts in found.items()}
         ours = of.pop("ours")
-        row: Row = {"case": f"cold {case.name}", "pass": which, "family": "cold", "default": case.backend is None,
+        row: Row = {"pass": which, "family": "cold", "default": case.backend is None,
                     "flops": case.flops(which), "ok": "error" not in ours, **ours, "peers": of}
         timed = {name: facts["ms"] for name, facts in of.items() if "ms" in facts}
         if timed and "ms" in ours:

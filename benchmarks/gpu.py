@@ -4,6 +4,10 @@ compile      fills Triton's and Inductor's caches on disk, on every core at once
 correctness  gates R and E on every case, and the checks that only a GPU can make
 features     everything beside plain attention: against fp64, and equal to the bit again
 determinism  equal to the bit, run after run
+roofs        how fast this card copies, and multiplies matrices
+layers       packed documents, rotary positions, cached decoding, layers: each against the reference, then timed
+models       a GPT and a Llama in training and generation: the same
+cold         first calls in fresh processes, with empty and with filled caches
 timing       ours beside every peer present, the most informative cases first
 """
 
@@ -24,9 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import correctness, features, plots, report
+from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
 from benchmarks.cases import correctness_cases, determinism_cases, timing_cases
 from benchmarks.conditions import clocks, conditions
+from fused_attn import settings
 from fused_attn.bench import contest, peers
 from fused_attn.bench.cases import Case
 from fused_attn.bench.contest import Contest, Subject
@@ -34,7 +39,8 @@ from fused_attn.bench.contest import Contest, Subject
 Row = dict[str, Any]
 
 # Most of the whole budget that a stage may take; the last one takes what is left.
-SHARES = {"compile": 0.28, "correctness": 0.2, "features": 0.15, "determinism": 0.05, "timing": 1.0}
+SHARES = {"compile": 0.25, "correctness": 0.16, "features": 0.1, "determinism": 0.04, "roofs": 0.02, "layers": 0.07,
+          "models": 0.04, "cold": 0.04, "timing": 1.0}
 REPORT_SECONDS = 15.0
 MAX_WORKERS = 16
 WORKER_GIB = 3.0  # memory of the card that a worker may need
@@ -79,8 +85,10 @@ class Rows:
         return list({(r["stage"], r["case"], r.get("pass")): r for r in self.rows if r["stage"] in stages}.values())
 
     def done(self, stage: str, job: Job) -> bool:
-        passes = {row.get("pass") for row in self.rows if (row["stage"], row["case"]) == (stage, job.name)}
-        return None in passes or passes >= set(job.passes)
+        """Whether every pass of a job has its row, where the rows tell how many there are, or else of ``job.passes``."""
+        rows = [row for row in self.rows if (row["stage"], row["case"]) == (stage, job.name)]
+        passes = {row.get("pass") for row in rows}
+        return None in passes or passes >= set(job.passes).union(*(row.get("passes", ()) for row in rows))
 
 
 def _finite(x: Any) -> Any:
@@ -206,8 +214,14 @@ def _one(check: Callable[..., Row], *arguments: Any) -> Iterable[Row]:
 
 
 def _timed(make: Callable[[], Subject], run: Run) -> Callable[[], Iterable[Row]]:
-    """The rows of a subject: checked, then timed."""
-    return lambda: Contest(make(), run.device, 2 if run.smoke else None).rows()
+    """The rows of a subject: checked, then timed. Each says how many there will be, which is known when the subject is made."""
+
+    def rows() -> Iterable[Row]:
+        one = Contest(make(), run.device, 2 if run.smoke else None)
+        for row in one.rows():
+            yield {**row, "passes": list(one.subject.passes)}
+
+    return rows
 
 
 def correctness_stage(run: Run) -> None:
@@ -231,6 +245,32 @@ def determinism_stage(run: Run) -> None:
                              for case in determinism_cases(run.smoke)])
 
 
+def roofs_stage(run: Run) -> None:
+    run.work("roofs", [Job(name, partial(_one, job), ("forward",)) for name, job in roofs.jobs(run.device, run.smoke).items()])
+
+
+def _subjects(run: Run, stage: str, named: dict[str, Callable[[], Subject]]) -> None:
+    """Checks and times subjects, one after another."""
+    run.work(stage, [Job(name, _timed(make, run), ("forward",)) for name, make in named.items()])
+
+
+def layers_stage(run: Run) -> None:
+    sizes = layers.Sizes(1, 8, 32, 2, 32, "fp32") if run.smoke else layers.Sizes(8, 2048, 1024, 16, 4096, "bf16")
+    of_layers = layers.layers(sizes, run.device)
+    if run.smoke:
+        of_layers = dict(list(of_layers.items())[:2])
+    _subjects(run, "layers", {**packed.subjects(run.device, run.smoke), **steps.subjects(run.device, run.smoke), **of_layers})
+
+
+def models_stage(run: Run) -> None:
+    _subjects(run, "models", models.subjects(run.device, run.smoke))
+
+
+def cold_stage(run: Run) -> None:
+    run.work("cold", [Job(f"cold {case.name}", partial(fresh.cold, case, run.device), case.passes)
+                      for case in fresh.cold_cases(run.device, run.smoke)])
+
+
 def timing_stage(run: Run) -> None:
     present = peers.found(run.device)
     jobs = [Job("host overhead", partial(_one, contest.overhead, run.device, 2 if run.smoke else 200), ("forward",))]
@@ -247,13 +287,14 @@ def timing_stage(run: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "compile": compile_stage, "correctness": correctness_stage, "features": features_stage, "determinism": determinism_stage,
-    "timing": timing_stage,
+    "roofs": roofs_stage, "layers": layers_stage, "models": models_stage, "cold": cold_stage, "timing": timing_stage,
 }
+TIMED = ("timing", "layers", "models", "cold", "roofs")
 
 
 def finish(run: Run, out: Path) -> int:
     """Writes what the run found, prints it, and returns the exit status."""
-    checked, timed = run.rows.of("correctness", "features", "determinism"), run.rows.of("timing")
+    checked, timed = run.rows.of("correctness", "features", "determinism"), run.rows.of(*TIMED)
     failed = sum(row.get("ok") is False for row in checked + timed)
     found = {"conditions": run.conditions, "stages": run.stages, "failed": failed}
     for name, rows in (("summary", run.rows.of(*STAGES, "restart")), ("correctness", checked)):
@@ -276,6 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"
+        settings.BACKEND = "triton"  # of layers and models too, whose calls name none
     elif not torch.cuda.is_available():
         print("No GPU that torch can use. --smoke runs tiny shapes on the CPU.", file=sys.stderr)
         return 2

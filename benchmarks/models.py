@@ -7,7 +7,7 @@ by more than three times what the plain one errs in the same dtype is not timed.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -201,8 +201,9 @@ def _gate(plain: Callable[[bool], Entry], backward: bool, dtype: str) -> Gate:
 
 
 def _facts(config: Config, family: str) -> dict[str, Any]:
-    return {"family": family, "model": "Llama" if config.llama else "GPT", "dtype": config.dtype, "default": settings.BACKEND is None,
-            "head_dim": config.width // config.heads, "causal": True, "n_keys": config.length}
+    return {"family": family, "model": "Llama" if config.llama else "GPT", "dtype": config.dtype,
+            "default": settings.BACKEND is None, "head_dim": config.width // config.heads, "causal": True,
+            "n_keys": config.length}
 
 
 def training(config: Config, device: str) -> Subject:
@@ -270,9 +271,10 @@ def configs(device: str, smoke: bool) -> tuple[Config, ...]:
             Config(True, 2, 2048, 16, 4, 5632, 2048, 2, 4096, "bf16"))
 
 
-def subjects(device: str, smoke: bool = False) -> Iterator[tuple[str, Callable[[], Subject]]]:
+def subjects(device: str, smoke: bool = False) -> dict[str, Callable[[], Subject]]:
     """Training and generation of both models, by name."""
-    count = 3 if smoke else 16
+    found: dict[str, Callable[[], Subject]] = {}
     for config in configs(device, smoke):
-        yield f"training {config.name}", partial(training, config, device)
-        yield f"generation {config.name}", partial(generation, config, device, count)
+        found[f"training {config.name}"] = partial(training, config, device)
+        found[f"generation {config.name}"] = partial(generation, config, device, 3 if smoke else 16)
+    return found
