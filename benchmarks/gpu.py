@@ -148,7 +148,29 @@ class Run:
         print(report.line(self.rows.rows[-1]), flush=True)
 
 
-Task = tuple[str, Case | features.Shape, bool, str]  # what, of which size, with a gradient of LSE, on which device
+def sizes(smoke: bool) -> layers.Sizes:
+    """Of the layers."""
+    return layers.Sizes(1, 8, 32, 2, 32, "fp32") if smoke else layers.Sizes(8, 2048, 1024, 16, 4096, "bf16")
+
+
+def small_subjects(device: str, smoke: bool) -> dict[str, Callable[[], Subject]]:
+    """What the stages of layers and models run, in sizes that compile the same binaries."""
+    turned, decoded = steps.shapes(device, smoke)
+    asked, documents = correctness.asked(device), [16, 32, 16]
+    return {
+        **{packed.name(documents, h, h_kv, d, dtype, causal):
+           partial(packed.subject, documents, h, h_kv, d, dtype, causal, device, asked)
+           for _, h, h_kv, d, dtype, causal in packed.shapes(device, smoke)},
+        **{f"rotary {shape.name}": partial(steps.rotary, shape.shrunk(), device) for shape in turned},
+        **{f"cached decoding {shape.name}": partial(steps.decoding, shape.shrunk(), device) for shape in decoded},
+        **layers.layers(replace(sizes(smoke), batch=1, length=64), device),
+        **{f"training {one.name}": partial(models.training, replace(one, batch=1, length=64, layers=1, vocabulary=64), device)
+           for one in models.configs(device, smoke)},
+    }
+
+
+# What, of which size or by which name, with a gradient of LSE, on which device
+Task = tuple[str, Case | features.Shape | str, bool, str]
 
 
 def _compile(task: Task) -> tuple[str, float, str | None]:
@@ -157,7 +179,10 @@ def _compile(task: Task) -> tuple[str, float, str | None]:
     start, error = time.monotonic(), None
     torch.set_num_threads(1)
     try:
-        if isinstance(case, features.Shape):
+        if isinstance(case, str):
+            subject = small_subjects(device, device == "cpu")[case]()
+            subject.ours().results("backward" in subject.passes)
+        elif isinstance(case, features.Shape):
             features.compile_only(what, case, device)
         elif what == "ours":
             inputs = case.shrunk().inputs(device)
@@ -171,7 +196,7 @@ def _compile(task: Task) -> tuple[str, float, str | None]:
                 torch.autograd.grad(out, leaves, dout)
     except Exception as raised:
         error = f"{type(raised).__name__}: {str(raised)[:300]}"
-    name = case.dtype if isinstance(case, features.Shape) else case.name
+    name = case if isinstance(case, str) else case.dtype if isinstance(case, features.Shape) else case.name
     return f"{what}: {name}", round(time.monotonic() - start, 2), error
 
 
@@ -185,6 +210,7 @@ def compile_tasks(device: str, smoke: bool) -> list[Task]:
     checked_shape, timed_shape = features.shapes(smoke)
     shapes = [timed_shape, *(replace(checked_shape, dtype=dtype) for dtype in ("bf16", "fp16", "fp32"))]
     tasks += reversed(ours.values())
+    tasks += [("layers", name, False, device) for name in small_subjects(device, smoke)]
     tasks += [(feature.name, shape, False, device) for shape in shapes for feature in features.FEATURES]
     return tasks[:2] if smoke else tasks
 
@@ -255,8 +281,7 @@ def _subjects(run: Run, stage: str, named: dict[str, Callable[[], Subject]]) -> 
 
 
 def layers_stage(run: Run) -> None:
-    sizes = layers.Sizes(1, 8, 32, 2, 32, "fp32") if run.smoke else layers.Sizes(8, 2048, 1024, 16, 4096, "bf16")
-    of_layers = layers.layers(sizes, run.device)
+    of_layers = layers.layers(sizes(run.smoke), run.device)
     if run.smoke:
         of_layers = dict(list(of_layers.items())[:2])
     _subjects(run, "layers", {**packed.subjects(run.device, run.smoke), **steps.subjects(run.device, run.smoke), **of_layers})

@@ -140,14 +140,17 @@ def subject(documents: list[int], heads: int, kv_heads: int, head_dim: int, dtyp
          "default": backend is None, "documents": count, "padding": round(1 - total / (count * longest), 3)})
 
 
-def subjects(device: str, smoke: bool = False) -> dict[str, Callable[[], Subject]]:
-    """By name: causal ones first, as language models are trained."""
+def shapes(device: str, smoke: bool = False) -> list[tuple[list[int], int, int, int, str, bool]]:
+    """(documents, heads, key heads, head dim, dtype, causal); causal ones first, as language models are trained."""
     if smoke:
-        shapes = [(lengths(40, scale=0.02), 2, 1, 16, "bf16", True)]
-    elif device == "cpu":
-        shapes = [(lengths(2048, scale=0.5), 4, 4, 64, "fp32", True)]
-    else:
-        shapes = [(lengths(16384), 16, 16, 128, "bf16", True), (lengths(16384), 32, 8, 128, "bf16", True),
-                  (lengths(16384), 32, 32, 64, "bf16", False)]
+        return [(lengths(40, scale=0.02), 2, 1, 16, "bf16", True)]
+    if device == "cpu":
+        return [(lengths(2048, scale=0.5), 4, 4, 64, "fp32", True)]
+    return [(lengths(16384), 16, 16, 128, "bf16", True), (lengths(16384), 32, 8, 128, "bf16", True),
+            (lengths(16384), 32, 32, 64, "bf16", False)]
+
+
+def subjects(device: str, smoke: bool = False) -> dict[str, Callable[[], Subject]]:
+    """By name."""
     backend = "triton" if smoke else None
-    return {name(*shape): partial(subject, *shape, device, backend) for shape in shapes}
+    return {name(*shape): partial(subject, *shape, device, backend) for shape in shapes(device, smoke)}

@@ -92,18 +92,23 @@ def decoding(shape: Case, device: str) -> Subject:
                    _facts(shape, "cached decoding", device), tokens=shape.batch)
 
 
+def shapes(device: str, smoke: bool = False) -> tuple[list[Case], list[Case]]:
+    """(with rotations, with a cache)."""
+    once: dict[str, Any] = {"causal": True, "passes": ("forward",)}
+    if smoke:
+        return ([case(24, 16, batch=1, causal=True, dtype="fp32")],
+                [case(1, 16, batch=2, heads=4, kv_heads=2, n_keys=30, dtype="fp32", **once)])
+    if device == "cpu":
+        return ([case(512, 64, batch=1, heads=8, causal=True, dtype="fp32")],
+                [case(1, 64, batch=4, heads=8, kv_heads=2, n_keys=2048, dtype="fp32", **once)])
+    return ([case(4096, d, batch=2, heads=2048 // d, kv_heads=kv_heads, causal=True)
+             for d, kv_heads in ((128, 16), (128, 4), (64, 32))],
+            [case(1, 128, batch=batch, heads=32, kv_heads=8, n_keys=n, **once)
+             for batch, n in ((1, 4096), (16, 8192), (1, 131072), (64, 2048))])
+
+
 def subjects(device: str, smoke: bool = False) -> dict[str, Callable[[], Subject]]:
     """By name."""
-    if smoke:
-        turned = [case(24, 16, batch=1, causal=True, dtype="fp32")]
-        decoded = [case(1, 16, batch=2, heads=4, kv_heads=2, n_keys=30, causal=True, dtype="fp32", passes=("forward",))]
-    elif device == "cpu":
-        turned = [case(512, 64, batch=1, heads=8, causal=True, dtype="fp32")]
-        decoded = [case(1, 64, batch=4, heads=8, kv_heads=2, n_keys=2048, causal=True, dtype="fp32", passes=("forward",))]
-    else:
-        turned = [case(4096, d, batch=2, heads=2048 // d, kv_heads=kv_heads, causal=True)
-                  for d, kv_heads in ((128, 16), (128, 4), (64, 32))]
-        decoded = [case(1, 128, batch=batch, heads=32, kv_heads=8, n_keys=n, causal=True, passes=("forward",))
-                   for batch, n in ((1, 4096), (16, 8192), (1, 131072), (64, 2048))]
+    turned, decoded = shapes(device, smoke)
     return {**{f"rotary {shape.name}": partial(rotary, shape, device) for shape in turned},
             **{f"cached decoding {shape.name}": partial(decoding, shape, device) for shape in decoded}}

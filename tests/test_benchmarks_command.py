@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import correctness, features, gpu, plots, report
+from benchmarks import correctness, features, gpu, models, packed, plots, report, steps
 from benchmarks.cases import correctness_cases, timing_cases
 from fused_attn.bench import peers
 
@@ -130,6 +130,23 @@ def test_compile_tasks_cover_every_stage_once():
     assert len(set(ours)) == len(ours)
     assert {(s.compiles_as(), False) for s in timing_cases()} <= set(ours)
     assert {(s.compiles_as(), True) for s in correctness_cases() if s.n_queries and s.n_keys} <= set(ours)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", [name for name in gpu.small_subjects("cpu", True) if "d16" in name])
+def test_small_subjects_compile(name):
+    """The worker's part of the compile stage; a real run compiles each for the card, layers and models too."""
+    assert gpu._compile(("layers", name, False, "cpu"))[2] is None
+
+
+def test_small_subjects_are_those_of_the_stages():
+    shapes = steps.shapes("cuda")
+    for shape in [*shapes[0], *shapes[1]]:
+        assert shape.shrunk().compiles_as() == shape.compiles_as()
+    names = list(gpu.small_subjects("cuda", False))
+    assert sum(name.startswith("packed") for name in names) == len(packed.shapes("cuda"))
+    assert {name for name in names if name.startswith("training")} == {
+        name for name in models.subjects("cuda") if name.startswith("training")}
 
 
 @pytest.mark.kernels
