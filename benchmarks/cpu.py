@@ -14,6 +14,7 @@ Everything is timed in turns in one run and the medians compared: machines are n
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,7 @@ from fused_attn.bench.peers import SDPA_DEFAULT
 Row = dict[str, Any]
 
 SHAPES = (("tiny", 1, 1, 4, 8), ("layer", 8, 8, 128, 64), ("long", 1, 8, 2048, 64))  # name, batch, heads, length, head dim
+ROUNDS = 41
 LAYER = Sizes(8, 128, 512, 8, 2048, "fp32")
 
 
@@ -45,7 +47,7 @@ def subjects() -> dict[str, Callable[[], Subject]]:
     return {**calls(), **layers(LAYER, "cpu")}
 
 
-def timed(named: dict[str, Callable[[], Subject]], rounds: int | None) -> list[Row]:
+def timed(named: dict[str, Callable[[], Subject]], rounds: int) -> list[Row]:
     """The rows of some subjects."""
     from fused_attn.report import track
 
@@ -58,7 +60,7 @@ def timed(named: dict[str, Callable[[], Subject]], rounds: int | None) -> list[R
     return rows
 
 
-def _stages(rounds: int | None = None, small: bool = False) -> dict[str, Callable[[], list[Row]]]:
+def _stages(rounds: int = ROUNDS, small: bool = False) -> dict[str, Callable[[], list[Row]]]:
     from benchmarks import fresh, models, packed, steps
 
     return {"calls": lambda: timed(calls(), rounds), "layers": lambda: timed(layers(LAYER, "cpu"), rounds),
@@ -89,10 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
     parser.add_argument("--stage", choices=_stages(), action="append", help="this stage alone; may be given again")
-    parser.add_argument("--rounds", type=int, help="timed calls of each; by default what fits 120 ms, 10 at least")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"times of each, quick calls many at a time ({ROUNDS})")
     parser.add_argument("--small", action="store_true", help="models of the smallest sizes")
     options = parser.parse_args(arguments)
-    found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads()}
+    found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads(),
+             "load": os.getloadavg()}
     key = f"CPU, {found['threads']} threads/torch {found['torch']}/triton {found['triton']}/{found['source']}"
     common = {"commit": found["commit"], "conditions": key}
     rows = []

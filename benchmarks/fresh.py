@@ -201,9 +201,10 @@ def cold(case: Case, device: str) -> list[Row]:
 
 def cold_cases(device: str, smoke: bool = False) -> list[Case]:
     """What is called for the first time: forward and backward; and on a CPU a forward alone, which FlexAttention takes."""
+    once: dict[str, Any] = {"causal": True, "family": "cold"}
     if smoke:
-        return [case(24, 16, batch=1, causal=True, dtype="fp32", passes=("forward",), backend="triton")]
+        return [case(24, 16, batch=1, dtype="fp32", passes=("forward",), backend="triton", **once)]
     if device == "cpu":
-        shape = case(512, 64, batch=1, heads=8, causal=True, dtype="fp32")
+        shape = case(512, 64, batch=1, heads=8, dtype="fp32", **once)
         return [shape, dataclasses.replace(shape, passes=("forward",))]
-    return [case(4096, d, batch=4, heads=2048 // d, causal=True) for d in (128, 64)]
+    return [case(4096, d, batch=4, heads=2048 // d, **once) for d in (128, 64)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from benchmarks.correctness import asked
+from benchmarks.cases import interpreted
 from benchmarks.models import PlainCache, rotated
 from fused_attn.bench.cases import Case, case
 from fused_attn.bench.contest import Entry, Subject, gate_by
@@ -17,9 +17,9 @@ from fused_attn.nn import KVCache, RotaryEmbedding
 LIMITS = {"bf16": 1.5e-2, "fp16": 3e-3, "fp32": 1e-5}  # relative error of each result; the rotated queries are rounded too
 
 
-def _facts(shape: Case, family: str, device: str) -> dict[str, Any]:
+def _facts(shape: Case, family: str) -> dict[str, Any]:
     return {"family": family, "dtype": shape.dtype, "head_dim": shape.head_dim, "causal": True,
-            "n_queries": shape.n_queries, "n_keys": shape.n_keys, "default": asked(device) is None}
+            "n_queries": shape.n_queries, "n_keys": shape.n_keys, "default": shape.backend is None}
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -38,7 +38,7 @@ def rotary(shape: Case, device: str) -> Subject:
 
     def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k = rope(q, k)
-        out: torch.Tensor = fused_attn.attention(q, k, v, causal=True, backend=asked(device))
+        out: torch.Tensor = shape.attend(q, k, v)
         return out
 
     def exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def rotary(shape: Case, device: str) -> Subject:
         peers["sdpa, rotations compiled"] = lambda: entry(partial(_plain, turn=torch.compile(rotated)))
     exact = entry(exactly, wide=True).results(True)
     return Subject(shape.passes, partial(entry, ours), peers, gate_by(exact, lambda result: LIMITS[shape.dtype]), shape.flops,
-                   shape.bytes, _facts(shape, "rotary", device))
+                   shape.bytes, _facts(shape, "rotary"))
 
 
 def decoding(shape: Case, device: str) -> Subject:
@@ -67,7 +67,7 @@ def decoding(shape: Case, device: str) -> Subject:
         def call() -> torch.Tensor:
             cache.truncate(before)
             cache.append(k[:, :, before:], v[:, :, before:])
-            out: torch.Tensor = cache.attend(q, backend=asked(device))
+            out: torch.Tensor = cache.attend(q, backend=shape.backend)
             return out
 
         return Entry(call)
@@ -89,15 +89,15 @@ def decoding(shape: Case, device: str) -> Subject:
     exact = {"out": fused_attn.reference_attention(q.double(), k.double(), v.double(), causal=True)}
     return Subject(("forward",), ours, {"sdpa": partial(plain, False), "eager": partial(plain, True)},
                    gate_by(exact, lambda result: LIMITS[shape.dtype]), shape.flops, shape.bytes,
-                   _facts(shape, "cached decoding", device), tokens=shape.batch)
+                   _facts(shape, "cached decoding"), tokens=shape.batch)
 
 
 def shapes(device: str, smoke: bool = False) -> tuple[list[Case], list[Case]]:
     """(with rotations, with a cache)."""
     once: dict[str, Any] = {"causal": True, "passes": ("forward",)}
     if smoke:
-        return ([case(24, 16, batch=1, causal=True, dtype="fp32")],
-                [case(1, 16, batch=2, heads=4, kv_heads=2, n_keys=30, dtype="fp32", **once)])
+        return (interpreted([case(24, 16, batch=1, causal=True, dtype="fp32")]),
+                interpreted([case(1, 16, batch=2, heads=4, kv_heads=2, n_keys=30, dtype="fp32", **once)]))
     if device == "cpu":
         return ([case(512, 64, batch=1, heads=8, causal=True, dtype="fp32")],
                 [case(1, 64, batch=4, heads=8, kv_heads=2, n_keys=2048, dtype="fp32", **once)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fused_attn
-from benchmarks import cpu, fresh, host, layers
+from benchmarks import cpu, fresh, host, layers, packed, steps
 
 
 def test_the_host_time_of_calls(monkeypatch, tmp_path, capsys):
@@ -36,6 +36,28 @@ def test_calls_and_layers_on_the_cpu(monkeypatch, tmp_path, capsys):
         assert row["conditions"] == found["conditions"]["key"]
     assert found["conditions"]["gpu"] is None
     assert "tiny" in capsys.readouterr().out
+
+
+def test_steps_and_packed_on_the_cpu(monkeypatch, capsys):
+    """By the backend that answers there, not by the kernels."""
+    small = cpu.case(12, 8, batch=1, causal=True, dtype="fp32")
+    decoded = cpu.case(1, 8, batch=1, heads=2, n_keys=9, causal=True, dtype="fp32", passes=("forward",))
+    monkeypatch.setattr(steps, "shapes", lambda device, smoke=False: ([small], [decoded]))
+    monkeypatch.setattr(packed, "shapes", lambda device, smoke=False: [([3, 9, 1], 2, 2, 8, "fp32", True)])
+    rows = cpu._stages(2)["steps"]()
+    assert [row["family"] for row in rows] == ["packed", "packed", "rotary", "rotary", "cached decoding"]
+    assert all(row["ok"] and row["default"] and row["ratio_to_best_peer"] > 0 for row in rows), rows
+
+
+def test_cold_calls_are_those_of_fresh_processes():
+    subject = cpu.case(16, 8, batch=1, heads=1, dtype="fp32", causal=True)
+    forward, backward = fresh.cold(subject, "cpu")
+    assert (forward["pass"], backward["pass"]) == ("forward", "backward")
+    for row in (forward, backward):
+        assert row["ok"]
+        assert row["peers"]["flex"] == {"not run": "has no backward here"}
+        for facts in (row, row["peers"]["sdpa"]):
+            assert min(facts["ms"], facts["cold_ms"], facts["disk_ms"]) > 0
 
 
 def test_a_layer_that_is_wrong_is_the_exit_status(monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """How long calls take, in turns and with their spread, and what memory they need."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ def measure(calls: Calls, device: str, rounds: int | None = None) -> dict[str, l
     """
     names = list(calls)
     if device == "cpu":
-        estimates = [min(wall_ms(call) for _ in range(3)) for call in calls.values()] if rounds is None else [math.inf]
+        estimates = [min(wall_ms(call) for _ in range(1 if rounds else 3)) for call in calls.values()]
         repeat = max(1, int(CLOCKED_MS / max(1e-6, *estimates)))
         rounds = rounds or _rounds([repeat * estimate for estimate in estimates])
         walls: dict[str, list[float]] = {name: [] for name in names}
