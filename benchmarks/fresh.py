@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,10 @@ TARGETS = ("sm_80", "sm_90")
 
 IMPORT = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 for name in sys.argv[1].split(","):
     __import__(name)
-print((time.perf_counter() - start) * 1e3)
+print((time.process_time() - start) * 1e3)
 """
 
 # Peak of the resident size in KiB beyond what was resident before the call: VmHWM, set back by writing 5 to clear_refs.
@@ -108,19 +110,22 @@ print(json.dumps(found))
 """
 
 
-def output(code: str, *arguments: object, **variables: str) -> str:
-    """What a fresh Python prints that runs ``code`` in this checkout."""
+def output(code: str, *arguments: object, seconds: float = 580.0, **variables: str) -> str:
+    """What a fresh Python prints that runs ``code`` in this checkout, for so many seconds at most."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True,
-                          check=False, timeout=580)
+                          check=False, timeout=max(1.0, seconds))
     if done.returncode:
         raise RuntimeError(f"status {done.returncode}: {done.stderr.strip()[-300:]}")
     return done.stdout
 
 
 def imports(rounds: int = IMPORT_ROUNDS) -> list[Row]:
-    """One row: ``import torch, fused_attn`` beside ``import torch`` alone, in turns, what is on disk being in memory."""
+    """One row: ``import torch, fused_attn`` beside ``import torch`` alone, in turns, what is on disk being in memory.
+
+    CPU time, which other programs hardly disturb; a fresh process is too slow a thing for many rounds.
+    """
     sides = {"ours": "torch,fused_attn", "torch": "torch"}
     times: dict[str, list[float]] = {side: [] for side in sides}
     for i in track(range(rounds + 1), "imports"):
@@ -159,11 +164,11 @@ def compile_times(targets: Sequence[str] = TARGETS, head_dims: Sequence[int] = (
     return rows
 
 
-def cold(case: Case, device: str) -> list[Row]:
+def cold(case: Case, device: str, until: float = math.inf) -> list[Row]:
     """One row a pass: the first call in a process with empty caches on disk, that of the next process, and warm calls.
 
     In ms by the clock, for ours, torch's SDPA and FlexAttention: what compiling costs, and what of it the disk saves. Imports
-    are not in it.
+    are not in it. No rows where it is not through at ``until`` on the monotonic clock.
     """
     found: dict[str, Row] = {}
     for name in ("ours", "sdpa", "flex"):
@@ -176,9 +181,12 @@ def cold(case: Case, device: str) -> list[Row]:
         with tempfile.TemporaryDirectory() as cache:
             places = {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
             try:
-                runs = [json.loads(output(COLD, name, device, json.dumps(dataclasses.asdict(case)), **places).splitlines()[-1])
+                runs = [json.loads(output(COLD, name, device, json.dumps(dataclasses.asdict(case)),
+                                          seconds=min(580.0, until - time.monotonic()), **places).splitlines()[-1])
                         for _ in range(2)]
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
+            except subprocess.TimeoutExpired:
+                return []
+            except RuntimeError as error:
                 found[name] = {"error": str(error)[-300:]}
                 continue
         found[name] = {which: {"ms": runs[1][which]["warm"], "cold_ms": runs[0][which]["first"],

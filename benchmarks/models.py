@@ -236,7 +236,7 @@ def generation(config: Config, device: str, count: int) -> Subject:
     def entry(how: str, wide: bool = False) -> Entry:
         own = model.by(how)
         own = own.double() if wide else own
-        caches: list[Any] = [(KVCache if how == "ours" else PlainCache)(config.length) for _ in range(config.layers)]
+        caches: list[Any] = [KVCache() if how == "ours" else PlainCache(config.length) for _ in range(config.layers)]
         with torch.no_grad():
             own(prompt, caches)
 

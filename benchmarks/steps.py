@@ -62,7 +62,7 @@ def decoding(shape: Case, device: str) -> Subject:
         return cache
 
     def ours() -> Entry:
-        cache = filled(KVCache(n))
+        cache = filled(KVCache())
 
         def call() -> torch.Tensor:
             cache.truncate(before)

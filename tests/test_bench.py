@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fused_attn
 from fused_attn import cli, report
@@ -87,6 +88,18 @@ def test_a_wrong_peer_is_not_timed(monkeypatch, capsys):
     for row in rows_of(capsys):
         assert "differs" in row["peers"]["wrong"]["error"]
         assert row["best_peer"] == "sdpa"
+
+
+def test_what_does_not_fit_is_a_row(monkeypatch, capsys):
+    def full(*rest):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(command.contest, "subject_of", full)
+    row, = rows_of(capsys)
+    assert row["pass"] == "forward and backward"
+    assert "memory" in row["error"]
+    assert cli.main([*SMALL]) == 0
+    assert "does not fit" in " ".join(capsys.readouterr().out.split())
 
 
 def test_whole_command(tmp_path):

@@ -60,6 +60,10 @@ def test_cold_calls_are_those_of_fresh_processes():
             assert min(facts["ms"], facts["cold_ms"], facts["disk_ms"]) > 0
 
 
+def test_cold_calls_out_of_time_leave_no_row():
+    assert fresh.cold(cpu.case(16, 8, batch=1, heads=1, dtype="fp32"), "cpu", until=0.0) == []
+
+
 def test_a_layer_that_is_wrong_is_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "SHAPES", cpu.SHAPES[:1])
     honest = fused_attn.attention

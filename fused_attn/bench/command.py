@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -101,6 +102,14 @@ def _shown(row: Row) -> Row:
             "its_time_/_ours": "" if ratio is None else f"{ratio:.2f}{' LOSES' if round(ratio, 2) < 1 else ''}"}
 
 
+def _rows(subject: Case, device: str, entrants: list[peers.Peer], rounds: int | None) -> Iterator[Row]:
+    """The rows of a case, those of one too large for the memory too."""
+    try:
+        yield from contest.time_case(subject, device, entrants, rounds)
+    except torch.OutOfMemoryError:
+        yield {"pass": " and ".join(subject.passes), "ok": None, "error": "does not fit the GPU's memory"}
+
+
 def run(options: argparse.Namespace) -> int:
     """Times, prints, writes; the status is 1 where ours was wrong or raised."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     entrants = _entrants(device)
     for subject in track(subjects, "timing"):
         rows += [{"case": subject.name, **row, "commit": found["commit"], "conditions": key}
-                 for row in contest.time_case(subject, device, entrants, options.rounds)]
+                 for row in _rows(subject, device, entrants, options.rounds)]
     title = f"attention() on {where}, torch {found['torch']}, Triton {found['triton']}; medians, 20th to 80th percentile"
     if device == "cpu":
         title += ". CPU times: they say nothing about a GPU"
