@@ -9,13 +9,15 @@ CONSTRAINTS ?= constraints.txt
 # of `make gpu`
 MINUTES ?= 9
 OUT ?= gpu-output
+# of `make bench`
+BASE ?= HEAD~1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 FAST := not slow and not gpu
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help install test lint test-fast test-all demo check compile-matrix profile gpu clean
+.PHONY: help install test lint test-fast test-all demo check compile-matrix profile gpu bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do \
@@ -57,6 +59,9 @@ profile: $(STAMP)  ## the static profile of the default kernels, without a GPU, 
 
 gpu:  ## on a machine with a GPU, installing nothing: tests and timings in OUT=gpu-output, within MINUTES=9
 	python3 -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
+
+bench:  ## the working tree's speed beside that of revision BASE=HEAD~1, measured in turns, into OUT/compare.json
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m benchmarks.compare $(BASE) --out $(OUT)/compare.json
 
 clean:  ## remove virtual environments, caches and what was built; gpu-output/ stays
 	rm -rf .venv .venv-* build dist *.egg-info demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 import fused_attn
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from fused_attn.report import git
 
 
 def source_hash() -> str:
     """What the numbers depend on in this checkout, whatever git knows of it."""
     package = Path(fused_attn.__file__).parent
-    files = [*package.glob("*.py"), *(package / "kernels").glob("*.py"), *Path(__file__).parent.glob("*.py")]
+    files = [*package.glob("*.py"), *Path(__file__).parent.glob("*.py")]
+    files += [file for part in ("kernels", "nn", "bench") for file in (package / part).glob("*.py")]
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
         digest.update(file.name.encode() + file.read_bytes())
@@ -27,7 +27,7 @@ def source_hash() -> str:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -47,11 +47,11 @@ def conditions(device: str, commit: str | None) -> dict[str, Any]:
     """What a number means nothing without. ``key`` names them in each row: rows of other conditions are not mixed in."""
     import triton
 
-    status = _output("git", "status", "--porcelain")
+    status = git("status", "--porcelain")
     found: dict[str, Any] = {
         "gpu": "CPU, Triton's interpreter", "interpreter": device == "cpu", "torch": torch.__version__,
         "triton": triton.__version__, "python": platform.python_version(), "fused_attn": fused_attn.__version__,
-        "commit": commit or _output("git", "rev-parse", "HEAD"), "dirty": None if status is None else bool(status),
+        "commit": commit or git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status),
         "source": source_hash(), "cpu_count": os.cpu_count(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if device != "cpu":

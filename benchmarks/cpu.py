@@ -1,119 +1,113 @@
-"""What a call and a layer cost on the CPU beside torch's own: ``python -m benchmarks.cpu [--out FILE]``.
+"""What a machine without a GPU can tell: ``python -m benchmarks.cpu [--out FILE] [--stage NAME ...]``.
 
-There the package answers with torch's fused kernel, so the difference is dispatch. Both are timed in turns in one process
-and the medians compared: machines are noisy, ratios in one run much less so.
+calls    attention() beside torch's SDPA, which answers it there: what a call adds
+layers   fused_attn.nn beside torch.nn, of the same weights
+models   a GPT and a Llama in training and in generation, by SDPA, by the matrix of scores, and by ours
+steps    packed documents, rotary positions, a cache of keys and values
+cold     first calls in fresh processes, of ours, SDPA and FlexAttention
+imports  ``import torch`` and ``import fused_attn``, in fresh processes
+memory   peak of the resident size over long sequences, in fresh processes
+compile  the kernels for cards that are not here: seconds of every default kernel
+
+Everything is timed in turns in one run and the medians compared: machines are noisy, ratios in one run much less so.
 """
 
 import argparse
-import functools
 import json
-import statistics
-import time
+import os
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import fused_attn.nn
-from benchmarks.conditions import conditions
-from fused_attn.report import print_table
+from benchmarks.layers import Sizes, layers
+from fused_attn.bench.cases import case
+from fused_attn.bench.contest import Contest, Subject, subject_of
+from fused_attn.bench.peers import SDPA_DEFAULT
 
-# (name, batch, heads, length, head dim, calls a round)
-SHAPES = (("tiny", 1, 1, 1, 8, 500), ("layer", 8, 8, 128, 64, 20), ("long", 1, 8, 2048, 64, 1))
+Row = dict[str, Any]
+
+SHAPES = (("tiny", 1, 1, 4, 8), ("layer", 8, 8, 128, 64), ("long", 1, 8, 2048, 64))  # name, batch, heads, length, head dim
 ROUNDS = 41
+LAYER = Sizes(8, 128, 512, 8, 2048, "fp32")
 
 
-def median_us(functions: dict[str, Callable[[], Any]], calls: int) -> dict[str, float]:
-    """Median microseconds a call, the functions taking turns."""
-    rounds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(ROUNDS):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            rounds[name].append((time.perf_counter() - start) / calls * 1e6)
-    return {name: statistics.median(times) for name, times in rounds.items()}
+def calls() -> dict[str, Callable[[], Subject]]:
+    """attention(causal=True) as a user's program calls it, by name."""
+    made = {name: case(n, d, batch=batch, heads=heads, dtype="fp32", causal=True, family="calls")
+            for name, batch, heads, n, d in SHAPES}
+    return {f"{name}, {one.name}": partial(subject_of, one, "cpu", [SDPA_DEFAULT]) for name, one in made.items()}
 
 
-def measure() -> list[dict[str, Any]]:
-    """One row a shape and pass."""
+def subjects() -> dict[str, Callable[[], Subject]]:
+    """Everything that is timed in this process: what benchmarks.compare compares."""
+    return {**calls(), **layers(LAYER, "cpu")}
+
+
+def timed(named: dict[str, Callable[[], Subject]], rounds: int) -> list[Row]:
+    """The rows of some subjects."""
+    from fused_attn.report import track
+
     rows = []
-    for name, batch, heads, length, dim, calls in SHAPES:
-        for backward in (False, True):
-            q, k, v = (torch.randn(batch, heads, length, dim, requires_grad=backward) for _ in range(3))
-            dout = torch.randn(batch, heads, length, dim)
-
-            def ours() -> Any:
-                out = fused_attn.attention(q, k, v, causal=True)  # noqa: B023
-                return torch.autograd.grad(out, (q, k, v), dout) if backward else out  # noqa: B023
-
-            def torchs() -> Any:
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: B023
-                return torch.autograd.grad(out, (q, k, v), dout) if backward else out  # noqa: B023
-
-            torch.testing.assert_close(ours(), torchs())
-            times = median_us({"ours": ours, "torch": torchs}, calls)
-            rows.append({
-                "case": name, "pass": "forward+backward" if backward else "forward",
-                "shape": f"B{batch} H{heads} N{length} D{dim}",
-                "ours_us": round(times["ours"], 2), "torch_us": round(times["torch"], 2),
-                "added_us": round(times["ours"] - times["torch"], 2), "ratio": round(times["ours"] / times["torch"], 3),
-            })
+    for name in track(list(named), "timing"):
+        rows += [{"case": name, **row} for row in Contest(named[name](), "cpu", rounds).rows()]
+    for row in rows:
+        if row.get("best_peer"):
+            row["added_us"] = round(1e3 * (row["ms"] - row["peers"][row["best_peer"]]["ms"]), 2)
     return rows
 
 
-LAYERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: class in torch.nn and in fused_attn.nn, its arguments
-    "MultiheadAttention": ("MultiheadAttention", {"embed_dim": 512, "num_heads": 8}),
-    "encoder layer": ("TransformerEncoderLayer", {"d_model": 512, "nhead": 8, "dropout": 0.0}),
-    "encoder layer, dropout 0.1": ("TransformerEncoderLayer", {"d_model": 512, "nhead": 8}),
-    "decoder layer": ("TransformerDecoderLayer", {"d_model": 512, "nhead": 8, "dropout": 0.0}),
-}
+def _stages(rounds: int = ROUNDS, small: bool = False) -> dict[str, Callable[[], list[Row]]]:
+    from benchmarks import fresh, models, packed, steps
+
+    return {"calls": lambda: timed(calls(), rounds), "layers": lambda: timed(layers(LAYER, "cpu"), rounds),
+            "models": lambda: timed(models.subjects("cpu", small), rounds),
+            "steps": lambda: timed({**packed.subjects("cpu", small), **steps.subjects("cpu")}, rounds),
+            "cold": lambda: [{"case": f"cold {case.name}, {'trained' if len(case.passes) > 1 else 'alone'}", **row}
+                             for case in fresh.cold_cases("cpu") for row in fresh.cold(case, "cpu")],
+            "imports": fresh.imports, "memory": fresh.memory, "compile": fresh.compile_times}
 
 
-def measure_layers() -> list[dict[str, Any]]:
-    """One row a layer and mode, B 8, N 128: training forward and backward, and evaluation, where torch takes its C++ path."""
-    rows = []
-    for name, (cls, arguments) in LAYERS.items():
-        for mode in ("training, forward+backward", "evaluation"):
-            modules, x = {}, torch.randn(8, 128, 512)
-            inputs = {"MultiheadAttention": (x, x, x, None, False), "TransformerDecoderLayer": (x, x)}.get(cls, (x,))
-            for side, package in (("ours", fused_attn.nn), ("torch", torch.nn)):
-                torch.manual_seed(0)
-                modules[side] = getattr(package, cls)(**arguments, batch_first=True).train(mode != "evaluation")
-
-            def run(module: torch.nn.Module) -> torch.Tensor:
-                with torch.set_grad_enabled(module.training):
-                    out = module(*inputs)  # noqa: B023
-                    result: torch.Tensor = out[0] if isinstance(out, tuple) else out
-                    if module.training:
-                        result.backward(x)  # noqa: B023
-                        module.zero_grad()
-                return result
-
-            if "dropout 0.1" not in name:
-                torch.testing.assert_close(run(modules["ours"]), run(modules["torch"]), rtol=1e-4, atol=1e-4)
-            times = median_us({side: functools.partial(run, module) for side, module in modules.items()}, 1)
-            rows.append({"case": name, "pass": mode, "shape": "B8 N128 d512", "ours_us": round(times["ours"], 1),
-                         "torch_us": round(times["torch"], 1), "added_us": round(times["ours"] - times["torch"], 1),
-                         "ratio": round(times["ours"] / times["torch"], 3)})
-    return rows
+def _shown(row: Row) -> Row:
+    """A row as the table has it: what it measured, and the best other's."""
+    best, ratio = row.get("best_peer"), row.get("ratio_to_best_peer")
+    speed = f"{row['ms']:.4g} ms" if "ms" in row else f"FAILED {row['error']}" if "error" in row else ""
+    other = row["peers"][best] if best else {}
+    beside = f"{best}: {other['ms']:.4g} ms" if "ms" in other else ""
+    extra = ("cold_ms", "disk_ms", "tokens_per_s", "peak_mib", "spill_bytes", "registers", "compile_s")
+    more = ", ".join(f"{key} {row[key]}" for key in extra if row.get(key) is not None)
+    return {"case": row["case"], "pass": row["pass"], "ours": speed, "beside": beside,
+            "its_time_/_ours": "" if ratio is None else f"{ratio:.3f}", "more": more}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="calls and layers on the CPU beside torch's own")
+def main(arguments: list[str] | None = None) -> int:
+    from benchmarks.conditions import conditions  # here, as benchmarks.compare runs the rest on revisions without it
+    from fused_attn.report import print_table
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
-    arguments = parser.parse_args()
-    rows = [*measure(), *measure_layers()]
-    print_table(rows, f"attention(causal=True) and layers beside torch's own, {torch.get_num_threads()} threads, medians")
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"conditions": {**conditions("cpu", None), "gpu": None, "interpreter": False,
-                                 "threads": torch.get_num_threads()}, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    parser.add_argument("--stage", choices=_stages(), action="append", help="this stage alone; may be given again")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"times of each, quick calls many at a time ({ROUNDS})")
+    parser.add_argument("--small", action="store_true", help="models of the smallest sizes")
+    options = parser.parse_args(arguments)
+    found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads(),
+             "load": os.getloadavg()}
+    key = f"CPU, {found['threads']} threads/torch {found['torch']}/triton {found['triton']}/{found['source']}"
+    common = {"commit": found["commit"], "conditions": key}
+    rows = []
+    for stage, run in _stages(options.rounds, options.small).items():
+        if options.stage is None or stage in options.stage:
+            rows += [{"stage": stage, **row, **common} for row in run()]
+    print_table([_shown(row) for row in rows], f"on a CPU, {found['threads']} threads, torch {found['torch']}; medians")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"conditions": {**found, "key": key}, "rows": rows}, indent=1) + "\n")
+    return 1 if any(row.get("error") for row in rows) else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -2,20 +2,21 @@
 
 A feature is one call with tensors of its own. Its results and every gradient are held to the reference in fp64 on the same
 inputs: q, k, v and out by the error ratio R, other gradients by their relative error. Its time stands beside the plain call
-on the same shapes, and beside torch's SDPA and FlexAttention where they take it.
+on the same shapes, and beside torch's SDPA and FlexAttention where they can (detours.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import fused_attn
-from benchmarks.cases import DTYPES, Pass
-from benchmarks.timing import measure, spread
+from benchmarks import detours
+from benchmarks.correctness import asked
+from fused_attn.bench.cases import DTYPES, Pass
+from fused_attn.bench.contest import OURS, Entry, Subject, gate_by
 from fused_attn.spec import Window, attention_flops, kept_pairs
 
 Row = dict[str, Any]
@@ -23,6 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 # dtype: largest R of out, of dq, dk and dv, and largest relative error of any other gradient
 LIMITS = {"fp16": (1.5, 2.5, 4e-3), "bf16": (1.5, 2.5, 2e-2), "fp32": (20.0, 40.0, 1e-4)}
+GATE_TIMES = 2.0  # times the last of these, before a timing: the strict limits are those of the stage before
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Shape:
 class Feature:
     """``tensors`` draws what the call takes beside q, k, v; ``arguments`` makes attention()'s keywords of them.
 
-    ``learned`` names the tensors that have gradients; ``sdpa`` makes an attn_mask for torch, where it takes one.
+    ``learned`` names the tensors that have gradients. What others do instead is in detours.py.
     """
 
     name: str
@@ -50,7 +52,6 @@ class Feature:
     arguments: Callable[[Tensors], dict[str, Any]] = lambda tensors: {}
     learned: tuple[str, ...] = ()
     causal: bool = True
-    sdpa: Callable[[Tensors], torch.Tensor] | None = None
     shape: dict[str, int] = field(default_factory=dict)  # what of the shape differs from the others'
 
 
@@ -63,7 +64,7 @@ FEATURES = (
     Feature("plain"),
     Feature("softcap", arguments=lambda t: {"softcap": 30.0}),
     Feature("bias", lambda s, draw: {"bias": draw(1, s.heads, s.length, s.length)}, lambda t: {"bias": t["bias"]}, ("bias",),
-            causal=False, sdpa=lambda t: t["bias"]),
+            causal=False),
     Feature("bias per key", lambda s, draw: {"bias": draw(s.batch, 1, 1, s.length)}, lambda t: {"bias": t["bias"]}, ("bias",)),
     Feature("relative bias", lambda s, draw: {"values": draw(s.heads, 2 * s.length - 1)},
             lambda t: {"bias": fused_attn.RelativeBias(t["values"])}, ("values",)),
@@ -75,7 +76,7 @@ FEATURES = (
             ("weight",)),
     Feature("sinks", lambda s, draw: {"sinks": draw(s.heads)}, lambda t: {"sinks": t["sinks"]}, ("sinks",)),
     Feature("mask", lambda s, draw: {"mask": draw(s.batch, 1, s.length, s.length) > -1}, lambda t: {"mask": t["mask"]},
-            causal=False, sdpa=lambda t: t["mask"]),
+            causal=False),
     Feature("key lengths", lambda s, draw: {"lengths": (draw(s.batch).sigmoid() * s.length).int()},
             lambda t: {"key_lengths": t["lengths"]}),
     Feature("document mask", _document, lambda t: {"mask_mod": fused_attn.document_mask(t["ids"])}),
@@ -129,11 +130,6 @@ class Call:
         out = self.attend(leaves, backend)
         grads = torch.autograd.grad(out, list(leaves.values()), self.dout.to(out.dtype))
         return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
-
-
-def asked(device: str) -> str | None:
-    """What a call names as its backend: on CPU tensors, where the kernels are no default, they are asked for."""
-    return "triton" if device == "cpu" else None
 
 
 def check(feature: Feature, shape: Shape, device: str) -> Row:
@@ -204,43 +200,43 @@ def _flops(call: Call, which: Pass) -> int:
     return attention_flops(shape.batch, shape.heads, pairs, shape.head_dim, shape.head_dim_v, products_qk=qk, products_v=pv)
 
 
-def time_feature(feature: Feature, shape: Shape, device: str) -> Iterator[Row]:
-    """Forward and backward of a feature, of the plain call on the same shapes, and of torch's SDPA where it takes it."""
+def subject(feature: Feature, shape: Shape, device: str) -> Subject:
+    """Forward and backward of a feature beside what others do for it, and the plain call on the same shapes.
+
+    Ours is held to fp64 on two heads of one batch entry, which has its reference fit the memory; the peers to ours.
+    """
     call = Call(feature, shape, device)
     plain = Call(Feature("plain", causal=feature.causal, shape=feature.shape), shape, device)
-    subjects: dict[str, tuple[Call, Callable[[Tensors], torch.Tensor]]] = {
-        "ours": (call, partial(call.attend, backend=asked(device))),
-        "plain": (plain, partial(plain.attend, backend=asked(device))),
-    }
-    if feature.sdpa is not None:
-        attn_mask = feature.sdpa
+    proven: Tensors = {}
 
-        def by_torch(leaves: Tensors) -> torch.Tensor:
-            return F.scaled_dot_product_attention(leaves["q"], leaves["k"], leaves["v"], attn_mask({**call.tensors, **leaves}),
-                                                  enable_gqa=call.shape.heads != call.shape.kv_heads)
+    def ours(one: Call) -> Entry:
+        leaves = one.leaves(False)
+        return Entry(partial(one.attend, leaves, asked(device)), leaves, one.dout)
 
-        subjects["sdpa"] = (call, by_torch)
-    leaves = {name: subject.leaves(False) for name, (subject, _) in subjects.items()}
-    outs = {name: attend(leaves[name]) for name, (_, attend) in subjects.items()}
-    calls: dict[Pass, dict[str, Callable[[], Any]]] = {
-        "forward": {name: partial(_no_grad, attend, leaves[name]) for name, (_, attend) in subjects.items()},
-        "backward": {name: partial(torch.autograd.grad, outs[name], list(leaves[name].values()), call.dout, retain_graph=True)
-                     for name in subjects},
-    }
-    for which, named in calls.items():
-        timed = {name: spread(times) for name, times in measure(named, device).items()}
-        for result in timed.values():
-            result["tflops"] = float(f"{_flops(call, which) / result['ms'] / 1e9:.4g}")
-        row: Row = {"pass": which, "family": "features", "feature": feature.name, "dtype": shape.dtype,
-                    "flops": _flops(call, which), "head_dim": call.shape.head_dim, "causal": feature.causal,
-                    "n_queries": shape.length, "n_keys": shape.length, "default": device != "cpu", "ok": True, **timed["ours"],
-                    "plain_ms": timed["plain"]["ms"], "times_plain": round(timed["ours"]["ms"] / timed["plain"]["ms"], 3),
-                    "peers": {name: result for name, result in timed.items() if name == "sdpa"}}
-        if "sdpa" in timed:
-            row |= {"best_peer": "sdpa", "ratio_to_best_peer": round(timed["sdpa"]["ms"] / row["ms"], 4)}
-        yield row
+    def gate(name: str, results: Tensors) -> tuple[Row, str | None]:
+        if name == OURS:
+            group = shape.heads // shape.kv_heads
+            verdict = check(feature, replace(shape, batch=1, heads=2 * group, kv_heads=2), device)
+            proven.update(results)
+            limit = GATE_TIMES * LIMITS[shape.dtype][2]
+            wrong = ", ".join([key for key, found in verdict["results"].items() if not found["relative"] <= limit])
+            return {"differ": verdict["differ"]}, f"beyond {limit:.2g} of the reference: {wrong}" if wrong else None
+        return gate_by(proven, lambda result: 0.0)(name, results)
 
+    def peer(make: Callable[..., Callable[[Tensors], torch.Tensor]]) -> Entry:
+        leaves = call.leaves(False)
+        attend = make(call.tensors | {"n": torch.tensor(call.shape.length)}, feature.causal, device,
+                      call.shape.heads != call.shape.kv_heads)
+        return Entry(partial(attend, leaves), leaves, call.dout)
 
-def _no_grad(attend: Callable[[Tensors], torch.Tensor], leaves: Tensors) -> torch.Tensor:
-    with torch.no_grad():
-        return attend(leaves)
+    size = DTYPES[shape.dtype].itemsize
+    touched = [call.q, call.k, call.v, call.dout, *(call.tensors[name] for name in feature.learned)]
+    moved = size * sum(x.numel() for x in touched)
+    names: dict[str, Callable[[], Entry] | str] = {
+        name: partial(peer, make) for name, make in detours.peers(feature.name, device).items()}
+    return Subject(
+        ("forward", "backward"), partial(ours, call), names, gate, partial(_flops, call),
+        lambda which: moved if which == "forward" else 2 * moved,
+        {"family": "features", "feature": feature.name, "dtype": shape.dtype, "head_dim": call.shape.head_dim,
+         "causal": feature.causal, "n_queries": shape.length, "n_keys": shape.length, "default": asked(device) is None},
+        yardstick=partial(ours, plain))

@@ -4,7 +4,11 @@ compile      fills Triton's and Inductor's caches on disk, on every core at once
 correctness  gates R and E on every case, and the checks that only a GPU can make
 features     everything beside plain attention: against fp64, and equal to the bit again
 determinism  equal to the bit, run after run
+roofs        how fast this card copies, and multiplies matrices
+layers       packed documents, rotary positions, cached decoding, layers: each against the reference, then timed
+models       a GPT and a Llama in training and generation: the same
 timing       ours beside every peer present, the most informative cases first
+cold         first calls in fresh processes, with empty and with filled caches
 """
 
 import argparse
@@ -24,14 +28,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import correctness, features, peers, plots, report, timing
-from benchmarks.cases import Case, correctness_cases, determinism_cases, timing_cases
+from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
+from benchmarks.cases import correctness_cases, determinism_cases, timing_cases
 from benchmarks.conditions import clocks, conditions
+from fused_attn import settings
+from fused_attn.bench import contest, peers
+from fused_attn.bench.cases import Case
+from fused_attn.bench.contest import Contest, Subject
 
 Row = dict[str, Any]
 
 # Most of the whole budget that a stage may take; the last one takes what is left.
-SHARES = {"compile": 0.28, "correctness": 0.2, "features": 0.15, "determinism": 0.05, "timing": 1.0}
+SHARES = {"compile": 0.25, "correctness": 0.16, "features": 0.1, "determinism": 0.04, "roofs": 0.02, "layers": 0.07,
+          "models": 0.05, "timing": 0.34, "cold": 1.0}
 REPORT_SECONDS = 15.0
 MAX_WORKERS = 16
 WORKER_GIB = 3.0  # memory of the card that a worker may need
@@ -76,8 +85,10 @@ class Rows:
         return list({(r["stage"], r["case"], r.get("pass")): r for r in self.rows if r["stage"] in stages}.values())
 
     def done(self, stage: str, job: Job) -> bool:
-        passes = {row.get("pass") for row in self.rows if (row["stage"], row["case"]) == (stage, job.name)}
-        return None in passes or passes >= set(job.passes)
+        """Whether every pass of a job has its row, where the rows tell how many there are, or else of ``job.passes``."""
+        rows = [row for row in self.rows if (row["stage"], row["case"]) == (stage, job.name)]
+        passes = {row.get("pass") for row in rows}
+        return None in passes or passes >= set(job.passes).union(*(row.get("passes", ()) for row in rows))
 
 
 def _finite(x: Any) -> Any:
@@ -137,7 +148,29 @@ class Run:
         print(report.line(self.rows.rows[-1]), flush=True)
 
 
-Task = tuple[str, Case | features.Shape, bool, str]  # what, of which size, with a gradient of LSE, on which device
+def sizes(smoke: bool) -> layers.Sizes:
+    """Of the layers."""
+    return layers.Sizes(1, 8, 32, 2, 32, "fp32") if smoke else layers.Sizes(8, 2048, 1024, 16, 4096, "bf16")
+
+
+def small_subjects(device: str, smoke: bool) -> dict[str, Callable[[], Subject]]:
+    """What the stages of layers and models run, in sizes that compile the same binaries."""
+    turned, decoded = steps.shapes(device, smoke)
+    asked, documents = correctness.asked(device), [16, 32, 16]
+    return {
+        **{packed.name(documents, h, h_kv, d, dtype, causal):
+           partial(packed.subject, documents, h, h_kv, d, dtype, causal, device, asked)
+           for _, h, h_kv, d, dtype, causal in packed.shapes(device, smoke)},
+        **{f"rotary {shape.name}": partial(steps.rotary, shape.shrunk(), device) for shape in turned},
+        **{f"cached decoding {shape.name}": partial(steps.decoding, shape.shrunk(), device) for shape in decoded},
+        **layers.layers(replace(sizes(smoke), batch=1, length=64), device),
+        **{f"training {one.name}": partial(models.training, replace(one, batch=1, length=64, layers=1, vocabulary=64), device)
+           for one in models.configs(device, smoke)},
+    }
+
+
+# What, of which size or by which name, with a gradient of LSE, on which device
+Task = tuple[str, Case | features.Shape | str, bool, str]
 
 
 def _compile(task: Task) -> tuple[str, float, str | None]:
@@ -146,7 +179,10 @@ def _compile(task: Task) -> tuple[str, float, str | None]:
     start, error = time.monotonic(), None
     torch.set_num_threads(1)
     try:
-        if isinstance(case, features.Shape):
+        if isinstance(case, str):
+            subject = small_subjects(device, device == "cpu")[case]()
+            subject.ours().results("backward" in subject.passes)
+        elif isinstance(case, features.Shape):
             features.compile_only(what, case, device)
         elif what == "ours":
             inputs = case.shrunk().inputs(device)
@@ -160,7 +196,7 @@ def _compile(task: Task) -> tuple[str, float, str | None]:
                 torch.autograd.grad(out, leaves, dout)
     except Exception as raised:
         error = f"{type(raised).__name__}: {str(raised)[:300]}"
-    name = case.dtype if isinstance(case, features.Shape) else case.name
+    name = case if isinstance(case, str) else case.dtype if isinstance(case, features.Shape) else case.name
     return f"{what}: {name}", round(time.monotonic() - start, 2), error
 
 
@@ -174,6 +210,7 @@ def compile_tasks(device: str, smoke: bool) -> list[Task]:
     checked_shape, timed_shape = features.shapes(smoke)
     shapes = [timed_shape, *(replace(checked_shape, dtype=dtype) for dtype in ("bf16", "fp16", "fp32"))]
     tasks += reversed(ours.values())
+    tasks += [("layers", name, False, device) for name in small_subjects(device, smoke)]
     tasks += [(feature.name, shape, False, device) for shape in shapes for feature in features.FEATURES]
     return tasks[:2] if smoke else tasks
 
@@ -202,6 +239,17 @@ def _one(check: Callable[..., Row], *arguments: Any) -> Iterable[Row]:
     yield check(*arguments)
 
 
+def _timed(make: Callable[[], Subject], run: Run) -> Callable[[], Iterable[Row]]:
+    """The rows of a subject: checked, then timed. Each says how many there will be, which is known when the subject is made."""
+
+    def rows() -> Iterable[Row]:
+        one = Contest(make(), run.device, 2 if run.smoke else None)
+        for row in one.rows():
+            yield {**row, "passes": list(one.subject.passes)}
+
+    return rows
+
+
 def correctness_stage(run: Run) -> None:
     jobs = [Job(name, partial(_one, check, run.device)) for name, check in correctness.SPECIAL.items()]
     jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
@@ -223,14 +271,42 @@ def determinism_stage(run: Run) -> None:
                              for case in determinism_cases(run.smoke)])
 
 
+def roofs_stage(run: Run) -> None:
+    run.work("roofs", [Job(name, partial(_one, job), ("forward",)) for name, job in roofs.jobs(run.device, run.smoke).items()])
+
+
+def _subjects(run: Run, stage: str, named: dict[str, Callable[[], Subject]]) -> None:
+    """Checks and times subjects, one after another."""
+    run.work(stage, [Job(name, _timed(make, run), ("forward",)) for name, make in named.items()])
+
+
+def layers_stage(run: Run) -> None:
+    of_layers = layers.layers(sizes(run.smoke), run.device)
+    if run.smoke:
+        of_layers = dict(list(of_layers.items())[:2])
+    _subjects(run, "layers", {**packed.subjects(run.device, run.smoke), **steps.subjects(run.device, run.smoke), **of_layers})
+
+
+def models_stage(run: Run) -> None:
+    _subjects(run, "models", models.subjects(run.device, run.smoke))
+
+
+def cold_stage(run: Run) -> None:
+    until = run.until("cold")
+    if run.device != "cpu":
+        torch.cuda.empty_cache()  # the memory is for other processes now
+    run.work("cold", [Job(f"cold {case.name}", partial(fresh.cold, case, run.device, until), case.passes)
+                      for case in fresh.cold_cases(run.device, run.smoke)])
+
+
 def timing_stage(run: Run) -> None:
     present = peers.found(run.device)
-    jobs = [Job("host overhead", partial(_one, timing.overhead, run.device, 2 if run.smoke else 200), ("forward",))]
-    jobs += [Job(case.name, partial(timing.time_case, case, run.device, present), case.passes)
+    jobs = [Job("host overhead", partial(_one, contest.overhead, run.device, 2 if run.smoke else 200), ("forward",))]
+    jobs += [Job(case.name, partial(contest.time_case, case, run.device, present, 2 if run.smoke else None), case.passes)
              for case in timing_cases(run.smoke)]
     _, shape = features.shapes(run.smoke)
     first = 1 + (len(jobs) - 1) // 3  # after the most informative of the plain cases
-    jobs[first:first] = [Job(f"feature {feature.name}", partial(features.time_feature, feature, shape, run.device),
+    jobs[first:first] = [Job(f"feature {feature.name}", _timed(partial(features.subject, feature, shape, run.device), run),
                              ("forward", "backward")) for feature in features.FEATURES[: 3 if run.smoke else None]]
     run.work("timing", jobs)
     if run.device != "cpu":
@@ -239,13 +315,14 @@ def timing_stage(run: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "compile": compile_stage, "correctness": correctness_stage, "features": features_stage, "determinism": determinism_stage,
-    "timing": timing_stage,
+    "roofs": roofs_stage, "layers": layers_stage, "models": models_stage, "timing": timing_stage, "cold": cold_stage,
 }
+TIMED = ("timing", "layers", "models", "cold", "roofs")
 
 
 def finish(run: Run, out: Path) -> int:
     """Writes what the run found, prints it, and returns the exit status."""
-    checked, timed = run.rows.of("correctness", "features", "determinism"), run.rows.of("timing")
+    checked, timed = run.rows.of("correctness", "features", "determinism"), run.rows.of(*TIMED)
     failed = sum(row.get("ok") is False for row in checked + timed)
     found = {"conditions": run.conditions, "stages": run.stages, "failed": failed}
     for name, rows in (("summary", run.rows.of(*STAGES, "restart")), ("correctness", checked)):
@@ -268,6 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"
+        settings.BACKEND = "triton"  # of layers and models too, whose calls name none
     elif not torch.cuda.is_available():
         print("No GPU that torch can use. --smoke runs tiny shapes on the CPU.", file=sys.stderr)
         return 2

@@ -5,9 +5,11 @@ tensors stand in for a GPU's; allocating is about as quick there. Triton's own l
 """
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,27 +19,26 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: backend "trit
 import torch
 
 import fused_attn
-from benchmarks.conditions import conditions
-from benchmarks.cpu import median_us
 from fused_attn import replay
+from fused_attn.bench.timing import measure as measure_ms
 from fused_attn.kernels.forward import forward_kernel
-from fused_attn.report import print_table
 
 SHAPES = (("one tile", 1, 8, 8, 64, 64), ("decode", 1, 32, 8, 1, 4096))  # name, batch, heads, key heads, queries, keys
-CALLS = 300
 
 
 def nothing(*_: Any, **__: Any) -> None:
     """In place of a launch."""
 
 
-def measure() -> list[dict[str, Any]]:
-    """One row a shape and kind of call."""
+@contextlib.contextmanager
+def no_launches() -> Iterator[None]:
+    """Within it, every launch of a kernel is ``nothing``."""
     with mock.patch.object(type(forward_kernel), "__getitem__", lambda self, grid: nothing):  # noqa: PT008  # a mock would cost more than the call
-        return [row for shape in SHAPES for row in _rows(*shape)]
+        yield
 
 
-def _rows(name: str, batch: int, heads: int, kv_heads: int, n_queries: int, n_keys: int) -> list[dict[str, Any]]:
+def _calls(batch: int, heads: int, kv_heads: int, n_queries: int, n_keys: int) -> dict[str, Callable[[], Any]]:
+    """Every kind of call on one shape; ``no_launches`` must hold when they are made and when they run."""
     q = torch.randn(batch, heads, n_queries, 64, dtype=torch.bfloat16)
     k, v = (torch.randn(batch, kv_heads, n_keys, 64, dtype=torch.bfloat16) for _ in range(2))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -52,16 +53,33 @@ def _rows(name: str, batch: int, heads: int, kv_heads: int, n_queries: int, n_ke
         replay.forget()
         attend(q, k, v)
 
-    calls: dict[str, Callable[[], Any]] = {
+    return {
         "forward, no gradients, made before": lambda: attend(q, k, v),
         "forward, no gradients, first of its kind": first,
         "forward with gradients": lambda: attend(*leaves),
         "backward": lambda: torch.autograd.grad(trained, leaves, dout, retain_graph=True),
     }
-    return [{"case": name, "call": call, "us": round(us, 2)} for call, us in median_us(calls, CALLS).items()]
+
+
+def subjects() -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
+    """A shape's name -> what makes its calls."""
+    return {name: partial(_calls, *shape) for name, *shape in SHAPES}
+
+
+def measure() -> list[dict[str, Any]]:
+    """One row a shape and kind of call."""
+    rows = []
+    with no_launches():
+        for name, make in subjects().items():
+            times = measure_ms(make(), "cpu")
+            rows += [{"case": name, "call": call, "us": round(1e3 * sorted(ms)[len(ms) // 2], 2)} for call, ms in times.items()]
+    return rows
 
 
 def main() -> int:
+    from benchmarks.conditions import conditions  # here, as benchmarks.compare runs the rest on revisions without it
+    from fused_attn.report import print_table
+
     parser = argparse.ArgumentParser(description="host time of a call up to the launch")
     parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
     arguments = parser.parse_args()

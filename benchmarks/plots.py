@@ -8,54 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fused_attn.bench.plots import COLOURS, STYLE, bars, legend, short
+
 Row = dict[str, Any]
 
-# One colour for each implementation everywhere; all tell apart without colour vision (Okabe and Ito).
-COLOURS = {"ours": "#D55E00", "sdpa cudnn": "#0072B2", "sdpa flash": "#56B4E9", "sdpa efficient": "#BBBBBB", "flex": "#009E73",
-           "eager": "#777777", "flash_attn 2": "#CC79A7", "flash_attn 3": "#222222"}
-STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-         "grid.color": "#DDDDDD", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 150}
 FAMILIES = {"window": "sliding window", "gqa": "grouped queries", "softcap": "softcap", "fp16": "fp16", "fp32": "fp32",
             "decode": "decoding"}
 PANELS = {"TFLOP/s, halves": ("window", "gqa", "softcap", "fp16"), "TFLOP/s, fp32": ("fp32",), "TFLOP/s, decoding": ("decode",)}
-
-
-def short(n: int) -> str:
-    return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
-
-
-def speeds(row: Row) -> dict[str, Row]:
-    """Implementation -> its timing, for those that have one."""
-    timed = {"ours": row, **row.get("peers", {})}
-    return {name: timed[name] for name in COLOURS if "tflops" in timed.get(name, {})}
-
-
-def _bars(axes: Any, rows: list[Row], labels: list[str]) -> None:
-    """Groups of bars, TFLOP/s with the 20th to 80th percentile; the number of ours stands in its bar."""
-    widest = max((len(speeds(row)) for row in rows), default=1)
-    width = 0.84 / max(3, widest)
-    top = max((timed["tflops"] for row in rows for timed in speeds(row).values()), default=1.0)
-    for group, row in enumerate(rows):
-        found = speeds(row)
-        for place, (name, timed) in enumerate(found.items()):
-            x, height = group + (place - (len(found) - 1) / 2) * width, timed["tflops"]
-            low, high = (row["flops"] / timed[end] / 1e9 for end in ("p80", "p20"))
-            axes.bar(x, height, 0.92 * width, color=COLOURS[name], label=name,
-                     yerr=[[max(0.0, height - low)], [max(0.0, high - height)]],
-                     error_kw={"elinewidth": 0.6, "ecolor": "#444444"})
-            if name == "ours":
-                inside = height > 0.25 * top
-                axes.annotate(f"{height:.3g}", (x, height), (0, -6 if inside else 4), textcoords="offset points", rotation=90,
-                              ha="center", va="top" if inside else "bottom", fontsize=6.5, color="white" if inside else "black")
-    axes.set_xticks(range(len(rows)), labels)
-    axes.set_xlim(-0.6, max(1, len(rows)) - 0.4)
-
-
-def _legend(figure: Any) -> None:
-    """One legend of everything drawn, in the order of COLOURS, below the panels."""
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = [name for name in COLOURS if name in handles]
-    figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order))
 
 
 def _grid(plt: Any, rows: list[Row], which: str, conditions: Row) -> Any:
@@ -69,12 +28,12 @@ def _grid(plt: Any, rows: list[Row], which: str, conditions: Row) -> Any:
         for head_dim, axes in zip(head_dims, line, strict=True):
             members = sorted((row for row in rows if (row["head_dim"], row["causal"]) == (head_dim, causal)),
                              key=lambda row: row["n_keys"])
-            _bars(axes, members, [short(row["n_keys"]) for row in members])
+            bars(axes, members, [short(row["n_keys"]) for row in members])
             axes.set_title(f"head dim {head_dim}, {'causal' if causal else 'full'}", fontsize=9)
             axes.set_xlabel("sequence length")
         line[0].set_ylabel("TFLOP/s")
     figure.suptitle(f"Attention {which}, {'/'.join(sorted({row['dtype'] for row in rows}))}: {_where(conditions)}", fontsize=10)
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -83,12 +42,25 @@ def _where(conditions: Row) -> str:
     return f"{conditions['gpu']}, torch {conditions['torch']}, Triton {conditions['triton']}{note}"
 
 
-def _ratios(plt: Any, rows: list[Row], conditions: Row) -> Any:
-    """Best peer's time over ours along the length: above 1 we win."""
-    rows = [row for row in rows if row["family"] == "grid" and "ratio_to_best_peer" in row]
-    passes = [which for which in ("forward", "backward") if any(row["pass"] == which for row in rows)]
-    figure, panels = plt.subplots(1, len(passes), figsize=(4.8 * len(passes), 3.4), squeeze=False, sharey=True,
-                                  layout="constrained")
+def _standing(plt: Any, rows: list[Row], roofs: list[Row], conditions: Row) -> Any:
+    """Above, ratios along the length; below, if the card's roofs were measured, how far from them each case is."""
+    figure = plt.figure(figsize=(9.6, 3.6 * (1 + bool(roofs))), layout="constrained")
+    above, *below = figure.subfigures(1 + bool(roofs), 1, squeeze=False)[:, 0]
+    _ratios(above, [row for row in rows if row["family"] == "grid" and "ratio_to_best_peer" in row])
+    for part in below:
+        _roofline(part, rows, roofs)
+    figure.suptitle(f"Above 1 ours is the fastest; hollow: it loses. {_where(conditions)}", fontsize=10)
+    return figure
+
+
+def _passes(rows: list[Row]) -> list[str]:
+    return [which for which in ("forward", "backward") if any(row["pass"] == which for row in rows)]
+
+
+def _ratios(figure: Any, rows: list[Row]) -> None:
+    """Best peer's time over ours along the length."""
+    passes = _passes(rows)
+    panels = figure.subplots(1, len(passes), squeeze=False, sharey=True)
     lines = sorted({(row["head_dim"], row["causal"]) for row in rows})
     colours = dict(zip(sorted({head_dim for head_dim, _ in lines}), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
     for which, axes in zip(passes, panels[0], strict=True):
@@ -97,6 +69,9 @@ def _ratios(plt: Any, rows: list[Row], conditions: Row) -> Any:
                             if (row["pass"], row["head_dim"], row["causal"]) == (which, head_dim, causal))
             axes.plot([n for n, _ in points], [ratio for _, ratio in points], "o-" if causal else "s--", markersize=4,
                       color=colours[head_dim], label=f"{head_dim} {'causal' if causal else 'full'}")
+            losing = [point for point in points if point[1] < 1]
+            axes.plot([n for n, _ in losing], [ratio for _, ratio in losing], "o" if causal else "s", markersize=4,
+                      color=colours[head_dim], markerfacecolor="white", zorder=3)
         axes.axhspan(0, 1, color="#F3F3F3")
         axes.axhline(1, color="#222222", linewidth=1)
         axes.set_xscale("log", base=2)
@@ -108,33 +83,97 @@ def _ratios(plt: Any, rows: list[Row], conditions: Row) -> Any:
     panels[0][0].set_ylabel("best peer's time / ours")
     panels[0][0].set_ylim(bottom=0)
     panels[0][-1].legend(title="head dim", fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(f"Above 1 ours is the fastest: {_where(conditions)}", fontsize=10)
+
+
+def roofs_of(rows: list[Row]) -> tuple[float, float] | None:
+    """(bytes, FLOPs a second) that the card was measured to copy and, in halves, to multiply at best; None if not both."""
+    copied = [row["gbytes_per_s"] * 1e9 for row in rows if row["case"] == "copy"]
+    multiplied = [row["tflops"] * 1e12 for row in rows if row.get("dtype") in ("bf16", "fp16")]
+    return (max(copied), max(multiplied)) if copied and multiplied else None
+
+
+def _roofline(figure: Any, rows: list[Row], roofs: list[Row]) -> None:
+    """TFLOP/s over FLOPs a byte: the roofs as measured, every case of halves as a point, ours and the best peer's joined."""
+    found = roofs_of(roofs)
+    rows = [row for row in rows if row.get("dtype") in ("bf16", "fp16") and row.get("bytes") and row.get("tflops")]
+    passes = _passes(rows)
+    if found is None or not passes:
+        return
+    bandwidth, rate = found
+    ridge = rate / bandwidth
+    for which, axes in zip(passes, figure.subplots(1, len(passes), squeeze=False, sharey=True)[0], strict=True):
+        members = [row for row in rows if row["pass"] == which]
+        x = [row["flops"] / row["bytes"] for row in members]
+        span = (min(*x, ridge) / 2, max(*x, ridge) * 2)
+        axes.plot([span[0], ridge, span[1]], [span[0] * bandwidth / 1e12, rate / 1e12, rate / 1e12], color="#222222",
+                  label=f"copy {bandwidth / 1e9:.4g} GB/s, matmul {rate / 1e12:.4g} TFLOP/s")
+        for at, row in zip(x, members, strict=True):
+            best = row["peers"].get(row.get("best_peer"), {}).get("tflops")
+            if best:
+                axes.plot([at, at], [row["tflops"], best], color="#BBBBBB", linewidth=0.6, zorder=1)
+                axes.plot(at, best, "x", color="#0072B2", markersize=4, label="best peer")
+            loses = row.get("ratio_to_best_peer", 1) < 1
+            axes.plot(at, row["tflops"], "o", color=COLOURS["ours"], markersize=4, label="ours",
+                      markerfacecolor="white" if loses else COLOURS["ours"])
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOPs a byte")
+        axes.set_title(which, fontsize=9)
+    figure.axes[0].set_ylabel("TFLOP/s")
+    named = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
+    figure.axes[-1].legend(list(named.values()), list(named), fontsize=7, loc="lower right", frameon=True)
+
+
+def _beyond(plt: Any, rows: list[Row], rest: list[Row], conditions: Row) -> Any:
+    """Above, features of plain attention as bars of TFLOP/s; below, a ratio for each case that is no bar anywhere."""
+    featured = [row for row in rows if row["family"] in FAMILIES]
+    kinds = {title: families for title, families in PANELS.items() if any(row["family"] in families for row in featured)}
+    widths = [max(2, len({row["case"] for row in featured if row["family"] in families})) for families in kinds.values()]
+    heights = [height for height in (2.7 * len(_passes(featured)), 0.5 + 0.2 * len(rest) if rest else 0.0) if height]
+    figure = plt.figure(figsize=(max(9.6, 2.5 + 1.05 * sum(widths)), 0.9 + sum(heights)), layout="constrained")
+    parts = list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+    if featured:
+        _features(parts.pop(0), featured, kinds, widths)
+    if rest:
+        _rest(parts.pop(0), rest)
+    figure.suptitle(f"Beyond plain attention; hatched: ours loses. {_where(conditions)}", fontsize=10)
     return figure
 
 
-def _features(plt: Any, rows: list[Row], conditions: Row) -> Any:
+def _features(figure: Any, rows: list[Row], kinds: dict[str, tuple[str, ...]], widths: list[int]) -> None:
     """Panels: each pass by kind of case, since fp32 and decoding live on scales of their own."""
-    passes = [which for which in ("forward", "backward") if any(r["pass"] == which and r["family"] in FAMILIES for r in rows)]
-    kinds = {title: families for title, families in PANELS.items() if any(row["family"] in families for row in rows)}
-    widths = [max(2, len({row["case"] for row in rows if row["family"] in families})) for families in kinds.values()]
-    figure, panels = plt.subplots(len(passes), len(kinds), figsize=(2.5 + 1.05 * sum(widths), 2.7 * len(passes) + 0.7),
-                                  squeeze=False, layout="constrained", width_ratios=widths)
-    for which, line in zip(passes, panels, strict=True):
+    panels = figure.subplots(len(_passes(rows)), len(kinds), squeeze=False, width_ratios=widths)
+    for which, line in zip(_passes(rows), panels, strict=True):
         for (title, families), axes in zip(kinds.items(), line, strict=True):
             members = [row for family in families for row in rows if (row["family"], row["pass"]) == (family, which)]
             labels = [f"{FAMILIES[row['family']]}\n{short(row['n_keys'])}, D {row['head_dim']}" for row in members]
             axes.set_visible(bool(members))
-            _bars(axes, members, labels)
+            bars(axes, members, labels)
             axes.tick_params(axis="x", labelsize=7)
             axes.set_ylabel(title)
             axes.set_title(which, fontsize=9)
-    figure.suptitle(f"Features: {_where(conditions)}", fontsize=10)
-    _legend(figure)
-    return figure
+    legend(figure)
+
+
+def _rest(figure: Any, rows: list[Row]) -> None:
+    """A bar for each case: the best peer's time over ours, those that lose hatched."""
+    rows = sorted(rows, key=lambda row: row["ratio_to_best_peer"])
+    axes = figure.subplots()
+    for at, row in enumerate(rows):
+        ratio = row["ratio_to_best_peer"]
+        axes.barh(at, ratio, 0.7, color=COLOURS["ours"] if ratio >= 1 else "#F3D3C0", edgecolor=COLOURS["ours"],
+                  hatch="" if ratio >= 1 else "////")
+        axes.annotate(f"{ratio:.2f} of {row['best_peer']}", (ratio, at), (3, 0), textcoords="offset points", va="center",
+                      fontsize=6.5)
+    axes.set_yticks(range(len(rows)), [f"{row['case']}, {row['pass']}" for row in rows], fontsize=6.5)
+    axes.axvline(1, color="#222222", linewidth=1)
+    axes.grid(axis="x")
+    axes.set_xlabel("best peer's time / ours")
+    axes.margins(x=0.25, y=0.01)
 
 
 def draw(timed: list[Row], conditions: Row, out: Path) -> str:
-    """Draws forward.png, backward.png, ratio.png and features.png as far as there are rows; says what was drawn or why not."""
+    """Draws forward.png, backward.png, ratio.png and features.png as far as there are rows; says what was drawn."""
     try:
         import matplotlib
     except ImportError:
@@ -142,14 +181,18 @@ def draw(timed: list[Row], conditions: Row, out: Path) -> str:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    timed = [row for row in timed if "ms" in row and row.get("family") != "overhead"]
+    roofs = [row for row in timed if row.get("family") == "roofs" and "ms" in row]
+    timed = [row for row in timed if "ms" in row and row.get("family") not in ("overhead", "roofs")]
+    compared = [row for row in timed if "ratio_to_best_peer" in row]
     grid = {row["pass"] for row in timed if row["family"] == "grid"}
+    rest = [row for row in compared if row["family"] not in (*FAMILIES, "grid", "cold")]
     makers = {
         "forward": lambda: _grid(plt, timed, "forward", conditions) if "forward" in grid else None,
         "backward": lambda: _grid(plt, timed, "backward", conditions) if "backward" in grid else None,
-        "ratio": lambda: _ratios(plt, timed, conditions)
-        if any(row["family"] == "grid" and "ratio_to_best_peer" in row for row in timed) else None,
-        "features": lambda: _features(plt, timed, conditions) if any(row["family"] in FAMILIES for row in timed) else None,
+        "ratio": lambda: _standing(plt, timed, roofs if roofs_of(roofs) else [], conditions)
+        if any(row["family"] == "grid" for row in compared) else None,
+        "features": lambda: _beyond(plt, timed, rest, conditions)
+        if rest or any(row["family"] in FAMILIES for row in timed) else None,
     }
     drawn = []
     with plt.rc_context(STYLE):
@@ -165,4 +208,4 @@ def draw(timed: list[Row], conditions: Row, out: Path) -> str:
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     found = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    print(draw([row for row in found["rows"] if row["stage"] == "timing"], found["conditions"], directory))
+    print(draw([row for row in found["rows"] if row.get("family")], found["conditions"], directory))

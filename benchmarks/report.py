@@ -5,6 +5,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+BOUND_BY_MEMORY = ("decode", "cached decoding")
+
 
 def line(row: Row) -> str:
     """One row as one line of the running output."""
@@ -13,7 +15,7 @@ def line(row: Row) -> str:
         return f"{head}: skipped, {row['skipped']}"
     if row.get("error"):
         return f"{head}: ERROR {row['error']}"
-    if row["stage"] == "timing" and "ms" in row:
+    if "ms" in row:
         return f"{head} {row['pass']}: {row['ms']:.3f} ms, {_verdict(row)}"
     facts = {key: row[key] for key in ("differ", "tasks", "done", "ours_us", "sdpa_us") if key in row}
     failing = [name for name, result in row.get("results", {}).items() if not result["ok"]]
@@ -22,11 +24,20 @@ def line(row: Row) -> str:
     return " ".join(filter(None, (f"{head}:", verdict, "" if worst is None else f"E {worst:.3g}", str(facts) if facts else "")))
 
 
+def _speed(row: Row) -> str:
+    """By what a case is judged: tokens or bytes a second, or FLOPs."""
+    if "step_ms" in row or row.get("family") == "generation":
+        return f"{row['tokens_per_s']:.4g} tokens/s"
+    if row.get("family") in BOUND_BY_MEMORY or not row["tflops"]:
+        return f"{row['gbytes_per_s']:.4g} GB/s"
+    return f"{row['tflops']:.4g} TFLOP/s"
+
+
 def _verdict(row: Row) -> str:
     ratio = row.get("ratio_to_best_peer")
     if ratio is None:
-        return f"{row['tflops']:.4g} TFLOP/s, no peer"
-    return f"{row['tflops']:.4g} TFLOP/s, {ratio:.2f} of {row['best_peer']}" + (" LOSES" if ratio < 1 else "")
+        return f"{_speed(row)}, no peer"
+    return f"{_speed(row)}, {ratio:.2f} of {row['best_peer']}" + (" LOSES" if ratio < 1 else "")
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -75,15 +86,27 @@ def _cell(row: Row) -> str:
 
 
 def _others(timed: list[Row]) -> list[str]:
-    rows = [row for row in timed if row.get("family") not in ("grid", "overhead") and "ms" in row]
+    rows = [row for row in timed if row.get("family") not in ("grid", "overhead", "cold") and "ms" in row]
     body = []
     for row in rows:
         ratio = row.get("ratio_to_best_peer")
-        speed = f"{row['gbytes_per_s']:.4g} GB/s" if row["family"] == "decode" else f"{row['tflops']:.4g}"
-        body.append((row["case"], row["pass"], f"{row['ms']:.3f}", speed, row.get("times_plain", ""),
+        body.append((row["case"], row["pass"], f"{row['ms']:.3f}", _speed(row), row.get("times_plain", ""),
                      row.get("best_peer") or "none", "" if ratio is None else f"{ratio:.2f}{' L' if ratio < 1 else ''}"))
-    header = ("case", "pass", "ms", "TFLOP/s", "times plain", "best peer", "its time / ours")
-    return (["## Features", "", *_table(header, body)] if rows else [])
+    header = ("case", "pass", "ms", "speed", "times plain", "best peer", "its time / ours")
+    return (["## Everything else", "", *_table(header, body)] if rows else [])
+
+
+def _cold(timed: list[Row]) -> list[str]:
+    """First calls: with nothing on disk, with caches on disk, and calls after that."""
+    body = []
+    for row in timed:
+        if row.get("family") == "cold" and "ms" in row:
+            for name, facts in (("ours", row), *row["peers"].items()):
+                if "cold_ms" in facts:
+                    body.append((row["case"], row["pass"], name, f"{facts['cold_ms']:.0f}", f"{facts['disk_ms']:.0f}",
+                                 f"{facts['ms']:.3f}"))
+    header = ("case", "pass", "of", "first call ever, ms", "first of a process, ms", "then, ms")
+    return ["## Cold calls", "", *_table(header, body)] if body else []
 
 
 def _peer_errors(timed: list[Row]) -> list[str]:
@@ -109,7 +132,7 @@ def summary(conditions: Row, stages: dict[str, Row], checked: list[Row], timed: 
               f"source {conditions['source']}, {conditions['time']}", ""]
     lines += [f"- stage {name}: {stage['seconds']} s" + (f", **truncated**: {stage['truncated']} cases not run"
                                                            if stage["truncated"] else "") for name, stage in stages.items()]
-    lines += ["", *_checks(checked), *_grid(timed), *_others(timed)]
+    lines += ["", *_checks(checked), *_grid(timed), *_others(timed), *_cold(timed)]
     for row in timed:
         if row.get("family") == "overhead" and "ours_us" in row:
             lines += [f"Host time of a call without gradients: {row['ours_us']} us; torch's SDPA {row['sdpa_us']} us.", ""]

@@ -11,6 +11,7 @@ from typing import Any
 
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
             "additive", "rotary", "decode", "fused")
+TUNED = ("forward", "dq", "dkv", "fused")
 RUNGS = ("pointers", "descriptors", "specialized", "gluon")
 
 
@@ -25,6 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="kernels against the reference on this machine")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
+
+    from fused_attn.bench import command  # imports no Triton: what it times says whether kernels are interpreted
+
+    bench = commands.add_parser("bench", help="time attention on your own shapes, beside what else is here",
+                                description=command.__doc__)
+    command.add_arguments(bench)
+    bench.set_defaults(run=command.run)
 
     compile_ = commands.add_parser("compile", help="compile the kernels for any target, no GPU needed")
     compile_.add_argument("--target", help="sm_80, sm_90, gfx942, ...")
@@ -43,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_.add_argument("--out", type=Path,
                           help="with --matrix: write the rows to this JSON file, of --profile also as a table beside it (.md)")
     compile_.set_defaults(run=_compile)
+
+    tune = commands.add_parser("tune", help="search better tiles for this card, by timing, and keep them in a file")
+    tune.add_argument("--kernel", choices=TUNED, nargs="+", default=list(TUNED))
+    tune.add_argument("--head-dim", type=int, choices=range(1, 257), metavar="D", nargs="+", default=[64, 128], help="1 to 256")
+    tune.add_argument("--dtype", choices=("fp16", "bf16"), default="bf16", help="both use what is found")
+    tune.add_argument("--length", type=int, default=4096, help="of the sequences that are timed")
+    tune.add_argument("--minutes", type=float, default=30, help="after which what was found so far is kept")
+    tune.add_argument("--again", action="store_true", help="search what the file has already, too")
+    tune.add_argument("--out", type=Path, help="the file, for FUSED_ATTN_TILES; by default the one used here")
+    tune.set_defaults(run=_tune)
 
     demo = commands.add_parser("demo", help="check, then train a small GPT on real text and look at it")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for pictures, sample and summary")
@@ -68,7 +86,7 @@ def _prepare_kernels() -> None:
 def _info(arguments: argparse.Namespace) -> int:
     import torch
 
-    from fused_attn import dispatch, report, settings
+    from fused_attn import dispatch, report, settings, tuned
 
     for name, value in report.conditions().items():
         print(f"{name:12} {value}")
@@ -76,6 +94,8 @@ def _info(arguments: argparse.Namespace) -> int:
         reasons = dispatch.device_reasons(torch.device(device).type, torch.device(device).index)
         default = "torch" if device == "cpu" or reasons else "triton"
         print(f"{device:12} default backend {default}; kernels: {'; '.join(reasons) or 'yes'}")
+    for i in range(torch.cuda.device_count()):
+        print(f"{f'cuda:{i}':12} tiles {tuned.path(torch.device('cuda', i)) or 'as shipped'}")
     print(f"{'environment':12} backend {settings.BACKEND}, strict {settings.is_strict(None)}, "
           f"interpreter {settings.interpreted()}")
     return 0
@@ -103,6 +123,17 @@ def _demo(arguments: argparse.Namespace) -> int:
         return result
 
     return demo.run(arguments.out, arguments.quick, arguments.seed, checked)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from fused_attn import dispatch, settings
+
+    if not settings.interpreted() and dispatch.kernel_device().type == "cpu":
+        print("fused-attn tune: there is no GPU here that the kernels run on", file=sys.stderr)
+        return 1
+    from fused_attn import tune
+
+    return tune.run(arguments)
 
 
 def _compile(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import rungs, settings
+from fused_attn import rungs, settings, tuned
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import Split, launch_forward
@@ -160,6 +160,8 @@ def _config(kernel: Kernel, q: torch.Tensor, v: torch.Tensor, call: Call) -> Til
     if call.extras.additive:
         return choose_additive(kernel, q.shape[3], arch_of(q.device))
     config = choose(kernel, q.shape[3], v.shape[3], q.dtype, arch_of(q.device), call.heavy)
+    if not call.heavy:
+        config = tuned.instead(config, kernel, q, v)
     return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
 
 
@@ -234,7 +236,8 @@ def _fused_config(q: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, call: C
     """The tiles that make all gradients in one kernel, where its atomics are allowed and registers have room for it."""
     if spec.deterministic or call.extras.mods or call.extras.keeps or call.extras.dropout or call.extras.additive:
         return None
-    return choose_fused(q.shape[3], v.shape[3], q.dtype, arch_of(q.device)) if all(needs[:3]) else None
+    config = choose_fused(q.shape[3], v.shape[3], q.dtype, arch_of(q.device)) if all(needs[:3]) else None
+    return None if config is None else tuned.instead(config, "fused", q, v)
 
 
 def _delta(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None,

@@ -17,7 +17,7 @@ from fused_attn.report import print_table
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
 GATED_TARGETS = {"plain": ("sm_80", "sm_90", "sm_100", "gfx942"),
-                 "fused": ("sm_80", "sm_86", "sm_90", "sm_120"),
+                 "fused": ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"),
                  "decode": ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"),
                  **dict.fromkeys(("softcap", "bias", "alibi", "mask"), ("sm_80", "sm_90"))}
 GATED_HEAD_DIMS = (32, 64, 128)
@@ -105,8 +105,8 @@ def jobs() -> Iterator[Job]:
             yield Job(target, "bf16", (64, 128), True, feature)
     for target in offline.TARGETS:
         yield Job(target, "bf16", (64, 128, 256), True, "decode")
-    for target in ("sm_80", "sm_86", "sm_90", "sm_120"):
-        yield Job(target, "bf16", (64, 128), True, "fused")
+    for target in offline.TARGETS[:-1]:  # all but RDNA
+        yield Job(target, "bf16", (64, 128, 256), True, "fused")
     for target in ("sm_80", "sm_90"):
         yield Job(target, "bf16", (192, 576), True, "plain")
     for target in ("sm_86", "sm_120"):  # whose shared memory is the smallest of NVIDIA's
@@ -130,8 +130,8 @@ def profiled() -> Iterator[Job]:
         yield Job(target, "bf16", wide, causal, "plain")
     for target in targets:
         yield Job(target, "bf16", wide, False, "decode")
-    for target, causal in product(("sm_80", "sm_90"), (False, True)):
-        yield Job(target, "bf16", (64, 128), causal, "fused")
+    for target, causal in product(targets, (False, True)):
+        yield Job(target, "bf16", wide, causal, "fused")
     yield from rungs()
 
 

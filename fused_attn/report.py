@@ -1,14 +1,19 @@
-"""What commands print: tables, and the conditions under which something was measured."""
+"""What commands print: tables, progress, and the conditions under which something was measured."""
 
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Sequence
-from typing import Any
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 import fused_attn
+
+T = TypeVar("T")
 
 
 def conditions() -> dict[str, Any]:
@@ -25,16 +30,46 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def git(*command: str) -> str | None:
+    """What git says of the checkout that the package runs from; None for one that is installed, or without git."""
+    root = Path(fused_attn.__file__).parent.parent
+    if not (root / ".git").exists():  # site-packages may lie in somebody else's checkout
+        return None
+    try:
+        done = subprocess.run(("git", *command), cwd=root, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def track(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yields items behind a progress bar on stderr; a line each where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track as bar
+    except ImportError:
+        for i, item in enumerate(items):
+            print(f"{what}: {i + 1} of {len(items)}", file=sys.stderr, flush=True)
+            yield item
+    else:
+        yield from bar(items, what, console=Console(stderr=True))
+
+
 def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Prints rows as a table; the keys of the first are the columns."""
+    """Prints rows as a table; the keys of the first are the columns. Plain where rich is not installed."""
+    columns = [column.replace("_", " ") for column in rows[0]]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        raise SystemExit("fused-attn: tables need rich: pip install 'fused-attn[cli]'") from None
+        lines = [columns, *([str(value) for value in row.values()] for row in rows)]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        text = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        print("\n".join([title, *text]))
+        return
     table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
+    for column in columns:
+        table.add_column(column)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console = Console()

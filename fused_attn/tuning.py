@@ -14,7 +14,7 @@ import torch
 from fused_attn.spec import TileConfig as T
 
 Kernel = Literal["forward", "shares", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary",
-                 "statistics", "backward", "ordered"]
+                 "statistics", "backward", "ordered", "fused"]
 
 _CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
 _CDNA2 = (*_CDNA, ("waves_per_eu", 2))
@@ -189,18 +189,33 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     if kernel == "operand_grad":  # square, for the sums along diagonals
         large = widest <= (128 if arch in ("sm_90", "sm_100") else 64) and not arch.startswith("gfx11")
         return T(64, 64, 8, 1) if large else T(32, 32, 4, 1)
-    table = _HALVES.get(_SAME.get(arch, arch)) or _HALVES["gfx1100" if arch.startswith("gfx") else "sm_86"]
-    by_width = table[kernel]
-    width = next(width for width in sorted(by_width) if widest <= width)
-    lean: T = _HEAVY.get(_SAME.get(arch, arch), {}).get(kernel, {}).get(width, by_width[width])
-    return lean if heavy else by_width[width]
+    width = served(kernel, head_dim, head_dim_v, arch)
+    shipped = _table(arch)[kernel][width]
+    lean: T = _HEAVY.get(_SAME.get(arch, arch), {}).get(kernel, {}).get(width, shipped)
+    return lean if heavy else shipped
+
+
+def _table(arch: str) -> dict[str, dict[int, T]]:
+    return _HALVES.get(_SAME.get(arch, arch)) or _HALVES["gfx1100" if arch.startswith("gfx") else "sm_86"]
+
+
+def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
+    """The widest head dim of the entry that serves these in halves, up to 256: what tuned tiles are kept by."""
+    widest = max(head_dim, head_dim_v)
+    if arch == "interpreter":
+        return widest
+    widths = _FUSED.get(_SAME.get(arch, arch), {}) if kernel == "fused" else _table(arch)[kernel]
+    return next((width for width in sorted(widths) if widest <= width), widest)
 
 
 # dK, dV and by atomics dQ in one kernel, plain attention in halves; targets and widths that are not here keep to two kernels.
 _FUSED: dict[str, dict[int, T]] = {
-    "sm_80": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2, disable_licm=True)},
-    "sm_86": {64: T(32, 128, 8, 2), 128: T(32, 64, 8, 2, disable_licm=True)},
+    "sm_80": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True),
+              256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
+    "sm_86": {64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True)},
     "sm_90": {64: T(64, 128, 8, 2, edge_stages=1), 128: T(64, 64, 8, 2, edge_stages=1, disable_licm=True)},
+    "sm_100": {64: T(64, 128, 8, 2), 128: T(64, 64, 8, 1)},
+    "gfx942": {64: T(32, 64, 4, 1, options=_CDNA), 128: T(32, 64, 4, 1, options=_CDNA)},
 }
 _FUSED["sm_120"] = _FUSED["sm_86"]
 

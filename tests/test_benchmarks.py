@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import fused_attn
-from benchmarks import correctness, peers, timing
-from benchmarks.cases import Case, case, correctness_cases, grid, timing_cases
+from benchmarks import correctness
+from benchmarks.cases import correctness_cases, timing_cases
+from fused_attn.bench import contest, oracle, peers, timing
+from fused_attn.bench.cases import Case, case, grid
 
 # Arithmetic
 
@@ -79,7 +81,7 @@ def attention(monkeypatch):
 
     attend.spoil, attend.arguments = (lambda out, lse: (out, lse)), None
     monkeypatch.setattr(fused_attn, "attention", attend)
-    monkeypatch.setattr(Case, "backend", lambda *_: "triton")
+    monkeypatch.setattr(Case, "answered_by", lambda *_: "triton")
     return attend
 
 
@@ -91,13 +93,13 @@ ORACLE_CASES = [
 
 
 @pytest.mark.parametrize("subject", ORACLE_CASES, ids=lambda s: s.name)
-@pytest.mark.parametrize("chunk", [correctness.SCORES_AT_ONCE, 1])
+@pytest.mark.parametrize("chunk", [oracle.SCORES_AT_ONCE, 1])
 def test_oracle_agrees_with_autograd(attention, monkeypatch, subject, chunk):
-    monkeypatch.setattr(correctness, "SCORES_AT_ONCE", chunk)
+    monkeypatch.setattr(oracle, "SCORES_AT_ONCE", chunk)
     inputs = subject.inputs("cpu")
-    oracle = correctness.Oracle(subject, *inputs)
+    exact = oracle.Oracle(subject, *inputs)
     for name, got in correctness.run(subject, *inputs).items():
-        torch.testing.assert_close(oracle.results[name][0], got, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(exact.results[name][0], got, atol=1e-12, rtol=1e-12)
 
 
 def _last(x: torch.Tensor, value: float) -> torch.Tensor:
@@ -107,7 +109,7 @@ def _last(x: torch.Tensor, value: float) -> torch.Tensor:
     return spike
 
 
-SUBJECT = case(40, 16, dtype="fp32", causal=True)
+SUBJECT = case(40, 16, dtype="fp32", causal=True, backend="triton")
 WRONG = {
     "honest": (lambda out, lse: (out, lse), set()),
     "one percent": (lambda out, lse: (out * 1.01, lse), {"out", "dq", "dk", "dv"}),
@@ -139,7 +141,7 @@ def test_gate_sees_what_no_kernel_wrote(attention):
 
 
 def test_gate_sees_another_backend(attention, monkeypatch):
-    monkeypatch.setattr(Case, "backend", lambda *_: "reference")
+    monkeypatch.setattr(Case, "answered_by", lambda *_: "reference")
     assert not correctness.check(SUBJECT, "cpu")["ok"]
 
 
@@ -221,7 +223,7 @@ def test_eager_peer_computes_the_same(subject):
 
 def test_timing_gate_refuses_wrong_results(attention):
     attention.spoil = lambda out, lse: (out * 1.01, lse)
-    rows = list(timing.time_case(SUBJECT, "cpu", peers.found("cpu")))
+    rows = list(contest.time_case(SUBJECT, "cpu", peers.found("cpu")))
     assert [row["pass"] for row in rows] == ["forward", "backward"]
     for row in rows:
         assert row["ok"] is False
@@ -234,7 +236,7 @@ def test_timing_refuses_a_peer_that_computes_something_else(attention):
     absent = peers.Peer("absent", lambda case, device: pytest.fail("called"), lambda case: "no reason")
     raising = peers.Peer("raising", lambda case, device: lambda q, k, v: 1 / 0, lambda case: None)
     honest = peers.Peer("honest", lambda case, device: case.attend, lambda case: None)
-    for row in timing.time_case(SUBJECT, "cpu", [wrong, absent, raising, honest]):
+    for row in contest.time_case(SUBJECT, "cpu", [wrong, absent, raising, honest]):
         assert row["ok"]
         assert row["best_peer"] == "honest"
         assert row["ratio_to_best_peer"] > 0
@@ -242,7 +244,7 @@ def test_timing_refuses_a_peer_that_computes_something_else(attention):
         assert "ZeroDivisionError" in row["peers"]["raising"]["error"]
         assert row["peers"]["absent"] == {"not run": "no reason"}
         assert {"ms", "p20", "p80", "tflops", "first_call_s"} <= row["peers"]["honest"].keys() & row.keys()
-        assert row["default"] is False, "on a CPU the kernels had to be asked for"
+        assert row["default"] is False, "the kernels had to be asked for"
 
 
 def test_gpu_timing_takes_turns(monkeypatch):

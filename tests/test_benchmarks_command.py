@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import fused_attn
-from benchmarks import correctness, features, gpu, peers, plots, report
+from benchmarks import correctness, features, gpu, models, packed, plots, report, steps
 from benchmarks.cases import correctness_cases, timing_cases
+from fused_attn.bench import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"rows.jsonl", "summary.json", "summary.md", "correctness.json"}
@@ -133,6 +133,23 @@ def test_compile_tasks_cover_every_stage_once():
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("name", [name for name in gpu.small_subjects("cpu", True) if "d16" in name])
+def test_small_subjects_compile(name):
+    """The worker's part of the compile stage; a real run compiles each for the card, layers and models too."""
+    assert gpu._compile(("layers", name, False, "cpu"))[2] is None
+
+
+def test_small_subjects_are_those_of_the_stages():
+    shapes = steps.shapes("cuda")
+    for shape in [*shapes[0], *shapes[1]]:
+        assert shape.shrunk().compiles_as() == shape.compiles_as()
+    names = list(gpu.small_subjects("cuda", False))
+    assert sum(name.startswith("packed") for name in names) == len(packed.shapes("cuda"))
+    assert {name for name in names if name.startswith("training")} == {
+        name for name in models.subjects("cuda") if name.startswith("training")}
+
+
+@pytest.mark.kernels
 def test_whole_command_on_tiny_shapes(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(tmp_path), "--commit", "abc"]
     variables = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -148,6 +165,16 @@ def test_whole_command_on_tiny_shapes(tmp_path):
     assert {(row["feature"], row["pass"]) for row in costs} == {
         (f.name, which) for f in features.FEATURES[:3] for which in ("forward", "backward")}
     assert all({"ms", "tflops", "plain_ms", "times_plain"} <= row.keys() for row in costs)
+    more = {stage: [row for row in rows if row["stage"] == stage] for stage in ("roofs", "layers", "models", "cold")}
+    assert {row["case"] for row in more["roofs"]} == {"copy", "matmul bf16"}
+    assert {row["family"] for row in more["layers"]} == {"packed", "rotary", "cached decoding", "layers"}
+    assert {row["family"] for row in more["models"]} == {"training", "generation"}
+    for row in [*more["layers"], *more["models"], *more["cold"]]:
+        assert row["ok"], row
+        assert row["default"] is False
+        assert row["pass"] in ("forward", "backward")
+        assert {"ms", "tflops", "peers", "ratio_to_best_peer", "flops"} <= row.keys()
+    assert all({"cold_ms", "disk_ms"} <= row.keys() & row["peers"]["sdpa"].keys() for row in more["cold"])
     timed = [row for row in rows if row["stage"] == "timing" and row["family"] not in ("overhead", "features")]
     assert [(row["case"], row["pass"]) for row in timed] == [(s.name, which) for s in timing_cases(True) for which in s.passes]
     for row in timed:
@@ -163,7 +190,8 @@ def test_whole_command_on_tiny_shapes(tmp_path):
     names = {row["case"] for row in rows if row["stage"] == "correctness"}
     assert names == {s.name for s in correctness_cases(True)} | set(correctness.SPECIAL)
 
-    again = subprocess.run([*command, "--stage", "timing", "--stage", "correctness"], cwd=ROOT, env=variables,
+    again = subprocess.run([*command, "--stage", "timing", "--stage", "correctness", "--stage", "models",
+                            "--stage", "layers", "--stage", "cold", "--stage", "roofs"], cwd=ROOT, env=variables,
                            capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
@@ -201,6 +229,56 @@ def synthetic() -> list[dict]:
     return rows
 
 
+def more_synthetic() -> list[dict]:
+    """Rows of the other stages, made up too."""
+    roofs = [{"stage": "roofs", "case": "copy", "pass": "forward", "family": "roofs", "ms": 0.7, "tflops": 0.0,
+              "gbytes_per_s": 3000.0, "peers": {}},
+             {"stage": "roofs", "case": "matmul bf16", "pass": "forward", "family": "roofs", "dtype": "bf16", "ms": 1.5,
+              "tflops": 700.0, "gbytes_per_s": 100.0, "peers": {}}]
+    rest = [{"stage": stage, "case": f"{family} case", "pass": which, "family": family, "dtype": "bf16", "ms": 1.0, "p20": 0.9,
+             "p80": 1.1, "tflops": 300.0, "gbytes_per_s": 1000.0, "flops": 3e11, "bytes": 1e9, "tokens_per_s": 1e5,
+             "best_peer": "sdpa", "ratio_to_best_peer": ratio, "peers": {"sdpa": {"ms": ratio, "tflops": 300.0 / ratio}}}
+            for stage, family, ratio in (("layers", "packed", 2.5), ("layers", "rotary", 0.9), ("models", "training", 1.1))
+            for which in ("forward", "backward")]
+    return roofs + rest
+
+
+def test_roofs_are_what_was_measured():
+    roofs = more_synthetic()[:2]
+    assert plots.roofs_of(roofs) == (3e12, 7e14)
+    assert plots.roofs_of(roofs[:1]) is None
+    assert plots.roofs_of([]) is None
+
+
+def test_roofline_draws_every_case_of_halves(monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for subject in timing_cases():  # a point's place is that of the arithmetic: no case lies left of decoding's 1 or so
+        assert 0.5 < subject.flops("forward") / subject.bytes("forward") < 1e4
+    rows = [{**row, "bytes": 1e9} for row in synthetic()]
+    figure = pyplot.figure()
+    plots._roofline(figure, rows, more_synthetic()[:2])
+    halves = [row for row in rows if row["dtype"] in ("bf16", "fp16")]
+    drawn = [line for axes in figure.axes for line in axes.get_lines() if line.get_label() == "ours" or
+             (line.get_marker() == "o" and len(line.get_xdata()) == 1)]
+    assert len(drawn) == len(halves)
+    hollow = [line for line in drawn if line.get_markerfacecolor() == "white"]
+    assert len(hollow) == sum(row["ratio_to_best_peer"] < 1 for row in halves)
+    x, y = figure.axes[0].get_lines()[0].get_data()
+    assert y[1] == y[2] == 700.0
+    assert x[1] == pytest.approx(7e14 / 3e12), "the ridge"
+    pyplot.close(figure)
+
+
+def test_other_stages_are_in_pictures_and_tables(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = synthetic() + more_synthetic()
+    assert plots.draw(rows, CONDITIONS, tmp_path) == "Pictures: forward.png, backward.png, ratio.png, features.png"
+    assert plots.draw(more_synthetic(), CONDITIONS, tmp_path) == "Pictures: features.png"
+    text = report.summary(CONDITIONS, {}, [], rows, "")
+    assert "| copy | forward | 0.700 | 3000 GB/s |" in text
+    assert "rotary case forward: 0.90 of sdpa" in text
+
+
 def test_pictures_of_every_kind(tmp_path):
     pytest.importorskip("matplotlib")
     assert plots.draw(synthetic(), CONDITIONS, tmp_path) == "Pictures: forward.png, backward.png, ratio.png, features.png"
@@ -232,17 +310,3 @@ def test_losing_cases_are_in_the_tables():
     assert all(f"- {row['case']} {row['pass']}: " in text for row in losing)
     assert " L)" in text
     assert "sdpa cudnn, 12 cases" in text
-
-
-def test_the_host_time_of_calls(monkeypatch, tmp_path, capsys):
-    from benchmarks import cpu, host
-
-    monkeypatch.setattr(host, "CALLS", 1)
-    monkeypatch.setattr(cpu, "ROUNDS", 1)
-    monkeypatch.setattr("sys.argv", ["host", "--out", str(tmp_path / "host.json")])
-    assert host.main() == 0
-    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
-    assert {row["case"] for row in rows} == {"one tile", "decode"}
-    assert all(row["us"] > 0 for row in rows)
-    q = torch.ones(1, 1, 4, 16)
-    assert fused_attn.attention(q, q, q, backend="triton").eq(1).all()

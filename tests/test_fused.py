@@ -63,7 +63,7 @@ def test_it_must_be_asked_for(value):
 
 def test_targets_without_tiles_keep_to_two_kernels():
     assert choose_fused(128, 128, torch.bfloat16, "sm_90") == choose_fused(96, 80, torch.float16, "sm_90")
-    for others in ((256, 64, torch.bfloat16, "sm_90"), (64, 64, torch.float32, "sm_90"), (64, 64, torch.bfloat16, "gfx942")):
+    for others in ((256, 64, torch.bfloat16, "sm_90"), (64, 64, torch.float32, "sm_90"), (64, 64, torch.bfloat16, "gfx1100")):
         assert choose_fused(*others) is None
 
 

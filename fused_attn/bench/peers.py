@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import Case
+from fused_attn.bench.cases import Case
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+FLEX_DEVICES = ("cuda", "xpu")  # where FlexAttention has a backward
 FLEX_LENGTHS = (4096, 16384)
 MAX_EAGER_SCORES = 2**31
 
@@ -58,13 +59,21 @@ def _against_sdpa(case: Case) -> str | None:
 SDPA_DEFAULT = Peer("sdpa", _sdpa_default, _against_sdpa)  # what torch itself would choose
 
 
-def _flex(case: Case, device: str) -> Attend:
+def compiled_flex() -> Callable[..., Any]:
+    """torch's flex_attention, compiled anew."""
     import torch._dynamo
     import torch._functorch.config
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()  # past eight shapes of one function it would run uncompiled
     torch._functorch.config.donated_buffer = False  # else the backward cannot be repeated on one graph
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return compiled
+
+
+def _flex(case: Case, device: str) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask
+
     left, right = case.bounds
     offset = case.n_keys - case.n_queries
     softcap = case.softcap or 0.0
@@ -83,11 +92,12 @@ def _flex(case: Case, device: str) -> Attend:
     mask = None
     if (left, right) != (None, None):
         mask = create_block_mask(keep, None, None, case.n_queries, case.n_keys, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled = compiled_flex()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return compiled(q, k, v, score_mod=None if case.softcap is None else capped, block_mask=mask, scale=case.scale,
-                        enable_gqa=case.heads != case.kv_heads)
+        out: torch.Tensor = compiled(q, k, v, score_mod=None if case.softcap is None else capped, block_mask=mask,
+                                     scale=case.scale, enable_gqa=case.heads != case.kv_heads)
+        return out
 
     return attend
 
@@ -98,6 +108,9 @@ def _against_flex(case: Case) -> str | None:
     if case.deterministic is False:
         return "timed beside the deterministic backward"
     return None
+
+
+FLEX = Peer("flex", _flex, _against_flex)
 
 
 def _eager(case: Case, device: str) -> Attend:
@@ -167,10 +180,15 @@ def found(device: str) -> list[Peer]:
         Peer("sdpa flash", _sdpa(SDPBackend.FLASH_ATTENTION), _against_sdpa),
         Peer("sdpa efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION), _against_sdpa),
     ]
-    if device != "cpu" and _importable("torch.nn.attention.flex_attention"):
-        peers.append(Peer("flex", _flex, _against_flex))
+    if device in FLEX_DEVICES and _importable("torch.nn.attention.flex_attention"):
+        peers.append(FLEX)
     peers.append(Peer("eager", _eager, _against_eager))
     if device != "cpu":
         packages = (("flash_attn 2", "flash_attn"), ("flash_attn 3", "flash_attn_interface"))
         peers += [Peer(name, _flash_attn(module), _against_flash_attn) for name, module in packages if _importable(module)]
     return peers
+
+
+def named(name: str) -> Peer:
+    """torch's own two by name, whatever the machine."""
+    return {"sdpa": SDPA_DEFAULT, "flex": FLEX}[name]

@@ -1,0 +1,133 @@
+"""What a program without this package does for a feature: SDPA with a mask in memory, FlexAttention with a function of its own.
+
+A bias, ALiBi or T5's buckets become a tensor [B or 1, H, N, N] for SDPA, made in each call with its graph, as a model has to
+in each step; what hides keys becomes a mask of bools, made once. FlexAttention gets a score_mod, and a block mask made once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import fused_attn
+from fused_attn.bench.peers import FLEX_DEVICES, compiled_flex
+
+Tensors = dict[str, torch.Tensor]
+Score = Callable[[Any, Any, Any, Any, Any], Any]  # (score, b, h, q_idx, kv_idx) -> score
+Keep = Callable[[Any, Any, Any, Any], Any]  # (b, h, q_idx, kv_idx) -> bool
+Attend = Callable[[Tensors], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Detour:
+    """``added`` and ``kept`` make SDPA's tensors, ``score`` and ``keep`` FlexAttention's functions; all of a call's tensors."""
+
+    added: Callable[[Tensors], torch.Tensor] | None = None
+    kept: Callable[[Tensors], torch.Tensor] | None = None
+    score: Callable[[Tensors], Score] | None = None
+    keep: Callable[[Tensors], Keep] | None = None
+
+
+def _distance(t: Tensors, like: torch.Tensor) -> torch.Tensor:
+    """k - q, [N, N]."""
+    at = torch.arange(int(t["n"]), device=like.device)
+    return at - at[:, None]
+
+
+def _spread(t: Tensors, values: torch.Tensor) -> torch.Tensor:
+    """[1, H, N, N] of values [H, 2 N - 1] by k - q."""
+    return values[None, :, _distance(t, values) + int(t["n"]) - 1]
+
+
+def _t5(t: Tensors) -> torch.Tensor:
+    """T5's values by k - q, [H, 2 N - 1]."""
+    values: torch.Tensor = fused_attn.t5_bias(t["table"], int(t["n"]), int(t["n"])).values
+    return values.reshape(-1, values.shape[-1])
+
+
+def _alibi(t: Tensors) -> torch.Tensor:
+    return -t["slopes"][None, :, None, None] * _distance(t, t["slopes"]).abs()
+
+
+def _relative(t: Tensors, values: torch.Tensor) -> Score:
+    middle = int(t["n"]) - 1
+    return lambda s, b, h, q, k: s + values[h, k - q + middle]
+
+
+DETOURS = {
+    "plain": Detour(),
+    "softcap": Detour(score=lambda t: lambda s, b, h, q, k: 30.0 * torch.tanh(s / 30.0)),
+    "bias": Detour(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][0, h, q, k]),
+    "bias per key": Detour(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][b, 0, 0, k]),
+    "relative bias": Detour(lambda t: _spread(t, t["values"]), score=lambda t: _relative(t, t["values"])),
+    "t5 bias": Detour(lambda t: _spread(t, _t5(t)), score=lambda t: _relative(t, _t5(t))),
+    "alibi": Detour(_alibi, score=lambda t: lambda s, b, h, q, k: s - t["slopes"][h] * (q - k).abs()),
+    "mask": Detour(kept=lambda t: t["mask"], keep=lambda t: lambda b, h, q, k: t["mask"][b, 0, q, k]),
+    "key lengths": Detour(kept=lambda t: (torch.arange(int(t["n"]), device=t["lengths"].device)
+                                          < t["lengths"][:, None])[:, None, None, :],
+                          keep=lambda t: lambda b, h, q, k: k < t["lengths"][b]),
+    "document mask": Detour(kept=lambda t: (t["ids"][:, :, None] == t["ids"][:, None, :])[:, None],
+                            keep=lambda t: lambda b, h, q, k: t["ids"][b, q] == t["ids"][b, k]),
+    "prefix LM": Detour(kept=lambda t: (_distance(t, t["lengths"]) <= 0)
+                        | (torch.arange(int(t["n"]), device=t["lengths"].device) < t["lengths"][:, None, None])[:, None],
+                        keep=lambda t: lambda b, h, q, k: (k <= q) | (k < t["lengths"][b])),
+}
+
+
+def sdpa(detour: Detour, tensors: Tensors, causal: bool, device: str, grouped: bool) -> Attend:
+    """torch's SDPA with whatever mask the feature and causality make together."""
+    kept = None if detour.kept is None else detour.kept(tensors)
+    future = _distance(tensors, tensors["n"]).to(device) > 0 if causal else None
+    if kept is not None and future is not None:
+        kept = kept & ~future
+
+    def attend(leaves: Tensors) -> torch.Tensor:
+        mask = kept
+        if detour.added is not None:
+            mask = detour.added({**tensors, **leaves}).to(leaves["q"].dtype)
+            mask = mask if future is None else mask.masked_fill(future, float("-inf"))
+        return F.scaled_dot_product_attention(leaves["q"], leaves["k"], leaves["v"], mask, is_causal=causal and mask is None,
+                                              enable_gqa=grouped)
+
+    return attend
+
+
+def flex(detour: Detour, tensors: Tensors, causal: bool, device: str, grouped: bool) -> Attend:
+    """FlexAttention, compiled for this feature."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    own = None if detour.keep is None else detour.keep(tensors)
+
+    def keep(b: Any, h: Any, q: Any, k: Any) -> Any:
+        if own is None:
+            return q >= k
+        return own(b, h, q, k) & (q >= k) if causal else own(b, h, q, k)
+
+    n, mask = int(tensors["n"]), None
+    if causal or own is not None:
+        batch = None if own is None else next(iter(tensors.values())).shape[0]
+        mask = create_block_mask(keep, batch, None, n, n, device=device)
+    compiled = compiled_flex()
+
+    def attend(leaves: Tensors) -> torch.Tensor:
+        score = None if detour.score is None else detour.score({**tensors, **leaves})
+        out: torch.Tensor = compiled(leaves["q"], leaves["k"], leaves["v"], score_mod=score, block_mask=mask,
+                                     enable_gqa=grouped)
+        return out
+
+    return attend
+
+
+def peers(feature: str, device: str) -> dict[str, Callable[..., Attend]]:
+    """name -> what makes the peer's call for a feature, of (tensors, causal, device, grouped)."""
+    detour, found = DETOURS.get(feature), dict[str, Callable[..., Attend]]()
+    if detour is None:
+        return found
+    if detour.score is None or detour.added is not None:
+        found["sdpa"] = partial(sdpa, detour)
+    if device in FLEX_DEVICES:
+        found["flex"] = partial(flex, detour)
+    return found

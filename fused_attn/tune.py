@@ -1,0 +1,237 @@
+"""``fused-attn tune``: better tiles for the card at hand, by timing, kept in a file that can be shared.
+
+From the shipped configuration the search goes to whichever neighbour is fastest, one number changed at a time, until none is
+faster by more than the noise. A neighbour must give the shipped one's results. What is timed is one pass over 16384 queries,
+full and causal; a length never matters, and nothing is tuned while a program runs.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_attn import report, settings, tuned
+from fused_attn.bench.timing import measure
+from fused_attn.execution import like
+from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
+from fused_attn.kernels.forward import launch_forward
+from fused_attn.lowering import lower
+from fused_attn.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
+from fused_attn.tuning import SHARED_LIMIT, Kernel, arch_of, choose, choose_fused, served
+
+GAIN = 0.98  # of the time: less is noise
+MAX_DIFFERENCE = 0.02  # relative, of results in halves whose sums are taken in another order
+STEPS: dict[str, tuple[Any, ...]] = {
+    "block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4, 5),
+    "edge_stages": (None, 1), "disable_licm": (False, True),
+}
+
+Timer = Callable[[dict[str, Callable[[], Any]]], dict[str, float]]  # calls by name -> milliseconds
+
+
+class Subject:
+    """One kernel at one head dim: its inputs, its shipped configuration, and how it is launched with another one."""
+
+    def __init__(self, kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype, length: int = 4096) -> None:
+        self.kernel, self.head_dim, self.device = kernel, head_dim, device
+        heads, batch = max(1, 2048 // head_dim), max(1, 16384 // length)
+        if device.type == "cpu":
+            heads, batch = 2, 1
+        generator = torch.Generator(device).manual_seed(0)
+        self.q, self.k, self.v, self.dout = (
+            torch.randn(batch, heads, length, head_dim, device=device, generator=generator).to(dtype) for _ in range(4))
+        self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_COMPANIONS).call
+                      for right in (None, 0)]
+        arch = arch_of(device)
+        self.width = served(kernel, head_dim, head_dim, arch)
+        shipped = (choose_fused(head_dim, head_dim, dtype, arch) if kernel == "fused"
+                   else choose(kernel, head_dim, head_dim, dtype, arch))
+        assert shipped is not None, f"{arch} has no fused backward at head dim {head_dim}"
+        self.shipped: TileConfig = shipped
+        self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # LSE and delta of each call
+        if kernel != "forward":
+            for call in self.calls:
+                out, lse = torch.empty_like(self.q), self._rows()
+                launch_forward(self.q, self.k, self.v, out, lse, None, (), call,
+                               config=choose("forward", head_dim, head_dim, dtype, arch))
+                delta = self._rows()
+                launch_delta(out, self.dout, lse, None, delta, call, config=choose("delta", head_dim, head_dim, dtype, arch))
+                self.saved.append((lse, delta))
+
+    def _rows(self) -> torch.Tensor:
+        return self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
+
+    def run(self, config: TileConfig) -> list[torch.Tensor]:
+        """The results of the full and of the causal pass, as this configuration gives them."""
+        q, k, v, dout = self.q, self.k, self.v, self.dout
+        results: list[torch.Tensor] = []
+        for i, call in enumerate(self.calls):
+            if self.kernel == "forward":
+                out, lse = torch.empty_like(q), self._rows()
+                launch_forward(q, k, v, out, lse, None, (), call, config=config)
+                results += [out, lse]
+                continue
+            lse, delta = self.saved[i]
+            if self.kernel == "dq":
+                results.append(torch.empty_like(q))
+                launch_dq(q, k, v, dout, lse, delta, results[-1], (), call, config=config)
+                continue
+            dk, dv = torch.empty_like(k), torch.empty_like(v)
+            sums = like(q, self.head_dim, torch.float32).zero_() if self.kernel == "fused" else None
+            launch_dkv(q, k, v, dout, lse, delta, dk, dv, (), call, dq=sums, config=config)
+            results += [dk, dv] if sums is None else [dk, dv, sums]
+        return results
+
+    def fits(self, config: TileConfig) -> bool:
+        """Whether a configuration may run at all: by shared memory, and by registers for the sums that every thread holds."""
+        rows = config.block_m if self.kernel in ("forward", "dq") else config.block_n
+        walked = config.block_n if self.kernel in ("forward", "dq") else config.block_m
+        n_sums = 1 if self.kernel in ("forward", "dq") else 2
+        sums = rows * (n_sums * self.head_dim + walked)
+        shared = 2 * self.head_dim * (rows + config.num_stages * walked)
+        limit = SHARED_LIMIT.get(arch_of(self.device), 64 * 1024)
+        return sums <= 255 * 32 * config.num_warps and shared <= limit and rows * walked >= 16 * 32 * config.num_warps
+
+
+def neighbours(config: TileConfig) -> Iterator[TileConfig]:
+    """Configurations that differ in one number, by one step up or down."""
+    for name, values in STEPS.items():
+        at = values.index(getattr(config, name))
+        for other in (at - 1, at + 1):
+            if 0 <= other < len(values):
+                yield dataclasses.replace(config, **{name: values[other]})
+
+
+class Search:
+    """The walk from the shipped configuration of a subject to one that no neighbour beats."""
+
+    def __init__(self, subject: Subject, timer: Timer, deadline: float = float("inf"),
+                 told: Callable[[TileConfig, str], None] = lambda config, verdict: None) -> None:
+        self.subject, self.timer, self.deadline, self.told = subject, timer, deadline, told
+        self.tried: set[TileConfig] = {subject.shipped}
+        self.expected = subject.run(subject.shipped)
+        self.best = subject.shipped
+
+    def run(self) -> dict[str, Any]:
+        """An entry of the file: the best configuration, its time and the shipped one's."""
+        while (better := self._best_neighbour()) is not None:
+            self.best = better
+        times = self._times(self.subject.shipped, self.best)
+        if self.best == self.subject.shipped or times[1] > GAIN * times[0]:
+            self.best, times = self.subject.shipped, (times[0], times[0])
+        return tuned.row(self.subject.kernel, self.subject.width, self.best, ms=round(times[1], 4),
+                         shipped=dataclasses.asdict(self.subject.shipped), shipped_ms=round(times[0], 4),
+                         tried=len(self.tried), complete=time.monotonic() < self.deadline)
+
+    def _best_neighbour(self) -> TileConfig | None:
+        fastest, ratio = None, GAIN
+        for config in neighbours(self.best):
+            if config in self.tried or not self.subject.fits(config) or time.monotonic() > self.deadline:
+                continue
+            self.tried.add(config)
+            verdict = self._wrong(config)
+            if verdict is None:
+                best, new = self._times(self.best, config)
+                if new / best < ratio:
+                    fastest, ratio = config, new / best
+                verdict = f"{new / best:.3f} of the best's time"
+            self.told(config, verdict)
+        return fastest
+
+    def _times(self, *configs: TileConfig) -> tuple[float, ...]:
+        """Milliseconds of each configuration, measured in turns."""
+        times = self.timer({str(i): functools.partial(self.subject.run, config) for i, config in enumerate(configs)})
+        return tuple(times.values())
+
+    def _wrong(self, config: TileConfig) -> str | None:
+        """What is wrong with a configuration, if anything."""
+        try:
+            results = self.subject.run(config)
+            if self.subject.device.type != "cpu":
+                torch.cuda.synchronize(self.subject.device)
+        except Exception as error:  # too much shared memory, or whatever the compiler has against it
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        for got, want in zip(results, self.expected, strict=True):
+            difference = float((got.double() - want.double()).norm() / want.double().norm())
+            if not difference <= MAX_DIFFERENCE:
+                return f"differs from the shipped one's results by {difference:.2g}"
+        return None
+
+
+def _timer(device: torch.device) -> Timer:
+    def times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        measured = measure(calls, device.type, rounds=12)
+        return {name: sorted(values)[len(values) // 2] for name, values in measured.items()}
+
+    return times
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Searches every kernel and head dim that was asked for; each result is in the file as soon as it is found."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    device = torch.device("cpu") if settings.interpreted() else torch.device("cuda", torch.cuda.current_device())
+    file: Path = arguments.out or tuned.default_path(device)
+    content = _content(file, device)
+    done = {(row["kernel"], row["head_dim"]) for row in content["tiles"] if row["complete"]}
+    dtype = torch.float16 if arguments.dtype == "fp16" else torch.bfloat16
+    work = [(kernel, head_dim) for head_dim in arguments.head_dim for kernel in arguments.kernel]
+    deadline = time.monotonic() + 60 * arguments.minutes
+    rows, console = [], Console()
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TextColumn("{task.fields[last]}"), console=console) as progress:
+        task = progress.add_task("tuning", total=len(work), last="")
+
+        def told(config: TileConfig, verdict: str) -> None:
+            progress.update(task, last=f"{_words(config)}: {verdict}")
+
+        for kernel, head_dim in work:
+            subject = _subject(kernel, head_dim, device, dtype, arguments.length)
+            if subject is None or ((kernel, subject.width) in done and not arguments.again):
+                why = "there is none for this card" if subject is None else f"{file} has it already; --again searches anew"
+                console.print(f"{kernel} D{head_dim}: {why}")
+                progress.advance(task)
+                continue
+            progress.update(task, description=f"{kernel} D{head_dim}")
+            rows.append(Search(subject, _timer(device), deadline, told).run())
+            content["tiles"] = [row for row in content["tiles"] if (row["kernel"], row["head_dim"]) != (kernel, subject.width)]
+            content["tiles"].append(rows[-1])
+            tuned.write(file, content)
+            progress.advance(task)
+    if rows:
+        report.print_table([{"kernel": row["kernel"], "head dim": row["head_dim"], **_shown(row)} for row in rows],
+                           f"{content['gpu']}, {arguments.dtype}: tiles in {file}")
+    return 0
+
+
+def _subject(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype, length: int) -> Subject | None:
+    if kernel == "fused" and choose_fused(head_dim, head_dim, dtype, arch_of(device)) is None:
+        return None
+    return Subject(kernel, head_dim, device, dtype, length)
+
+
+def _content(file: Path, device: torch.device) -> dict[str, Any]:
+    """What the file holds of this card and Triton, else an empty one; another card's file is not written over."""
+    here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": tuned.triton_version()}
+    if file.is_file():
+        content = tuned.read(file)
+        if content.get("arch") != here["arch"] or content.get("gpu") != here["gpu"]:
+            raise SystemExit(f"fused-attn tune: {file} holds tiles of {content.get('gpu')}; choose another --out")
+        if content.get("triton") == here["triton"]:
+            return content
+    return {**here, "conditions": report.conditions(), "tiles": []}
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    return {"tiles": _words(tuned.config_of(row)), "ms": row["ms"], "shipped ms": row["shipped_ms"],
+            "gain": f"{row['shipped_ms'] / row['ms']:.3f}", "tried": row["tried"]}
+
+
+def _words(config: TileConfig) -> str:
+    return f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
