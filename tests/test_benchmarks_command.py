@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import correctness, features, gpu, models, packed, plots, report, steps
 from benchmarks.cases import correctness_cases, timing_cases
+from fused_attn import settings
 from fused_attn.bench import peers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,7 @@ def test_a_lost_context_starts_a_new_process(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "execv", lambda *args: calls.append(args))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(settings, "BACKEND", None)  # which a smoke run changes, for its process
 
     def poisoned(run):
         raise gpu.PoisonedError("illegal memory access")
