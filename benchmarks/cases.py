@@ -3,12 +3,20 @@
 import itertools
 from dataclasses import replace
 
+import torch
+
 from fused_attn.bench.cases import DTYPES, Case, case, grid
+from fused_attn.settings import RUNGS
 
 
 def interpreted(cases: list[Case]) -> list[Case]:
     """Cases of a smoke run: on CPU tensors, where the kernels are no default, they are asked for."""
     return [replace(subject, backend="triton") for subject in cases]
+
+
+def on_hopper() -> bool:
+    """Whether the current card has rungs to climb (``fused_attn.hopper``)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def timing_cases(smoke: bool = False) -> list[Case]:
@@ -20,6 +28,9 @@ def timing_cases(smoke: bool = False) -> list[Case]:
     first = [grid(n, d, causal) for n in (4096, 16384) for d in (128, 64) for causal in (True, False)]
     fused = [replace(c, family="fused backward", deterministic=False, passes=("backward",)) for c in first]
     wide = [grid(n, 256, causal) for n in (4096, 16384) for causal in (True, False)]
+    climbed = [replace(c, family=f"hopper {rung}", rung=rung, deterministic=False if rung == "gluon" else None,
+                       passes=("forward", "backward") if rung == "gluon" and c.head_dim <= 128 else ("forward",))
+               for c in first + wide for rung in RUNGS[:0:-1]] if on_hopper() else []
     features = [
         grid(4096, 128, True, window=(1024, None), family="window"),
         grid(16384, 128, True, window=(1024, None), family="window"),
@@ -35,7 +46,7 @@ def timing_cases(smoke: bool = False) -> list[Case]:
         grid(4096, 64, False, dtype="fp16", family="fp16"),
     ]
     rest = [grid(n, d, causal) for n in (1024, 8192, 2048, 512) for d in (128, 64, 256) for causal in (True, False)]
-    return first + fused + features + wide + rest
+    return first + climbed + fused + features + wide + rest
 
 
 def correctness_cases(smoke: bool = False) -> list[Case]:
@@ -61,7 +72,23 @@ def correctness_cases(smoke: bool = False) -> list[Case]:
         case(129, 64, batch=1, heads=1, dtype="fp16", causal=True, layout="huge rows"),
         case(129, 64, batch=1, heads=3, dtype="fp16", causal=True, layout="huge heads"),
     ]
-    return cases
+    return _rungs() + cases if on_hopper() else cases
+
+
+def _rungs() -> list[Case]:
+    """What the rungs of a Hopper's ladder take, first of all: no card has run them yet."""
+    plain = [case(400, d, causal=causal, deterministic=False) for d in (64, 128, 256, 80) for causal in (True, False)]
+    others = [
+        case(400, 64, window=(100, 30), deterministic=False),
+        case(400, 128, causal=True, window=(64, None), deterministic=False),
+        case(400, 64, dtype="fp16", softcap=20.0, causal=True),
+        case(300, 128, heads=8, kv_heads=2, causal=True, deterministic=False),
+        *(case(n, 64, n_keys=n_keys, causal=True, deterministic=False) for n, n_keys in ((129, 400), (400, 129), (300, 1))),
+        case(300, 64, dtype="fp16", layout="bnhd", causal=True, deterministic=False),
+        case(300, 64, layout="packed qkv", causal=True, deterministic=False),
+        case(8192, 128, batch=1, heads=2, causal=True, deterministic=False),
+    ]
+    return [replace(subject, rung=rung) for rung in RUNGS[:0:-1] for subject in plain + others]
 
 
 def _variants() -> list[Case]:

@@ -201,11 +201,11 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
         "torch": against_torch(call, return_lse),
         "reference": ("memory is quadratic in the sequence length",),
     }
-    chosen, rung = choose(call, return_lse, backend, strict, warn=False), settings.rung()
+    chosen = choose(call, return_lse, backend, strict, warn=False)
     against_rung: dict[str, tuple[str, ...]] = {}
-    if chosen == "triton" and rung != "pointers":
-        against_rung = {"forward": rungs.against(rung, "forward", *call), "backward": rungs.against(rung, "backward", *call)}
-    return Explanation(chosen, reasons, rung, against_rung)
+    if chosen == "triton" and call.spec.rung != "pointers":
+        against_rung = {"forward": rungs.against("forward", *call), "backward": rungs.against("backward", *call)}
+    return Explanation(chosen, reasons, call.spec.rung, against_rung)
 
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,

@@ -29,7 +29,7 @@ def pack(spec: AttentionSpec) -> tuple[Any, ...]:
     """A spec as the trailing arguments of the ops: numbers, and members as text."""
     score_mods, mask_mods = _text(spec.score_mods), _text(spec.mask_mods)
     return (spec.scale, *spec.window, spec.bottom_right, spec.softcap, score_mods, mask_mods, spec.dropout_p, spec.precise,
-            spec.fp32_precision, *(spec.longest or (None, None)), spec.deterministic)
+            spec.fp32_precision, *(spec.longest or (None, None)), spec.deterministic, spec.rung)
 
 
 def _text(members: tuple[Member, ...]) -> str:
@@ -39,10 +39,10 @@ def _text(members: tuple[Member, ...]) -> str:
 def unpack(packed: tuple[Any, ...]) -> AttentionSpec:
     """The spec that ``pack`` took apart."""
     scale, left, right, bottom_right, softcap, score_mods, mask_mods, *rest = packed
-    dropout_p, precise, fp32_precision, longest_q, longest_k, deterministic = rest
+    dropout_p, precise, fp32_precision, longest_q, longest_k, deterministic, rung = rest
     return AttentionSpec(scale, Window(left, right), bottom_right, softcap, _members(score_mods), _members(mask_mods),
                          dropout_p, precise, fp32_precision, None if longest_q is None else (longest_q, longest_k),
-                         deterministic)
+                         deterministic, rung)
 
 
 @functools.cache

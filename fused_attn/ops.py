@@ -22,7 +22,8 @@ from fused_attn.spec import AttentionSpec, Companions, attention_flops, kept_pai
 _COMPANIONS = ("Tensor? sinks, Tensor? score_weight, Tensor? seed, Tensor? cu_q, Tensor? cu_k, Tensor? used_q, "
                "Tensor? used_k, Tensor[] operands")
 _SPEC = ("float scale, SymInt? left, SymInt? right, bool bottom_right, float? softcap, str score_mods, str mask_mods, "
-         "float dropout_p, bool precise, str? fp32_precision, SymInt? longest_q, SymInt? longest_k, bool deterministic")
+         "float dropout_p, bool precise, str? fp32_precision, SymInt? longest_q, SymInt? longest_k, bool deterministic, "
+         "str rung")
 _LIBRARY = torch.library.Library("fused_attn", "DEF")
 _LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_COMPANIONS}, {_SPEC}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
@@ -32,7 +33,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor")
 _OPS = torch.ops.fused_attn
-N_COMPANIONS, N_SPEC = len(Companions._fields), 13
+N_COMPANIONS, N_SPEC = len(Companions._fields), 14
 _TENSORS = 8  # of the backward: dout, dlse, q, k, v, out, residual, lse
 
 

@@ -4,7 +4,6 @@ from typing import Literal
 
 import torch
 
-from fused_attn import settings
 from fused_attn.spec import AttentionSpec, Companions
 from fused_attn.tuning import arch_of
 
@@ -16,13 +15,13 @@ _WIDEST = {"forward": 256, "backward": 128}  # head dim
 def rung(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
          dout: torch.Tensor | None = None) -> str:
     """Of ``settings.RUNGS``, the kernels that run a pass of a call: the ones asked for, or pointers where they cannot."""
-    asked = settings.rung()
-    return "pointers" if asked == "pointers" or against(asked, which, q, k, v, spec, companions, dout) else asked
+    return spec.rung if spec.rung != "pointers" and not against(which, q, k, v, spec, companions, dout) else "pointers"
 
 
-def against(asked: str, which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
             companions: Companions, dout: torch.Tensor | None = None) -> tuple[str, ...]:
-    """Reasons why the kernels ``asked`` cannot run a pass of a call."""
+    """Reasons why the kernels that a call asks for cannot run a pass of it."""
+    asked = spec.rung
     if arch_of(q.device) != "sm_90":
         return ("the card is no Hopper",)
     if which == "backward" and asked != "gluon":

@@ -79,8 +79,8 @@ def hopper(kernels: str) -> Iterator[None]:
     ``"specialized"``   that, and Triton gives loads and products warps of their own (forward)
     ``"gluon"``         written warp by warp: softmax runs under the matrix products
 
-    It holds for the whole process, threads included; ``explain`` names the kernels of a call. Raises ValueError for another
-    name.
+    A call keeps its kernels for the backward. It holds for the whole process, threads included; ``explain`` names the kernels
+    of a call. Raises ValueError for another name.
     """
     global _rung
     if kernels not in RUNGS:

@@ -31,7 +31,7 @@ class AttentionSpec(NamedTuple):
     ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None. ``score_mods`` act in their order, after
     the softcap; a pair attends where every one of ``mask_mods`` keeps it. ``fp32_precision`` None follows torch. ``longest``
     is (queries, keys) of the longest packed sequences, or None for a dense batch. Not ``deterministic``: dQ may be summed in
-    any order.
+    any order. ``rung``: the kernels asked for on sm_90 (``fused_attn.hopper``), of both passes.
     """
 
     scale: float
@@ -45,6 +45,7 @@ class AttentionSpec(NamedTuple):
     fp32_precision: str | None = None
     longest: tuple[int, int] | None = None
     deterministic: bool = True
+    rung: str = "pointers"
 
     def offset(self, n_queries: int, n_keys: int) -> int:
         """Position of query 0 among the keys."""

@@ -50,7 +50,8 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Case:
     """One call of attention(). ``family`` groups cases in tables and plots; ``amplitude`` multiplies unit-normal queries.
 
-    ``backend`` is named in the call; it is not part of the name, as conditions tell what answers.
+    ``backend`` is named in the call; it is not part of the name, as conditions tell what answers. ``rung``: the kernels asked
+    for on a Hopper (``fused_attn.hopper``).
     """
 
     batch: int
@@ -71,6 +72,7 @@ class Case:
     family: str = "grid"
     deterministic: bool | None = None
     backend: str | None = None
+    rung: str = "pointers"
 
     @property
     def name(self) -> str:
@@ -84,6 +86,7 @@ class Case:
         parts += [f"scale{self.scale:g}"] if self.scale is not None else []
         parts += [f"qx{self.amplitude:g}"] if self.amplitude != 1 else []
         parts += ["fused backward"] if self.deterministic is False else []
+        parts += [f"on {self.rung}"] if self.rung != "pointers" else []
         return " ".join(parts + ([self.layout] if self.layout != "bhnd" else []))
 
     @property
@@ -131,7 +134,8 @@ class Case:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: Any) -> Any:
         """The call as a user makes it."""
-        return fused_attn.attention(q, k, v, **self.arguments, backend=self.backend, **extra)
+        with fused_attn.hopper(self.rung):
+            return fused_attn.attention(q, k, v, **self.arguments, backend=self.backend, **extra)
 
     def answered_by(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """The backend that answers ``attend``."""
@@ -143,7 +147,7 @@ class Case:
         rows = ((self.n_queries * self.head_dim) % 16, (self.n_keys * self.head_dim) % 16, (self.n_keys * self.head_dim_v) % 16)
         mod = (self.softcap, self.scale is not None and self.scale <= 0)
         return (self.dtype, self.head_dim, self.head_dim_v, self.heads // self.kv_heads, left is None, right is None, mod,
-                self.layout, rows, self.deterministic, self._shared and self.n_queries)
+                self.layout, rows, self.deterministic, self._shared and self.n_queries, self.rung)
 
     @property
     def _shared(self) -> bool:
