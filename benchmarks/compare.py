@@ -2,8 +2,8 @@
 
 The working tree as it is, and BASE checked out in a temporary worktree, each in a process of its own that stays; the same
 harness, that of the working tree, measures both in turns. On a GPU the timing cases; elsewhere the host's part of a call,
-calls on the CPU, and layers, in CPU time, which other programs hardly disturb. A ratio is the time of now over that of BASE
-in one round: above 1, slower than before.
+calls on the CPU, and layers, by one thread on one core, in CPU time, which other programs disturb less than the clock. A ratio
+is the time of now over that of BASE in one round: above 1, slower than before.
 """
 
 import argparse

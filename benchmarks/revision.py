@@ -76,11 +76,17 @@ def main() -> None:
     sys.path[0] = str(tree)
     graft("benchmarks", HARNESS / "benchmarks")
     graft("fused_attn.bench", HARNESS / "fused_attn" / "bench")
+    import torch
+
     import fused_attn
     from fused_attn.bench.timing import measure
 
     assert fused_attn.__file__ is not None
     assert Path(fused_attn.__file__).resolve().is_relative_to(tree), fused_attn.__file__
+    if device == "cpu":
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):  # both revisions on one core: two cores are not equally disturbed
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     known, ready = calls(device), dict[str, Callable[[], Any]]()
     for line in sys.stdin:
         request = json.loads(line)
