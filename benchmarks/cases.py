@@ -26,9 +26,9 @@ def timing_cases(smoke: bool = False) -> list[Case]:
             case(48, 16, batch=1, causal=True), case(40, 16, batch=1, softcap=20.0, family="softcap"),
             case(1, 16, batch=1, heads=4, kv_heads=2, n_keys=70, passes=("forward",), family="decode")])
     first = [grid(n, d, causal) for n in (4096, 16384) for d in (128, 64) for causal in (True, False)]
-    fused = [replace(c, family="fused backward", deterministic=False, passes=("backward",)) for c in first]
+    exact = [replace(c, family="deterministic", deterministic=True, passes=("backward",)) for c in first]
     wide = [grid(n, 256, causal) for n in (4096, 16384) for causal in (True, False)]
-    climbed = [replace(c, family=f"hopper {rung}", rung=rung, deterministic=False if rung == "gluon" else None,
+    climbed = [replace(c, family=f"hopper {rung}", rung=rung,
                        passes=("forward", "backward") if rung == "gluon" and c.head_dim <= 128 else ("forward",))
                for c in first + wide for rung in RUNGS[:0:-1]] if on_hopper() else []
     features = [
@@ -46,7 +46,7 @@ def timing_cases(smoke: bool = False) -> list[Case]:
         grid(4096, 64, False, dtype="fp16", family="fp16"),
     ]
     rest = [grid(n, d, causal) for n in (1024, 8192, 2048, 512) for d in (128, 64, 256) for causal in (True, False)]
-    return first + climbed + fused + features + wide + rest
+    return first + climbed + exact + features + wide + rest
 
 
 def correctness_cases(smoke: bool = False) -> list[Case]:
@@ -77,16 +77,14 @@ def correctness_cases(smoke: bool = False) -> list[Case]:
 
 def _rungs() -> list[Case]:
     """What the rungs of a Hopper's ladder take, first of all: no card has run them yet."""
-    plain = [case(400, d, causal=causal, deterministic=False) for d in (64, 128, 256, 80) for causal in (True, False)]
+    plain = [case(400, d, causal=causal) for d in (64, 128, 256, 80) for causal in (True, False)]
     others = [
-        case(400, 64, window=(100, 30), deterministic=False),
-        case(400, 128, causal=True, window=(64, None), deterministic=False),
+        case(400, 64, window=(100, 30)), case(400, 128, causal=True, window=(64, None)),
         case(400, 64, dtype="fp16", softcap=20.0, causal=True),
-        case(300, 128, heads=8, kv_heads=2, causal=True, deterministic=False),
-        *(case(n, 64, n_keys=n_keys, causal=True, deterministic=False) for n, n_keys in ((129, 400), (400, 129), (300, 1))),
-        case(300, 64, dtype="fp16", layout="bnhd", causal=True, deterministic=False),
-        case(300, 64, layout="packed qkv", causal=True, deterministic=False),
-        case(8192, 128, batch=1, heads=2, causal=True, deterministic=False),
+        case(300, 128, heads=8, kv_heads=2, causal=True),
+        *(case(n, 64, n_keys=n_keys, causal=True) for n, n_keys in ((129, 400), (400, 129), (300, 1))),
+        case(300, 64, dtype="fp16", layout="bnhd", causal=True), case(300, 64, layout="packed qkv", causal=True),
+        case(8192, 128, batch=1, heads=2, causal=True),
     ]
     return [replace(subject, rung=rung) for rung in RUNGS[:0:-1] for subject in plain + others]
 
@@ -106,8 +104,8 @@ def _variants() -> list[Case]:
         case(1, 64, heads=8, kv_heads=1, n_keys=5000, window=(2000, 0)),
         case(5, 64, heads=4, kv_heads=2, n_keys=2100, softcap=20.0), case(64, 64, n_keys=1500, causal=True),
         case(1, 192, dv=128, heads=16, kv_heads=1, n_keys=3000),
-        *(case(400, d, deterministic=False, causal=causal) for d in (32, 64, 128) for causal in (True, False)),
-        case(300, 64, heads=8, kv_heads=2, deterministic=False, window=(100, 30)),
+        *(case(400, d, deterministic=True, causal=causal) for d in (32, 64, 128) for causal in (True, False)),
+        case(300, 64, heads=8, kv_heads=2, deterministic=True, window=(100, 30)),
         case(0, 64, n_keys=5), case(5, 64, n_keys=0), case(0, 64),
         case(300, 64, dv=128, causal=True), case(300, 128, dv=64), case(300, 40, dv=96, causal=True), case(300, 192, dv=128),
         *(case(300, 64, layout=layout, causal=True) for layout in ("bnhd", "packed qkv", "columns", "odd offset", "expanded")),
@@ -117,6 +115,7 @@ def _variants() -> list[Case]:
 def determinism_cases(smoke: bool = False) -> list[Case]:
     if smoke:
         return interpreted([case(40, 16, causal=True, dtype="fp16")])
-    return [case(1000, 128, batch=3, heads=4, causal=True), case(2048, 64, heads=8, kv_heads=2),
-            case(777, 256, causal=True, softcap=30.0), case(513, 64, dtype="fp32"), case(300, 64, n_keys=2000, window=(200, 0)),
-            case(1, 128, batch=4, heads=8, kv_heads=2, n_keys=5000), case(200, 64, dtype="fp64", causal=True)]
+    return [replace(subject, deterministic=True) for subject in (
+        case(1000, 128, batch=3, heads=4, causal=True), case(2048, 64, heads=8, kv_heads=2),
+        case(777, 256, causal=True, softcap=30.0), case(513, 64, dtype="fp32"), case(300, 64, n_keys=2000, window=(200, 0)),
+        case(1, 128, batch=4, heads=8, kv_heads=2, n_keys=5000), case(200, 64, dtype="fp64", causal=True))]

@@ -117,17 +117,19 @@ class Call:
         found = {"q": self.q, "k": self.k, "v": self.v, **{name: self.tensors[name] for name in self.feature.learned}}
         return {name: (x.double() if wide else x.detach().clone()).requires_grad_() for name, x in found.items()}
 
-    def attend(self, leaves: Tensors, backend: str | None) -> torch.Tensor:
+    def attend(self, leaves: Tensors, backend: str | None, exactly: bool | None = None) -> torch.Tensor:
+        """out; ``exactly``: its gradients must be equal to the bit when they are taken again."""
         tensors = {**self.tensors, **leaves, "n": torch.tensor(self.shape.length)}
         arguments = {"causal": self.feature.causal, **self.feature.arguments(tensors)}
         torch.manual_seed(1)  # of dropout: kernels and reference draw one mask
-        out: torch.Tensor = fused_attn.attention(leaves["q"], leaves["k"], leaves["v"], backend=backend, **arguments)
+        out: torch.Tensor = fused_attn.attention(leaves["q"], leaves["k"], leaves["v"], backend=backend, deterministic=exactly,
+                                                 **arguments)
         return out
 
     def results(self, wide: bool, backend: str | None) -> Tensors:
         """out and the gradient of every leaf."""
         leaves = self.leaves(wide)
-        out = self.attend(leaves, backend)
+        out = self.attend(leaves, backend, exactly=True)
         grads = torch.autograd.grad(out, list(leaves.values()), self.dout.to(out.dtype))
         return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
@@ -163,14 +165,15 @@ def check_packed(shape: Shape, device: str) -> Row:
         x[total:] = float("nan")
     for x in (q, k, v):
         x.requires_grad_()
-    out = fused_attn.attention_varlen(q, k, v, cu, cu, shape.length, shape.length, causal=True, backend=asked(device))
+    out = fused_attn.attention_varlen(q, k, v, cu, cu, shape.length, shape.length, causal=True, backend=asked(device),
+                                      deterministic=True)
     grads = torch.autograd.grad(out, (q, k, v), dout)
     differ: list[str] = []
     at = 0
     for n in lengths:
         if n:
             own = tuple(x.detach()[at : at + n].transpose(0, 1)[None].requires_grad_() for x in (q, k, v))
-            alone = fused_attn.attention(own[0], own[1], own[2], causal=True, backend=asked(device))
+            alone = fused_attn.attention(own[0], own[1], own[2], causal=True, backend=asked(device), deterministic=True)
             alone_grads = torch.autograd.grad(alone, own, dout[at : at + n].transpose(0, 1)[None])
             pairs = zip((out, *grads), (alone, *alone_grads), ("out", "dq", "dk", "dv"), strict=True)
             differ += [f"{name} at length {n}" for x, y, name in pairs

@@ -87,9 +87,10 @@ def attention(
         score_mod, mask_mod, mod_args: a ``ScoreMod`` and a ``MaskMod``, bound to their arguments or given these.
         return_lse: also return the natural-log log-sum-exp of every row of scores, [B, H, Nq], fp32 (fp64 for fp64
             inputs), differentiable; sinks are in it, dropout is not.
-        deterministic: gradients equal to the bit from run to run; None means True. False lets the kernels sum dQ by atomics
-            while they make dK and dV, five matrix products instead of seven, where they have tiles for it: halves, head dims
-            up to 128, no softcap, bias, mask or dropout, NVIDIA targets. No card has timed it yet.
+        deterministic: gradients equal to the bit from run to run; None follows torch.use_deterministic_algorithms, then
+            FUSED_ATTN_DETERMINISTIC, else False: dQ is then summed by atomics while dK and dV are made, five matrix products
+            instead of seven, where there are tiles for it: halves, head dims up to 128 (Hopper 64, Ampere's A100 256), no
+            softcap, bias, mask or dropout, NVIDIA and CDNA. The last bits of dQ may differ then. No card has timed it yet.
         precise: keep the output in twice its digits for the backward, and free it from what rounding the weights costs: dQ
             and dK of halves stay accurate when the mean of V is large. Dropout switches it off.
         fp32_precision: how fp32 products are computed on a GPU: "ieee", "tf32", "tf32x3" (NVIDIA), or None for torch's
@@ -129,8 +130,8 @@ def attention(
         key_lengths=key_lengths, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
         score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, score_weight=score_weight,
     )
-    if deterministic is False:
-        call = call._replace(spec=call.spec._replace(deterministic=False))
+    if deterministic is not None:
+        call = call._replace(spec=call.spec._replace(deterministic=deterministic))
     out, lse = run(call, return_lse, backend, strict, key)
     return (out, lse) if return_lse else out
 
@@ -157,8 +158,8 @@ def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqle
     _check_switches(deterministic, strict)
     call = describe.describe_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
                                     **arguments)
-    if deterministic is False:
-        call = call._replace(spec=call.spec._replace(deterministic=False))
+    if deterministic is not None:
+        call = call._replace(spec=call.spec._replace(deterministic=deterministic))
     out, lse = run(call, return_lse, backend, strict)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
@@ -223,8 +224,8 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bo
     """Which backend ``attention`` would run for these arguments, and every reason against the others."""
     _check_switches(deterministic, strict)
     call = describe.describe(q, k, v, **arguments)
-    if deterministic is False:
-        call = call._replace(spec=call.spec._replace(deterministic=False))
+    if deterministic is not None:
+        call = call._replace(spec=call.spec._replace(deterministic=deterministic))
     return dispatch.explain(call, return_lse, backend, strict)
 
 

@@ -56,7 +56,7 @@ def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec
 def _against_gluon_backward(spec: AttentionSpec, companions: Companions) -> tuple[str, ...]:
     reasons: tuple[str, ...] = ()
     if spec.deterministic:
-        reasons += ("it sums dQ by atomics, which deterministic=False allows",)
+        reasons += ("it sums dQ by atomics, and gradients are to be equal to the bit",)
     if spec.softcap is not None:
         reasons += ("it has no softcap",)
     if companions.cu_q is not None:

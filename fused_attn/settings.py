@@ -2,6 +2,7 @@
 
 FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch or reference
 FUSED_ATTN_STRICT   1: raise where the quadratic reference would run unasked
+FUSED_ATTN_DETERMINISTIC  1: gradients equal to the bit, of calls that do not say (as torch.use_deterministic_algorithms asks)
 FUSED_ATTN_TILES    a file of `fused-attn tune`, in place of the one it keeps for the card; none: the shipped tiles
 FUSED_ATTN_HOPPER   kernels of sm_90: pointers, descriptors, specialized or gluon (``hopper``)
 TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU tensors
@@ -26,6 +27,7 @@ if _rung not in RUNGS:
     raise ValueError(f"FUSED_ATTN_HOPPER: expected one of {', '.join(RUNGS)}; got {_rung!r}")
 
 TILES = os.environ.get("FUSED_ATTN_TILES") or None
+DETERMINISTIC = os.environ.get("FUSED_ATTN_DETERMINISTIC", "").lower() in _TRUE
 
 
 def interpreted() -> bool:

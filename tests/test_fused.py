@@ -1,6 +1,10 @@
 """The fused backward, asked for by ``deterministic=False``: the gradients of the other one, dQ summed by atomics."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,8 @@ from support import oracle
 from support.features import FEATURES, Call, Shape
 from support.guard import is_poison, memory_guard
 
-from fused_attn import attention
+import fused_attn
+from fused_attn import attention, settings
 from fused_attn.kernels.launch import counted
 from fused_attn.tuning import choose_fused
 
@@ -53,17 +58,45 @@ def test_it_runs_where_all_three_gradients_are_wanted(wanted):
         assert (x.grad is not None) == need
 
 
-@pytest.mark.parametrize("value", [None, True])
-def test_it_must_be_asked_for(value):
+def test_determinism_keeps_two_kernels(monkeypatch):
+    monkeypatch.setattr(settings, "DETERMINISTIC", False)
     q = torch.randn(1, 2, 40, 16, requires_grad=True)
     with counted() as launches:
-        attention(q, q, q, deterministic=value, backend="triton").sum().backward()
+        attention(q, q, q, deterministic=True, backend="triton").sum().backward()
     assert launches["dq_kernel"] == 1
 
 
+@pytest.mark.parametrize("call", ["attention", "scaled_dot_product_attention"])
+def test_calls_that_do_not_say_follow_torch_and_the_environment(monkeypatch, call):
+    q = torch.randn(1, 2, 40, 16, requires_grad=True)
+    monkeypatch.setattr(settings, "BACKEND", "triton")
+
+    def split():
+        with counted() as launches:
+            getattr(fused_attn, call)(q, q, q).sum().backward()
+        return bool(launches["dq_kernel"])
+
+    assert split()  # the tests' own environment
+    monkeypatch.setattr(settings, "DETERMINISTIC", False)
+    assert not split()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert split()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_environment_asks_for_determinism():
+    command = [sys.executable, "-c", "import fused_attn.settings as s; print(s.DETERMINISTIC)"]
+    for value, expected in (("1", "True"), ("0", "False"), ("", "False")):
+        done = subprocess.run(command, env={**os.environ, "FUSED_ATTN_DETERMINISTIC": value}, capture_output=True, text=True,
+                              cwd=Path(__file__).parents[1], check=True)
+        assert done.stdout.strip() == expected
+
+
 def test_targets_without_tiles_keep_to_two_kernels():
-    assert choose_fused(128, 128, torch.bfloat16, "sm_90") == choose_fused(96, 80, torch.float16, "sm_90")
-    for others in ((256, 64, torch.bfloat16, "sm_90"), (64, 64, torch.float32, "sm_90"), (64, 64, torch.bfloat16, "gfx1100")):
+    assert choose_fused(128, 128, torch.bfloat16, "sm_80") == choose_fused(96, 80, torch.float16, "sm_80") is not None
+    for others in ((128, 64, torch.bfloat16, "sm_90"), (64, 64, torch.float32, "sm_90"), (64, 64, torch.bfloat16, "gfx1100")):
         assert choose_fused(*others) is None
 
 

@@ -85,7 +85,7 @@ class Case:
         parts += [f"softcap{self.softcap:g}"] if self.softcap else []
         parts += [f"scale{self.scale:g}"] if self.scale is not None else []
         parts += [f"qx{self.amplitude:g}"] if self.amplitude != 1 else []
-        parts += ["fused backward"] if self.deterministic is False else []
+        parts += [] if self.deterministic is None else ["deterministic"] if self.deterministic else ["by atomics"]
         parts += [f"on {self.rung}"] if self.rung != "pointers" else []
         return " ".join(parts + ([self.layout] if self.layout != "bhnd" else []))
 
