@@ -25,6 +25,8 @@ from fused_attn.kernels.forward import forward_kernel
 
 SHAPES = (("one tile", 1, 8, 8, 64, 64), ("decode", 1, 32, 8, 1, 4096))  # name, batch, heads, key heads, queries, keys
 
+CALLS = ("forward, no gradients, made before", "forward, no gradients, first of its kind", "forward with gradients", "backward")
+
 
 def nothing(*_: Any, **__: Any) -> None:
     """In place of a launch."""
@@ -53,12 +55,9 @@ def _calls(batch: int, heads: int, kv_heads: int, n_queries: int, n_keys: int) -
         replay.forget()
         attend(q, k, v)
 
-    return {
-        "forward, no gradients, made before": lambda: attend(q, k, v),
-        "forward, no gradients, first of its kind": first,
-        "forward with gradients": lambda: attend(*leaves),
-        "backward": lambda: torch.autograd.grad(trained, leaves, dout, retain_graph=True),
-    }
+    calls = (lambda: attend(q, k, v), first, lambda: attend(*leaves),
+             lambda: torch.autograd.grad(trained, leaves, dout, retain_graph=True))
+    return dict(zip(CALLS, calls, strict=True))
 
 
 def subjects() -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:

@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -107,21 +106,24 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
         counter[kernel.fn.__name__] += 1
     if _recorder.launches is not None:
         _recorder.launches.append((kernel, programs, args, config))
-    options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
-    launch = functools.partial(kernel[(programs,)], *args, config, **options)
-    if config.descriptors:
-        launch = functools.partial(contextvars.copy_context().run, _with_scratch, launch)
     if here:
-        launch()
+        _launch(kernel, programs, args, config)
     else:
         with torch.accelerator.device_index(device.index):
-            launch()
+            _launch(kernel, programs, args, config)
 
 
-def _with_scratch(launch: Callable[[], Any]) -> None:
-    """Launches a kernel that writes tensor descriptors, in memory of torch's; the context keeps the user's own allocator."""
+def _launch(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
+    options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
+    if config.descriptors:  # which the kernel writes; a context of its own keeps the user's allocator
+        contextvars.copy_context().run(_launch_with_scratch, kernel, programs, (*args, config), options)
+    else:
+        kernel[(programs,)](*args, config, **options)
+
+
+def _launch_with_scratch(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     triton.set_allocator(_scratch)
-    launch()
+    kernel[(programs,)](*args, **options)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:

@@ -1,13 +1,18 @@
 """What is measured on a machine without a GPU: the host's part of a call, calls, layers, fresh processes."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fused_attn
 from benchmarks import cpu, fresh, host, layers, packed, steps
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_host_time_of_calls(monkeypatch, tmp_path, capsys):
@@ -103,3 +108,11 @@ def test_compile_times_are_of_every_kernel():
 def test_a_process_that_fails_says_why():
     with pytest.raises(RuntimeError, match="planted"):
         fresh.output("raise ValueError('planted')")
+
+
+def test_the_host_is_timed_by_pytest_benchmark_too():
+    """Every kind of call runs there; here once, untimed."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "benchmarks/test_host.py"], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout
+    assert f"{len(host.subjects()) * len(host.CALLS)} passed" in done.stdout
