@@ -77,11 +77,11 @@ def correctness_cases(smoke: bool = False) -> list[Case]:
 
 def _rungs() -> list[Case]:
     """What the rungs of a Hopper's ladder take, first of all: no card has run them yet."""
-    plain = [case(400, d, causal=causal) for d in (64, 128, 256, 80) for causal in (True, False)]
+    plain = [case(400, d, causal=causal) for d in (64, 128, 256, 80, 40, 8) for causal in (True, False)]
     others = [
         case(400, 64, window=(100, 30)), case(400, 128, causal=True, window=(64, None)),
         case(400, 64, dtype="fp16", softcap=20.0, causal=True),
-        case(300, 128, heads=8, kv_heads=2, causal=True),
+        case(300, 128, heads=8, kv_heads=2, causal=True), case(300, 64, heads=4, kv_heads=1),
         *(case(n, 64, n_keys=n_keys, causal=True) for n, n_keys in ((129, 400), (400, 129), (300, 1))),
         case(300, 64, dtype="fp16", layout="bnhd", causal=True), case(300, 64, layout="packed qkv", causal=True),
         case(8192, 128, batch=1, heads=2, causal=True),

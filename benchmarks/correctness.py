@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+import fused_attn
 from fused_attn.bench.cases import Case, case
 from fused_attn.bench.oracle import Oracle, Row, judge, unit
 
@@ -58,7 +59,7 @@ def poisoned_memory() -> Iterator[None]:
 def check(case: Case, device: str) -> Row:
     """Forward, LSE and every gradient of a case against the oracle."""
     inputs = case.inputs(device)
-    backend = case.answered_by(*inputs[:3])
+    backend, missed = case.answered_by(*inputs[:3]), case.off_rung(*inputs[:3])
     with poisoned_memory():
         results = run(case, *inputs)
     if case.batch * case.heads > 65535:  # the oracle's own batched products stop there on a GPU
@@ -67,7 +68,8 @@ def check(case: Case, device: str) -> Row:
     else:
         oracle = Oracle(case, *inputs)
     verdicts = {name: judge(case, oracle, name, got) for name, got in results.items()}
-    return {"ok": backend == "triton" and all(v["ok"] for v in verdicts.values()), "backend": backend, "results": verdicts}
+    ok = backend == "triton" and not missed and all(v["ok"] for v in verdicts.values())
+    return {"ok": ok, "backend": backend, "results": verdicts, **({"missed": missed} if missed else {})}
 
 
 def determinism(case: Case, device: str, runs: int) -> Row:
@@ -174,6 +176,16 @@ def tf32(device: str) -> Row:
     largest = max(coarse.values()) * unit(torch.float32, oracle)
     return {"ok": all(v["ok"] for v in ieee.values()) and used and largest <= TF32_ERROR,
             "E ieee": {name: v["E"] for name, v in ieee.items()}, "E tf32": coarse}
+
+
+def on_rung(rung: str, check: Callable[[str], Row]) -> Callable[[str], Row]:
+    """A check whose calls ask for kernels of a Hopper."""
+
+    def climbed(device: str) -> Row:
+        with fused_attn.hopper(rung):
+            return check(device)
+
+    return climbed
 
 
 SPECIAL: dict[str, Callable[[str], Row]] = {

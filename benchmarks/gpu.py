@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
-from benchmarks.cases import correctness_cases, determinism_cases, timing_cases
+from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
 from fused_attn import settings
 from fused_attn.bench import contest, peers
@@ -252,8 +252,20 @@ def _timed(make: Callable[[], Subject], run: Run) -> Callable[[], Iterable[Row]]
 
 def correctness_stage(run: Run) -> None:
     jobs = [Job(name, partial(_one, check, run.device)) for name, check in correctness.SPECIAL.items()]
+    if on_hopper():
+        jobs += [Job(f"{name} on {rung}", partial(_one, correctness.on_rung(rung, check), run.device))
+                 for rung in settings.RUNGS[:0:-1] for name, check in _on_every_rung(run.smoke).items()]
     jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
     run.work("correctness", jobs)
+
+
+def _on_every_rung(smoke: bool) -> dict[str, Callable[[str], Row]]:
+    """What no single call shows of a rung: streams, graphs, compilers, and layouts that cases do not have."""
+    shape, _ = features.shapes(smoke)
+    sinks = next(feature for feature in features.FEATURES if feature.name == "sinks")
+    return {name: correctness.SPECIAL[name] for name in ("side stream", "CUDA graph", "torch.compile")} | {
+        "packed sequences": partial(features.check_packed, replace(shape, dtype="bf16")),
+        "sinks": partial(features.check, sinks, replace(shape, dtype="bf16"))}
 
 
 def features_stage(run: Run) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_attn.settings import RUNGS
+
 FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
             "additive", "rotary", "decode", "fused")
 TUNED = ("forward", "dq", "dkv", "fused")
-RUNGS = ("pointers", "descriptors", "specialized", "gluon")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from fused_attn.tuning import (
     choose_shares,
     fit_operands,
     n_shares,
+    unseen_keys,
 )
 
 if settings.interpreted():
@@ -148,9 +149,8 @@ def _shares_config(q: torch.Tensor, v: torch.Tensor, call: Call) -> TileConfig:
 def _without_unseen(k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
                     call: Call) -> tuple[torch.Tensor, torch.Tensor, Call]:
     """k and v from the first key on that the window of some query reaches, where positions are all that tells keys apart."""
-    first = 0 if call.left is None else call.offset - call.left
-    plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and companions.cu_k is None and companions.used_k is None
-    if first <= 0 or not plain:
+    first = unseen_keys(spec, companions, call.n_queries, call.n_keys)
+    if first == 0:
         return k, v, call
     call = call._replace(offset=call.offset - first, n_keys=call.n_keys - first)
     return k[:, :, first:], v[:, :, first:], call
@@ -195,7 +195,7 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
     lse = _as_lse(lse, q, packed)
 
     if (dq is not None and dk is not None and dv is not None
-            and rungs.rung("backward", q, k, v, spec, companions, dout) == "gluon"):
+            and rungs.rung("backward", q, k, v, spec, companions) == "gluon"):
         delta = _gluon_backward(tensors, lse, dq, dk, dv, call)
         dsinks = _sinks_gradient(lse, delta, companions.sinks) if needs.dsinks else None
         return dq, dk, dv, dsinks, None, [None] * len(companions.operands)
@@ -263,9 +263,11 @@ def _gluon_backward(tensors: tuple[Any, ...], lse: torch.Tensor, dq: torch.Tenso
     """Fills dq, dk and dv by Hopper's Gluon kernel; returns delta [B, H, Nq]. Tensors as ``backward`` has them."""
     from fused_attn.kernels.hopper import backward as gluon  # here: Gluon is imported where it is asked for
     from fused_attn.kernels.hopper import workspace
-    from fused_attn.kernels.hopper.problem import tile_width
+    from fused_attn.kernels.hopper.problem import describable, tile_width
 
     dout, dlse, q, k, v, out, *_ = tensors
+    if not describable(dout):  # a sum's gradient is one expanded number
+        dout = dout.clone(memory_format=torch.contiguous_format)
     config = choose_gluon_backward(q.shape[3], v.shape[3])
     around = TileConfig(config.block_m, config.block_n, num_warps=4, num_stages=1)
     tiles = -(-call.n_queries // config.block_m)

@@ -81,7 +81,8 @@ def keep(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         given = [x for x in arguments if isinstance(x, torch.Tensor)]
         if any(x is not y for x, y in zip(given, arguments, strict=False)):  # tensors must come first
             return
-        if any(hasattr(x, "block_shape") for x in arguments):  # a tensor descriptor is that of one tensor
+        # A tensor descriptor is that of one tensor, or asks of every other one that it be aligned as this one is.
+        if config.descriptors or any(hasattr(x, "block_shape") for x in arguments):
             return
         for x in given:
             if x.data_ptr() not in slots:

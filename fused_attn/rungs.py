@@ -5,21 +5,20 @@ from typing import Literal
 import torch
 
 from fused_attn.spec import AttentionSpec, Companions
-from fused_attn.tuning import arch_of
+from fused_attn.tuning import FEW_QUERIES, arch_of, n_shares, unseen_keys
 
 Pass = Literal["forward", "backward"]
 _HALVES = (torch.float16, torch.bfloat16)
 _WIDEST = {"forward": 256, "backward": 128}  # head dim
 
 
-def rung(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
-         dout: torch.Tensor | None = None) -> str:
+def rung(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions) -> str:
     """Of ``settings.RUNGS``, the kernels that run a pass of a call: the ones asked for, or pointers where they cannot."""
-    return spec.rung if spec.rung != "pointers" and not against(which, q, k, v, spec, companions, dout) else "pointers"
+    return spec.rung if spec.rung != "pointers" and not against(which, q, k, v, spec, companions) else "pointers"
 
 
 def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-            companions: Companions, dout: torch.Tensor | None = None) -> tuple[str, ...]:
+            companions: Companions) -> tuple[str, ...]:
     """Reasons why the kernels that a call asks for cannot run a pass of it."""
     asked = spec.rung
     if arch_of(q.device) != "sm_90":
@@ -34,10 +33,14 @@ def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec
     dim, dim_v = q.shape[3], v.shape[3]
     if max(dim, dim_v) > _WIDEST[which]:
         reasons += (f"head dims {dim} and {dim_v}: up to {_WIDEST[which]}",)
-    # What is allocated has the lengths of q, k and v: rows of 16 bytes there give such rows here.
-    for name, x in {"q": q, "k": k, "v": v, "the gradient of out": dout}.items():
-        if x is not None and (not describable(x) or x.shape[3] % 8):
-            reasons += (f"strides or address of {name} are no multiples of 16 bytes, or its columns do not lie side by side",)
+    if dim % 8 or dim_v % 8:
+        reasons += (f"head dims {dim} and {dim_v}: rows of what is allocated must be multiples of 16 bytes",)
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if not describable(x):
+            reasons += (f"strides or address of {name} are no multiples of 16 bytes, its columns do not lie side by side, or "
+                        "it is expanded or empty",)
+    if which == "forward" and _in_shares(q, k, spec, companions):
+        reasons += ("few queries over many keys take shares of the keys",)
     if spec.precise or companions.score_weight is not None:
         reasons += ("precise and additive attention have kernels of their own",)
     if asked == "descriptors":
@@ -51,6 +54,14 @@ def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec
     if asked == "gluon" and companions.used_k is not None and companions.cu_k is None:
         reasons += ("key lengths: boxes of a dense batch end with the tensor, and what lies between may be NaN",)
     return reasons + _against_gluon_backward(spec, companions) if which == "backward" else reasons
+
+
+def _in_shares(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions) -> bool:
+    n_queries, n_keys = spec.longest or (q.shape[2], k.shape[2])
+    if n_queries > FEW_QUERIES or spec.precise or companions.score_weight is not None:
+        return False
+    unseen = unseen_keys(spec, companions, n_queries, n_keys)
+    return n_shares(q.shape[2], k.shape[2] - unseen, n_queries, n_keys - unseen, q.shape[1] // k.shape[1]) > 1
 
 
 def _against_gluon_backward(spec: AttentionSpec, companions: Companions) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def hopper(kernels: str) -> Iterator[None]:
     the same source as on every other card. No GPU has timed the others yet, so they must be asked for.
 
     ``"pointers"``      Triton, tiles loaded by pointers
-    ``"descriptors"``   Triton, keys and values loaded by the tensor memory accelerator (forward)
+    ``"descriptors"``   Triton, queries, keys and values loaded by the tensor memory accelerator (forward)
     ``"specialized"``   that, and Triton gives loads and products warps of their own (forward)
     ``"gluon"``         written warp by warp: softmax runs under the matrix products
 

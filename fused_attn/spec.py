@@ -86,7 +86,7 @@ class TileConfig:
     edge_stages: int | None = None  # pipeline depth of the masked loop, where another one saves registers
     disable_licm: bool = False  # keeps loop-invariant values from being held in registers
     split: bool = False  # dK and dV by a launch each, where the sums of both do not fit the registers
-    descriptors: bool = False  # keys and values through tensor descriptors, which are TMA on sm_90
+    descriptors: bool = False  # queries, keys and values through tensor descriptors, which are TMA on sm_90
     specialize: bool = False  # and Triton gives loads and products warps of their own
     options: tuple[tuple[str, int], ...] = ()  # further compiler options of the target
 

@@ -48,7 +48,6 @@ class Subject:
         self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_COMPANIONS).call
                       for right in (None, 0)]
         arch = arch_of(device)
-        self.width = served(kernel, head_dim, head_dim, arch)
         shipped = (choose_fused(head_dim, head_dim, dtype, arch) if kernel == "fused"
                    else choose(kernel, head_dim, head_dim, dtype, arch))
         assert shipped is not None, f"{arch} has no fused backward at head dim {head_dim}"
@@ -92,30 +91,35 @@ class Subject:
         rows = config.block_m if self.kernel in ("forward", "dq") else config.block_n
         walked = config.block_n if self.kernel in ("forward", "dq") else config.block_m
         n_sums = 1 if self.kernel in ("forward", "dq") else 2
-        sums = rows * (n_sums * self.head_dim + walked)
+        sums = rows * (n_sums * self.head_dim + walked) if not config.split else rows * (self.head_dim + walked)
         shared = 2 * self.head_dim * (rows + config.num_stages * walked)
-        limit = SHARED_LIMIT.get(arch_of(self.device), 64 * 1024)
-        return sums <= 255 * 32 * config.num_warps and shared <= limit and rows * walked >= 16 * 32 * config.num_warps
+        arch = arch_of(self.device)
+        limit = SHARED_LIMIT.get(arch, 64 * 1024)
+        registers = 512 * 64 if arch.startswith("gfx9") else 255 * 32  # of a warp
+        return sums <= registers * config.num_warps and shared <= limit and rows * walked >= 4 * 32 * config.num_warps
 
 
 def neighbours(config: TileConfig) -> Iterator[TileConfig]:
     """Configurations that differ in one number, by one step up or down."""
     for name, values in STEPS.items():
-        at = values.index(getattr(config, name))
+        own = getattr(config, name)
+        at = values.index(own) if own in values else -9
         for other in (at - 1, at + 1):
             if 0 <= other < len(values):
                 yield dataclasses.replace(config, **{name: values[other]})
 
 
 class Search:
-    """The walk from the shipped configuration of a subject to one that no neighbour beats."""
+    """The walk from the shipped configuration of a subject, or from where an earlier one was cut short, to one that no
+    neighbour beats."""
 
     def __init__(self, subject: Subject, timer: Timer, deadline: float = float("inf"),
-                 told: Callable[[TileConfig, str], None] = lambda config, verdict: None) -> None:
+                 told: Callable[[TileConfig, str], None] = lambda config, verdict: None,
+                 start: TileConfig | None = None) -> None:
         self.subject, self.timer, self.deadline, self.told = subject, timer, deadline, told
         self.tried: set[TileConfig] = {subject.shipped}
         self.expected = subject.run(subject.shipped)
-        self.best = subject.shipped
+        self.best = subject.shipped if start is None or self._wrong(start) else start
 
     def run(self) -> dict[str, Any]:
         """An entry of the file: the best configuration, its time and the shipped one's."""
@@ -124,7 +128,7 @@ class Search:
         times = self._times(self.subject.shipped, self.best)
         if self.best == self.subject.shipped or times[1] > GAIN * times[0]:
             self.best, times = self.subject.shipped, (times[0], times[0])
-        return tuned.row(self.subject.kernel, self.subject.width, self.best, ms=round(times[1], 4),
+        return tuned.row(self.subject.kernel, self.subject.head_dim, self.best, ms=round(times[1], 4),
                          shipped=dataclasses.asdict(self.subject.shipped), shipped_ms=round(times[0], 4),
                          tried=len(self.tried), complete=time.monotonic() < self.deadline)
 
@@ -179,9 +183,11 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cpu") if settings.interpreted() else torch.device("cuda", torch.cuda.current_device())
     file: Path = arguments.out or tuned.default_path(device)
     content = _content(file, device)
-    done = {(row["kernel"], row["head_dim"]) for row in content["tiles"] if row["complete"]}
+    known = {(row["kernel"], row["head_dim"]): row for row in content["tiles"]}
     dtype = torch.float16 if arguments.dtype == "fp16" else torch.bfloat16
-    work = [(kernel, head_dim) for head_dim in arguments.head_dim for kernel in arguments.kernel]
+    # What is timed is the widest head dim that an entry of the tables serves: what launches there launches for all of them.
+    work = list(dict.fromkeys((kernel, served(kernel, head_dim, head_dim, arch_of(device)))
+                              for head_dim in arguments.head_dim for kernel in arguments.kernel))
     deadline = time.monotonic() + 60 * arguments.minutes
     rows, console = [], Console()
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -192,17 +198,19 @@ def run(arguments: argparse.Namespace) -> int:
             progress.update(task, last=f"{_words(config)}: {verdict}")
 
         for kernel, head_dim in work:
-            subject = _subject(kernel, head_dim, device, dtype, arguments.length)
-            if subject is None or ((kernel, subject.width) in done and not arguments.again):
-                why = "there is none for this card" if subject is None else f"{file} has it already; --again searches anew"
-                console.print(f"{kernel} D{head_dim}: {why}")
-                progress.advance(task)
-                continue
             progress.update(task, description=f"{kernel} D{head_dim}")
-            rows.append(Search(subject, _timer(device), deadline, told).run())
-            content["tiles"] = [row for row in content["tiles"] if (row["kernel"], row["head_dim"]) != (kernel, subject.width)]
-            content["tiles"].append(rows[-1])
-            tuned.write(file, content)
+            before = known.get((kernel, head_dim))
+            why = _against(kernel, head_dim, device, dtype, before is not None and before["complete"] and not arguments.again)
+            if time.monotonic() > deadline:
+                why = "no time is left"
+            if why is None:
+                subject = Subject(kernel, head_dim, device, dtype, arguments.length)
+                start = tuned.config_of(before) if before is not None and not arguments.again else None
+                rows.append(Search(subject, _timer(device), deadline, told, start).run())
+                known[kernel, head_dim] = rows[-1]
+                tuned.write(file, {**content, "tiles": list(known.values())})
+            else:
+                console.print(f"{kernel} D{head_dim}: {why}")
             progress.advance(task)
     if rows:
         report.print_table([{"kernel": row["kernel"], "head dim": row["head_dim"], **_shown(row)} for row in rows],
@@ -210,10 +218,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _subject(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype, length: int) -> Subject | None:
+def _against(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype, done: bool) -> str | None:
+    """Why a kernel is not searched, if it is not."""
     if kernel == "fused" and choose_fused(head_dim, head_dim, dtype, arch_of(device)) is None:
-        return None
-    return Subject(kernel, head_dim, device, dtype, length)
+        return "there is none for this card"
+    return "the file has it already; --again searches anew" if done else None
 
 
 def _content(file: Path, device: torch.device) -> dict[str, Any]:

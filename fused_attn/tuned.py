@@ -50,7 +50,13 @@ def tuned(device: torch.device) -> Found:
         return {}
     if not file.is_file():
         raise ValueError(f"FUSED_ATTN_TILES: expected a file of `fused-attn tune`, or none; got {str(file)!r}")
-    content = read(file)
+    try:
+        content = read(file)
+    except ValueError as error:
+        if settings.TILES is not None:
+            raise
+        warnings.warn(f"fused_attn: {error}", RuntimeWarning, stacklevel=2)  # found by itself: no call may fail of it
+        return {}
     here = {"arch": arch_of(device), "triton": triton_version()}
     other = [f"{name} {content.get(name)}, here {value}" for name, value in here.items() if content.get(name) != value]
     if other:
@@ -83,7 +89,9 @@ def read(file: Path) -> dict[str, Any]:
     """A file of tiles. Raises ValueError for one that is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        known = content["format"] == FORMAT and all({"kernel", "head_dim", "config"} <= row.keys() for row in content["tiles"])
+        known = content["format"] == FORMAT and all({"kernel", "head_dim"} <= row.keys() for row in content["tiles"])
+        for row in content["tiles"] if known else ():
+            config_of(row)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: expected tiles as `fused-attn tune` writes them; {error!r}") from error
     if not known:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fused_attn
-from benchmarks import correctness
+from benchmarks import cases, correctness, gpu
 from benchmarks.cases import correctness_cases, timing_cases
+from fused_attn import rungs, settings
 from fused_attn.bench import contest, oracle, peers, timing
 from fused_attn.bench.cases import Case, case, grid
 
@@ -45,8 +46,8 @@ def test_grid_is_that_of_the_papers():
 
 @pytest.mark.parametrize("smoke", [False, True])
 def test_names_tell_cases_apart(smoke):
-    for cases in (timing_cases(smoke), correctness_cases(smoke)):
-        assert len({subject.name for subject in cases}) == len(cases)
+    for found in (timing_cases(smoke), correctness_cases(smoke)):
+        assert len({subject.name for subject in found}) == len(found)
 
 
 def test_shrunk_cases_compile_the_same_binaries():
@@ -281,3 +282,26 @@ def test_gpu_timing_takes_turns(monkeypatch):
 
 def test_spread():
     assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == {"ms": 3.5, "p20": 2.0, "p80": 5.0}
+
+
+def test_on_a_hopper_every_rung_is_checked_and_timed(monkeypatch):
+    """There, and nowhere else; a case that does not run on the rung it names fails."""
+    assert not any(subject.rung != "pointers" for subject in (*timing_cases(), *correctness_cases()))
+    monkeypatch.setattr(cases, "on_hopper", lambda: True)
+    monkeypatch.setattr(gpu, "on_hopper", lambda: True)
+    for found in (timing_cases(), correctness_cases()):
+        assert {subject.rung for subject in found} == {"pointers", "descriptors", "specialized", "gluon"}
+        assert len({subject.name for subject in found}) == len(found)
+    monkeypatch.setattr(rungs, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(settings, "DETERMINISTIC", False)
+    for subject in correctness_cases():
+        if subject.rung != "pointers" and subject.n_keys < 1000:
+            small = replace(subject, backend="triton", batch=1)
+            assert small.off_rung(*small.inputs("cpu")[:3]) == {}, subject.name
+    lost = case(20, 20, backend="triton", rung="gluon")
+    assert set(lost.off_rung(*lost.inputs("cpu")[:3])) == {"forward", "backward"}
+    monkeypatch.setattr(rungs, "rung", lambda *_: "pointers")
+    row = correctness.check(lost, "cpu")
+    assert not row["ok"]
+    assert set(row["missed"]) == {"forward", "backward"}
+    assert set(gpu._on_every_rung(True)) == {"side stream", "CUDA graph", "torch.compile", "packed sequences", "sinks"}

@@ -140,3 +140,39 @@ def test_every_target_has_a_configuration_for_every_call():
                     config = choose(kernel, dim, 64, dtype, target)
                     assert isinstance(config, TileConfig)
                     assert dataclasses.astuple(config)[:2] == (config.block_m, config.block_n)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("rung", ["descriptors", "specialized", "gluon"])
+def test_rungs_of_hopper_compile_without_spills(rung):
+    """On every Triton: causal forwards at head dims 64 and 128, and Gluon's backward, which may keep 4 bytes outside loops."""
+    rows = compiled("--target", "sm_90", "--head-dim", "64", "128", "--causal", "--rung", rung)
+    per_dim = ["forward", "statistics", "backward", "ordered"] if rung == "gluon" else ["forward"]
+    assert [row["kernel"] for row in rows] == 2 * per_dim
+    for row in rows:
+        assert row["spill_bytes"] <= (4 if row["kernel"] == "backward" else 0), row
+        assert (row["local_in_loops"], row["warnings"]) == (0, [])
+        assert row["kernel"] in ("statistics", "ordered") or any(name.startswith("HGMMA") for name in row["matrix"])
+
+
+@pytest.mark.kernels
+def test_what_gluon_may_be_given_compiles():
+    """Offsets of packed sequences in int64, and three consumers: 128 registers a thread are 64 Ki for 16 warps."""
+    code = """if True:
+        import dataclasses, torch
+        from fused_attn import offline
+        from fused_attn.spec import TileConfig
+        feature = offline._feature
+        def wide(*given):
+            fields, companions = feature(*given)
+            starts = torch.empty(3, dtype=torch.int64, device="meta")
+            return fields, companions._replace(cu_q=starts, cu_k=starts)
+        three = TileConfig(192, 64, 4, 4, options=(("maxnreg", 128), ("enable_fp_fusion", True)))
+        (report,) = offline.compile_kernel("sm_90", "forward", 64, "bf16", True, rung="gluon", config=three)
+        assert (report.spill_bytes, report.warnings, report.registers) == (0, [], 128), report
+        offline._feature = wide
+        (report,) = offline.compile_kernel("sm_90", "forward", 64, "bf16", True, rung="gluon", feature="packed")
+        assert report.spill_bytes == 0, report
+    """
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr

@@ -119,6 +119,7 @@ def test_gradients_under_adversarial_schedules(name):
     check(CASES[name], range(SCHEDULES))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", [name for name in CASES if name not in FAST])
 def test_gradients(name):
     check(CASES[name], range(2))
@@ -205,6 +206,21 @@ def test_planted_bugs_are_caught(name):
     module, old, new, case = BUGS[name]
     with mutated({module: [(old, new)]}) as modules, pytest.raises((AssertionError, RuntimeError, OverflowError)):
         check(case, range(60), modules)
+
+
+def test_a_sums_gradient_is_one_number_and_rows_may_lie_far_apart(address_space):
+    """dO of strides 0, and dO whose rows lie 2**25 elements apart: what its boxes or 32-bit offsets cannot hold."""
+    inputs = [torch.randn(1, 1, 128, 64).bfloat16().requires_grad_() for _ in range(3)]
+    far = address_space(torch.randn(1, 1, 128, 64).bfloat16(), (2**32, 2**32, 2**25, 1))
+    for dout in (torch.ones(()).bfloat16().expand(1, 1, 128, 64), far):
+        with gluon() as launches:
+            out = fused_attn.attention(*inputs, backend="triton", deterministic=False)
+            got = torch.autograd.grad(out, inputs, dout)
+        assert launches == ["forward_kernel", "backward_kernel"]
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        want = torch.autograd.grad(fused_attn.attention(*wide, backend="reference"), wide, dout.double())
+        for x, y in zip(got, want, strict=True):
+            assert (x.double() - y).norm() < 8e-3 * y.norm() + 1e-2
 
 
 @pytest.mark.parametrize("arguments", [{"deterministic": True}, {"softcap": 3.0}, {"key_lengths": torch.tensor([40])}])

@@ -39,6 +39,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     amplitude: float = 1.0
     packed: bool = False
+    starts: torch.dtype = torch.int32  # of packed sequences
     lost: int | None = None  # the batch entry or sequence whose keys and values are NaN
 
     def draw(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
@@ -65,7 +66,7 @@ class Case:
         arguments = {**self.arguments, "return_lse": True, "backend": backend}
         if not self.packed:
             return fused_attn.attention(*tensors, **arguments)
-        starts = [torch.tensor([0, *(pair[i] for pair in self.lengths)]).cumsum(0).int() for i in (0, 1)]
+        starts = [torch.tensor([0, *(pair[i] for pair in self.lengths)]).cumsum(0).to(self.starts) for i in (0, 1)]
         longest = [max(pair[i] for pair in self.lengths) for i in (0, 1)]
         return fused_attn.attention_varlen(*tensors, *starts, *longest, **arguments)
 
@@ -117,6 +118,7 @@ CASES = {
     "scale": Case(((100, 100),), {"scale": 0.5}),
     "NaN in one batch entry stays there": Case(((70, 90),), {"causal": True}, batch=3, lost=1),
     "packed, causal, grouped heads": Case(((70, 70), (1, 130), (0, 5), (129, 129)), {"causal": True}, heads=2, packed=True),
+    "packed, starts in int64": Case(((70, 70), (20, 90)), {"causal": True}, packed=True, starts=torch.int64),
     "packed, sequences without keys": Case(((40, 0), (65, 30), (3, 200)), {"causal": True}, packed=True),
     "packed, full": Case(((10, 100), (140, 77), (64, 64)), heads=2, kv_heads=2, packed=True),
     "packed, window, fp16": Case(((150, 170), (33, 33)), {"window": (20, 5)}, packed=True, dtype=torch.float16, tile=tile(32)),
@@ -156,6 +158,7 @@ def test_values_under_adversarial_schedules(name):
     check(CASES[name], range(SCHEDULES))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", [name for name in CASES if name not in FAST])
 def test_values(name):
     check(CASES[name], range(3))
@@ -251,3 +254,26 @@ def test_heads_are_walked_in_sections(monkeypatch):
     """Five heads, two of which are walked together: one is left over."""
     monkeypatch.setattr(forward, "L2_BYTES", PAIRS)
     check(SECTIONS, range(3))
+
+
+def test_the_stride_of_a_single_head_is_anyones():
+    """torch calls tensors contiguous whose single head has any stride; TMA would not have it."""
+    q, k, v = (torch.randn(66, 64).bfloat16().as_strided((66, 1, 64), (64, 1, 1)) for _ in range(3))
+    starts = torch.tensor([0, 20, 66], dtype=torch.int32)
+    with gluon() as launches:
+        out = fused_attn.attention_varlen(q, k, v, starts, starts, 46, 46, causal=True, backend="triton")
+    assert launches == ["forward_kernel"]
+    wide = [x.double() for x in (q, k, v)]
+    want = fused_attn.attention_varlen(*wide, starts, starts, 46, 46, causal=True, backend="reference")
+    torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_short_and_narrow_heads_and_many_queries_of_one_key_head():
+    for dim, heads in ((8, 4), (40, 1)):
+        q = torch.randn(1, heads, 70, dim).bfloat16()
+        k, v = (torch.randn(1, 1, 90, dim).bfloat16() for _ in range(2))
+        with gluon() as launches:
+            out = fused_attn.attention(q, k, v, causal=True, backend="triton")
+        assert launches == ["forward_kernel"]
+        want = fused_attn.attention(q.double(), k.double(), v.double(), causal=True, backend="reference")
+        torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)

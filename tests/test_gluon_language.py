@@ -14,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from fused_attn.spec import TileConfig
 
+pytestmark = pytest.mark.kernels
+
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.8
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_add = getattr(tma, "async_atomic_add", None) or async_atomic_add  # new in Triton 3.9

@@ -12,6 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_attn import interpreter
 
+pytestmark = pytest.mark.kernels
+
 if not triton.knobs.runtime.interpret:
     pytest.skip("the guard watches Triton's interpreter", allow_module_level=True)
 interpreter.repair()

@@ -16,6 +16,8 @@ import triton.language as tl
 
 from fused_attn import interpreter
 
+pytestmark = pytest.mark.kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 
 if not triton.knobs.runtime.interpret:

@@ -131,3 +131,25 @@ def test_a_call_on_another_rung_is_not_repeated_from_this_one(monkeypatch):
     with fused_attn.hopper("descriptors"):
         attention(*tensors, backend="triton")
     assert times
+
+
+@pytest.mark.parametrize("rung", list(TILES))
+def test_a_kept_call_is_not_made_again_with_tensors_that_boxes_cannot_hold(card, monkeypatch, rung):
+    """Shapes and strides agree; the second address is no multiple of 16 bytes."""
+    monkeypatch.setattr(execution, "choose_rung", lambda *_: TILES[rung])
+    with fused_attn.hopper(rung):
+        for first in (0, 1):
+            tensors = [torch.randn(1281).bfloat16()[first : first + 1280].view(1, 2, 40, 16) for _ in range(3)]
+            assert tensors[0].data_ptr() % 16 == 2 * first
+            out = attention(*tensors, backend="triton")
+            want = attention(*(x.double() for x in tensors), backend="reference")
+            torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_decoding_is_told_as_what_it_is(card):
+    with fused_attn.hopper("gluon"):
+        tensors = torch.randn(1, 2, 1, 64).bfloat16(), *halves(length=8192)[1:]
+        told = fused_attn.explain(*tensors, backend="triton")
+        near = fused_attn.explain(*tensors, window=(100, 0), backend="triton")
+    assert told.against_rung["forward"] == ("few queries over many keys take shares of the keys",)
+    assert near.against_rung["forward"] == ()

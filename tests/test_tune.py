@@ -15,6 +15,7 @@ import fused_attn
 from fused_attn import cli, settings, tune, tuned
 from fused_attn.kernels import launch
 from fused_attn.spec import TileConfig
+from fused_attn.tuning import choose, choose_fused
 
 pytestmark = pytest.mark.kernels
 
@@ -118,6 +119,67 @@ def test_tiles_that_cannot_fit_are_not_tried():
     assert not one.fits(TileConfig(256, 256, 4, 1))  # sums beyond the registers
     assert not one.fits(TileConfig(64, 64, 4, 5))  # shared memory
     assert not one.fits(TileConfig(16, 16, 8, 1))  # warps without work
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("kernel", cli.TUNED)
+def test_shipped_tiles_may_be_tried(monkeypatch, arch, kernel):
+    """The search starts from them and changes one number at a time."""
+    one = subject(kernel)
+    monkeypatch.setattr(tune, "arch_of", lambda device: arch)
+    for head_dim in (32, 64, 128, 256):
+        one.head_dim = head_dim
+        config = (choose_fused(head_dim, head_dim, torch.bfloat16, arch) if kernel == "fused"
+                  else choose(kernel, head_dim, head_dim, torch.bfloat16, arch))
+        assert config is None or one.fits(config), config
+
+
+def test_an_entry_is_timed_at_the_widest_head_dim_that_it_serves(monkeypatch, tmp_path):
+    """Tiles of 96 columns are smaller than those of 128, which take the same entry."""
+    timed = []
+
+    class Timed(Exception):
+        pass
+
+    def subject(kernel, head_dim, *_):
+        timed.append((kernel, head_dim))
+        raise Timed
+
+    monkeypatch.setattr(tune, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "Subject", subject)
+    with pytest.raises(Timed):
+        cli.main(["tune", "--kernel", "forward", "--head-dim", "96", "128", "--out", str(tmp_path / "tiles.json")])
+    assert timed == [("forward", 128)]
+
+
+def test_a_run_without_time_keeps_what_the_file_has(tmp_path, monkeypatch, capsys):
+    file = saved(tmp_path, tuned.row("dq", 16, TileConfig(32, 32, 1, 1), ms=1.0, shipped_ms=2.0, tried=9, complete=True))
+    before = file.read_text()
+    assert cli.main(["tune", "--kernel", "dq", "--head-dim", "16", "--again", "--minutes", "0", "--out", str(file)]) == 0
+    assert "no time is left" in capsys.readouterr().out
+    assert file.read_text() == before
+
+
+def test_a_search_that_was_cut_short_goes_on(unlimited):
+    one = subject()
+    one.shipped = TileConfig(64, 32, 4, 2)
+    search = tune.Search(one, landscape(TileConfig(128, 128, 8, 3)), start=TileConfig(128, 128, 4, 3))
+    row = search.run()
+    assert tuned.config_of(row) == TileConfig(128, 128, 8, 3)
+    assert row["tried"] < 20
+
+
+def test_a_file_found_by_itself_breaks_no_call(monkeypatch, tmp_path, use):
+    """Of another format, or with fields of another version: said once, and the shipped tiles are used."""
+    file = tmp_path / "own.json"
+    for text in ('{"format": 2, "tiles": []}', json.dumps({**HERE, "tiles": [tuned.row("dq", 16, TileConfig(16, 16, 1, 1))
+                                                                              | {"config": {"block_q": 1}}]})):
+        file.write_text(text)
+        monkeypatch.setattr(settings, "TILES", None)
+        monkeypatch.setattr(tuned, "path", lambda device: file)
+        tuned.tuned.cache_clear()
+        with pytest.warns(RuntimeWarning, match="expected tiles"):
+            assert launched()
 
 
 def saved(tmp_path, *rows, **content):

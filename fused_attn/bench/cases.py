@@ -141,6 +141,16 @@ class Case:
         """The backend that answers ``attend``."""
         return fused_attn.explain(q, k, v, **self.arguments, backend=self.backend).backend
 
+    def off_rung(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, tuple[str, ...]]:
+        """Passes that do not run on the rung asked for though it has kernels for them, with the reasons."""
+        if self.rung == "pointers":
+            return {}
+        with fused_attn.hopper(self.rung):
+            told = fused_attn.explain(q, k, v, **self.arguments, backend=self.backend)
+        has_backward = self.rung == "gluon" and self.head_dim <= 128 and self.softcap is None
+        return {which: reasons for which, reasons in told.against_rung.items()
+                if reasons and (which == "forward" or has_backward)}
+
     def compiles_as(self) -> tuple[Any, ...]:
         """What a kernel is specialised on: cases that agree share their binaries. Lengths count only by 16-divisibility."""
         left, right = self.bounds

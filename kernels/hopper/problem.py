@@ -60,8 +60,8 @@ def span(cu, used, batch, length):
     """(first row, number of rows) of one side of a sequence; ``length`` where nothing says otherwise."""
     start = gl.to_tensor(0)
     if len(cu) > 0:
-        start = gl.load(cu[0] + batch)
-        length = gl.minimum(gl.load(cu[0] + batch + 1) - start, length)
+        start = gl.load(cu[0] + batch).to(gl.int32)
+        length = gl.minimum(gl.load(cu[0] + batch + 1).to(gl.int32) - start, length)
     if len(used) > 0:
         length = gl.maximum(gl.minimum(gl.load(used[0] + batch).to(gl.int64), length), 0).to(gl.int32)
     return start, length
@@ -149,7 +149,7 @@ def descriptor(x: torch.Tensor, rows: int, packed: bool) -> TensorDescriptor:
     strides = [stride if n > 1 else 8 for stride, n in zip(x.stride()[:3], shape, strict=False)] + [1]
     if packed:
         _, heads, _, dim = x.shape
-        _, per_head, per_row, _ = x.stride()
+        _, per_head, per_row, _ = strides
         shape = [_RAGGED_WRAP, _RAGGED_WRAP, heads, RAGGED_END.value, dim]
         strides = [(1 << 34) - per_row, per_row, per_head, per_row, 1]
         block = [1, *block]

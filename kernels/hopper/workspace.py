@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.launch import Call, Launcher, programs, run
+from fused_attn.kernels.launch import Call, Launcher, fit_offsets, programs, run
 from fused_attn.kernels.softmax import lse_to_log2
 from fused_attn.kernels.tiles import head_view, inside, load_rows, load_tile, program_tile, tile_ptrs
 from fused_attn.spec import TileConfig
@@ -70,10 +70,12 @@ def launch_statistics(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, 
                       call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
     """Fills ``stats``; shapes as in ``statistics_kernel``, lse and dlse contiguous."""
     args = (out, dout, lse, dlse, stats, (out.stride(), dout.stride()), out.shape[1], call.n_queries, out.shape[3])
-    launch(statistics_kernel, programs(call.n_queries, config.block_m, call.batch * out.shape[1]), args, config)
+    launch(statistics_kernel, programs(call.n_queries, config.block_m, call.batch * out.shape[1]), args,
+           fit_offsets(config, call, out, dout))
 
 
 def launch_ordered(sums: torch.Tensor, dq: torch.Tensor, call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
     """Fills ``dq``; shapes as in ``ordered_kernel``."""
     args = (sums, dq, (dq.stride(),), dq.shape[1], call.n_queries, call.scale, dq.shape[3], sums.shape[1] // config.block_m)
-    launch(ordered_kernel, programs(call.n_queries, config.block_m, call.batch * dq.shape[1]), args, config)
+    launch(ordered_kernel, programs(call.n_queries, config.block_m, call.batch * dq.shape[1]), args,
+           fit_offsets(config, call, dq))

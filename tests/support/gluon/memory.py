@@ -172,6 +172,8 @@ class Descriptor:
 
     def box(self, coordinates: Any) -> tuple[Values, slice, Values]:
         """Of the box at these coordinates: (rows in bounds, columns in bounds, elements of the storage [rows, columns])."""
+        if any(getattr(c, "dtype", tl.int32) != tl.int32 for c in coordinates):
+            raise TypeError(f"coordinates of a box are int32; got {[str(getattr(c, 'dtype', 'int')) for c in coordinates]}")
         at = [Int(int(c)).value for c in coordinates]
         if len(at) != len(self.extents):
             raise Fault(f"{len(at)} coordinates for a tensor descriptor of {len(self.extents)} dimensions")
