@@ -115,6 +115,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_constraint_files_differ_only_in_triton_and_its_numpy():
-    newest, oldest = pins("constraints.txt"), pins("constraints-triton-3.6.txt")
-    assert newest | {"triton": "3.6.0", "numpy": oldest["numpy"]} == oldest
+    own, oldest, newest = (pins(f"constraints{name}.txt") for name in ("", "-triton-3.6", "-triton-3.9"))
+    assert own | {"triton": "3.6.0", "numpy": oldest["numpy"]} == oldest
+    assert own | {"triton": "3.9.0"} == newest
     assert tuple(map(int, oldest["numpy"].split(".")[:2])) < (2, 4), "Triton 3.6's interpreter breaks on NumPy 2.4"

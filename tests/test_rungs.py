@@ -153,3 +153,15 @@ def test_decoding_is_told_as_what_it_is(card):
         near = fused_attn.explain(*tensors, window=(100, 0), backend="triton")
     assert told.against_rung["forward"] == ("few queries over many keys take shares of the keys",)
     assert near.against_rung["forward"] == ()
+
+
+@pytest.mark.parametrize("rung", ["specialized", "gluon"])
+@pytest.mark.parametrize("version", [(3, 5), (4, 0)])
+def test_a_compiler_that_nobody_has_tried_keeps_to_pointers(card, monkeypatch, rung, version):
+    monkeypatch.setattr(rungs, "triton_version", lambda: version)
+    with fused_attn.hopper(rung):
+        told = fused_attn.explain(*halves(), backend="triton")
+        assert told.against_rung["forward"] == (f"it has not been compiled on Triton {version[0]}.{version[1]}",)
+        assert attention(*halves(), backend="triton").isfinite().all()
+    with fused_attn.hopper("descriptors"):
+        assert fused_attn.explain(*halves(), backend="triton").against_rung["forward"] == ()
