@@ -10,6 +10,7 @@ from support.gluon import mutated
 from support.hopper import framed, gluon
 
 import fused_attn
+from fused_attn import settings
 from fused_attn.spec import TileConfig
 
 SCHEDULES = 200
@@ -206,6 +207,23 @@ def test_planted_bugs_are_caught(name):
     module, old, new, case = BUGS[name]
     with mutated({module: [(old, new)]}) as modules, pytest.raises((AssertionError, RuntimeError, OverflowError)):
         check(case, range(60), modules)
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(150, 70), (70, 150), (129, 129)])
+def test_torchs_causality_aligns_the_first_ones(monkeypatch, n_queries, n_keys):
+    """Forward and backward of scaled_dot_product_attention(is_causal=True): query 0 stands at key 0."""
+    monkeypatch.setattr(settings, "BACKEND", "triton")
+    monkeypatch.setattr(settings, "DETERMINISTIC", False)
+    inputs = [torch.randn(1, 2, n, 64).bfloat16().requires_grad_() for n in (n_queries, n_keys, n_keys)]
+    dout = torch.randn(1, 2, n_queries, 64)
+    with gluon() as launches:
+        out = fused_attn.scaled_dot_product_attention(*inputs, is_causal=True)
+        got = torch.autograd.grad(out, inputs, dout.bfloat16())
+    assert launches == ["forward_kernel", "backward_kernel"]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    for x, y in zip((out, *got), (exact, *torch.autograd.grad(exact, wide, dout.bfloat16().double())), strict=True):
+        assert (x.double() - y).norm() < 8e-3 * y.norm()
 
 
 def test_a_sums_gradient_is_one_number_and_rows_may_lie_far_apart(address_space):
