@@ -15,6 +15,7 @@ BASE ?= HEAD~1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 FAST := not slow and not gpu
+TESTS := tests
 PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: help install test lint test-fast test-all demo check compile-matrix profile gpu bench clean
@@ -39,7 +40,7 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports --no-cache --no-logo
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "$(FAST)" tests
+	$(PYTEST) -m "$(FAST)" $(TESTS)
 
 test-all: $(STAMP)  ## every test that needs no GPU; keeps the summary in docs/test-all.txt
 	@log=$$(mktemp); commit=$$(git describe --always --dirty); $(PYTEST) -q -m "not gpu" tests | tee "$$log"; \
