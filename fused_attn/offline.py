@@ -56,7 +56,8 @@ def kernels(which: str, feature: str, rung: str = "pointers") -> tuple[Kernel, .
     """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own, the fused
     backward one that gives dQ as well. Of the other rungs of sm_90 only Gluon's has a backward, of three kernels."""
     if rung != "pointers":
-        backward: tuple[Kernel, ...] = ("statistics", "backward", "ordered") if rung == "gluon" else ()
+        taken = rung == "gluon" and feature in ("plain", "sinks")
+        backward: tuple[Kernel, ...] = ("statistics", "backward", "ordered") if taken else ()
         return ("forward",) if which == "forward" else backward
     if feature == "rotary":
         return ("rotary",) if which == "forward" else ()
