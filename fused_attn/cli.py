@@ -98,7 +98,7 @@ def _info(arguments: argparse.Namespace) -> int:
     for i in range(torch.cuda.device_count()):
         print(f"{f'cuda:{i}':12} tiles {tuned.path(torch.device('cuda', i)) or 'as shipped'}")
     print(f"{'environment':12} backend {settings.BACKEND}, strict {settings.is_strict(None)}, "
-          f"interpreter {settings.interpreted()}")
+          f"interpreter {settings.interpreted()}, deterministic {settings.DETERMINISTIC}, hopper {settings.rung()}")
     return 0
 
 
