@@ -54,6 +54,7 @@ def test_steps_and_packed_on_the_cpu(monkeypatch, capsys):
     assert all(row["ok"] and row["default"] and row["ratio_to_best_peer"] > 0 for row in rows), rows
 
 
+@pytest.mark.slow
 def test_cold_calls_are_those_of_fresh_processes():
     subject = cpu.case(16, 8, batch=1, heads=1, dtype="fp32", causal=True)
     forward, backward = fresh.cold(subject, "cpu")
