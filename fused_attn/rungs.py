@@ -1,28 +1,18 @@
 """Which kernels of the ladder run a call on sm_90 (``settings.hopper``), and what the asked ones have against it."""
 
-import functools
 from typing import Literal
 
 import torch
 
 from fused_attn.spec import AttentionSpec, Companions
-from fused_attn.tuning import FEW_QUERIES, arch_of, n_shares, unseen_keys
+from fused_attn.tuning import FEW_QUERIES, arch_of, n_shares, triton_version, unseen_keys
 
 Pass = Literal["forward", "backward"]
 _HALVES = (torch.float16, torch.bfloat16)
-# Triton's versions, oldest and newest, on which a rung has been compiled: its specialisation and Gluon are young, and a version
-# that fails to compile them would fail in the middle of a program. Descriptors are part of the language.
-COMPILED_ON = {"specialized": ((3, 6), (3, 9)), "gluon": ((3, 6), (3, 9))}
+# The Tritons on which "specialized" and "gluon" have been compiled: both are young, and one that cannot compile them would fail
+# in the middle of a program. Descriptors are part of the language.
+COMPILED_ON = ((3, 6), (3, 7), (3, 9))
 _WIDEST = {"forward": 256, "backward": 128}  # head dim
-
-
-@functools.cache
-def triton_version() -> tuple[int, int]:
-    """Major and minor."""
-    import triton  # here: a machine without it still imports this module
-
-    major, minor, *_ = triton.__version__.split(".")
-    return int(major), int(minor)
 
 
 def rung(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions) -> str:
@@ -38,7 +28,7 @@ def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec
         return ("the card is no Hopper",)
     if which == "backward" and asked != "gluon":
         return (f"{asked} has no backward",)
-    if asked in COMPILED_ON and not COMPILED_ON[asked][0] <= triton_version() <= COMPILED_ON[asked][1]:
+    if asked != "descriptors" and triton_version() not in COMPILED_ON:
         return (f"it has not been compiled on Triton {'.'.join(map(str, triton_version()))}",)
     from fused_attn.kernels.hopper.problem import describable, tile_width  # here: Gluon is imported where it is asked for
 

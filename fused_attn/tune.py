@@ -227,7 +227,7 @@ def _against(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.d
 
 def _content(file: Path, device: torch.device) -> dict[str, Any]:
     """What the file holds of this card and Triton, else an empty one; another card's file is not written over."""
-    here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": tuned.triton_version()}
+    here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": tuned.triton_name()}
     if file.is_file():
         content = tuned.read(file)
         if content.get("arch") != here["arch"] or content.get("gpu") != here["gpu"]:

@@ -17,7 +17,7 @@ import torch
 
 from fused_attn import settings
 from fused_attn.spec import TileConfig
-from fused_attn.tuning import arch_of, served
+from fused_attn.tuning import arch_of, served, triton_version
 
 FORMAT = 1
 Found = dict[tuple[str, int], TileConfig]  # (kernel, widest head dim it serves) -> configuration
@@ -57,7 +57,7 @@ def tuned(device: torch.device) -> Found:
             raise
         warnings.warn(f"fused_attn: {error}", RuntimeWarning, stacklevel=2)  # found by itself: no call may fail of it
         return {}
-    here = {"arch": arch_of(device), "triton": triton_version()}
+    here = {"arch": arch_of(device), "triton": triton_name()}
     other = [f"{name} {content.get(name)}, here {value}" for name, value in here.items() if content.get(name) != value]
     if other:
         warnings.warn(f"fused_attn: the tiles in {file} are not used: {'; '.join(other)}", RuntimeWarning, stacklevel=2)
@@ -78,11 +78,9 @@ def config_of(row: dict[str, Any]) -> TileConfig:
     return TileConfig(**{**row["config"], "options": tuple((name, value) for name, value in row["config"].get("options", ()))})
 
 
-def triton_version() -> str:
-    """Major and minor: tiles of one may spill on another."""
-    import triton
-
-    return ".".join(triton.__version__.split(".")[:2])
+def triton_name() -> str:
+    """The Triton that a file's tiles are for, "3.7"."""
+    return ".".join(map(str, triton_version()))
 
 
 def read(file: Path) -> dict[str, Any]:

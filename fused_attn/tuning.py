@@ -137,6 +137,15 @@ def _arch(device_type: str, index: int | None) -> str:
     return f"sm_{major}{minor}"
 
 
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor: what compiles on one may spill, or fail, on another."""
+    import triton  # here: a machine without it still reads the tables
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
+
+
 def has_tf32(arch: str) -> bool:
     """Whether Triton multiplies in TF32 on a target: NVIDIA's from sm_80, and of AMD's gfx942 alone."""
     return arch.startswith("sm_") or arch == "gfx942"

@@ -31,6 +31,7 @@ from fused_attn.kernels.tiles import (
     outer,
     outer_transposed,
     program_tile,
+    row_products,
     row_view,
     scaled,
     store_rows,
@@ -57,9 +58,7 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
     # [BLOCK_M, DV]
     out = load_tile(head_view(out_ptr, out_strides, batch, head, q_start, n_queries), first, DV, BLOCK_M, True, TILE.wide)
     dout = load_tile(head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries), first, DV, BLOCK_M, True, TILE.wide)
-    delta = tl.sum(out[0].to(ACC) * dout[0].to(ACC), 1)
-    if len(out) > 1:
-        delta += tl.sum(out[1].to(ACC) * dout[1].to(ACC), 1)
+    delta = row_products(out, dout, ACC)
     if dlse_ptr is not None:
         # The LSE of a row with no key is constant, whatever gradient comes (logaddexp(-inf, -inf) sends NaN).
         lse = load_rows(row_view(lse_ptr, sequences, bh, head, Nq, q_start, n_queries), first, 0.0, BLOCK_M, True)

@@ -225,6 +225,15 @@ def scaled(tile, factor):
 
 
 @triton.jit
+def row_products(a, b, ACC: tl.constexpr):
+    """The inner products of the rows of two tiles: [rows]."""
+    sums = tl.sum(a[0].to(ACC) * b[0].to(ACC), 1)
+    if len(a) > 1:
+        sums += tl.sum(a[1].to(ACC) * b[1].to(ACC), 1)
+    return sums
+
+
+@triton.jit
 def inner(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T of two tiles: [rows of a, rows of b]."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)

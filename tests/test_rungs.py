@@ -156,7 +156,7 @@ def test_decoding_is_told_as_what_it_is(card):
 
 
 @pytest.mark.parametrize("rung", ["specialized", "gluon"])
-@pytest.mark.parametrize("version", [(3, 5), (4, 0)])
+@pytest.mark.parametrize("version", [(3, 5), (3, 8), (4, 0)])
 def test_a_compiler_that_nobody_has_tried_keeps_to_pointers(card, monkeypatch, rung, version):
     monkeypatch.setattr(rungs, "triton_version", lambda: version)
     with fused_attn.hopper(rung):

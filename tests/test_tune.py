@@ -20,7 +20,7 @@ from fused_attn.tuning import choose, choose_fused
 pytestmark = pytest.mark.kernels
 
 ROOT = Path(__file__).parents[1]
-HERE = {"format": 1, "arch": "interpreter", "gpu": "interpreter", "triton": tuned.triton_version()}
+HERE = {"format": 1, "arch": "interpreter", "gpu": "interpreter", "triton": tuned.triton_name()}
 
 
 def subject(kernel="forward", head_dim=16, length=64):

@@ -25,13 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused_attn.kernels.hopper.problem import ROWS, accumulator_layout, descriptor
+from fused_attn.kernels.hopper.problem import NEG_INF, ROWS, accumulator_layout, descriptor
 from fused_attn.kernels.hopper.ring import tma_load, tma_store
 from fused_attn.kernels.launch import Call, Launcher, programs, run
+from fused_attn.kernels.softmax import LOG2E
 from fused_attn.spec import TileConfig
 
-LOG2E = gl.constexpr(1.4426950408889634)
-NEG_INF = gl.constexpr(float("-inf"))
 CONSUMERS = gl.constexpr(2)
 
 

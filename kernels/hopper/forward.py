@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fused_attn.kernels.hopper.problem import (
     L2_BYTES,
+    NEG_INF,
     ROWS,
     Problem,
     accumulator_layout,
@@ -33,11 +34,8 @@ from fused_attn.kernels.hopper.problem import (
 )
 from fused_attn.kernels.hopper.ring import allocate_ring, await_tile, fill, release, tile_at, tma_load, tma_store
 from fused_attn.kernels.launch import Call, Launcher, programs, run
+from fused_attn.kernels.softmax import LN2, LOG2E
 from fused_attn.spec import TileConfig
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-NEG_INF = gl.constexpr(float("-inf"))
 
 
 @gluon.jit

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+NEG_INF = gl.constexpr(float("-inf"))
 ROWS = gl.constexpr(64)  # of one consumer: the M of one wgmma
 # The extent of the row axis of a packed tensor's descriptor. Its two leading axes have strides that carry the 64-bit address
 # around to where a sequence begins, so that boxes end with their sequence: TMA has no other way to stop short of the next.

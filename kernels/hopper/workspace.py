@@ -6,7 +6,7 @@ import triton.language as tl
 
 from fused_attn.kernels.launch import Call, Launcher, fit_offsets, programs, run
 from fused_attn.kernels.softmax import lse_to_log2
-from fused_attn.kernels.tiles import head_view, inside, load_rows, load_tile, program_tile, tile_ptrs
+from fused_attn.kernels.tiles import head_view, inside, load_rows, load_tile, program_tile, row_products, tile_ptrs
 from fused_attn.spec import TileConfig
 
 ROWS = tl.constexpr(64)  # of dQ in a consumer's part
@@ -25,9 +25,7 @@ def statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, strides, 
     # [BLOCK_M, DV]
     out = load_tile(head_view(out_ptr, out_strides, bh // H, bh % H, 0, Nq), first, DV, BLOCK_M, True, TILE.wide)
     dout = load_tile(head_view(dout_ptr, dout_strides, bh // H, bh % H, 0, Nq), first, DV, BLOCK_M, True, TILE.wide)
-    delta = tl.sum(out[0].to(tl.float32) * dout[0].to(tl.float32), 1)
-    if len(out) > 1:
-        delta += tl.sum(out[1].to(tl.float32) * dout[1].to(tl.float32), 1)
+    delta = row_products(out, dout, tl.float32)
     row = tl.cast(bh, tl.int64) * Nq
     lse = load_rows((lse_ptr + row, Nq), first, float("-inf"), BLOCK_M, True)
     if dlse_ptr is not None:
