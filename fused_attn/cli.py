@@ -85,7 +85,8 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=options.whole(1, tuned.WIDEST), metavar="D", nargs="+", default=[64, 128],
                         help=f"1 to {tuned.WIDEST} (64 128)")
     parser.add_argument("--dtype", choices=("fp16", "bf16"), default="bf16", help="both use what is found")
-    parser.add_argument("--length", type=options.whole(1), default=4096, help="of the sequences that are timed (4096)")
+    parser.add_argument("--length", type=options.whole(*options.SIZES), default=4096,
+                        help="of the sequences that are timed (4096)")
     parser.add_argument("--minutes", type=options.real(0), default=30.0, help="after which what was found so far is kept (30)")
     parser.add_argument("--again", action="store_true", help="search what the file has already, too")
     parser.add_argument("--out", type=options.file(), help="the file, for FUSED_ATTN_TILES; by default the one used here")
@@ -151,7 +152,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    device = bench.device_of(arguments)
+    device = options.device(arguments.device)
     found = {subject.name: bench.explanation(subject, device, arguments.added) for subject in bench.cases(arguments, device)}
     if arguments.json:
         print(json.dumps({name: dataclasses.asdict(told) for name, told in found.items()}, indent=1))

@@ -15,10 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from fused_attn import files
 
 PICTURES = (".png", ".svg", ".pdf")
+SIZES = (1, 2**31 - 1)  # of what a tensor has: batches, heads, rows
 SEEDS = (0, 2**63 - 1)
+DEVICES = ("cuda", "cpu")
 
 
 class BadInputError(Exception):
@@ -79,6 +83,14 @@ def folder(text: str) -> Path:
     if reason := files.against(path / "file"):
         raise argparse.ArgumentTypeError(f"no files can be written to {text!r}: {reason}")
     return path
+
+
+def device(asked: str | None) -> str:
+    """The one of ``DEVICES`` that was asked for, else a GPU where there is one. Raises BadInputError where there is none."""
+    found = torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise BadInputError("--device cuda: torch finds no GPU here")
+    return asked or ("cuda" if found else "cpu")
 
 
 def need(module: str, extra: str) -> None:

@@ -19,7 +19,7 @@ def find_kernels() -> None:
         return
     spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
-    sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.modules[name] = sys.modules[package.name].kernels = importlib.util.module_from_spec(spec)  # type: ignore[attr-defined]
 
 
 def command() -> str | None:

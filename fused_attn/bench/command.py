@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
     """The options that describe a call; those that take several values stand for every combination."""
-    size = options.whole(1)
+    size = options.whole(*options.SIZES)
     parser.add_argument("--batch", type=size, metavar="B")
     parser.add_argument("--heads", type=size, metavar="H")
     parser.add_argument("--kv-heads", type=size, metavar="H", help="heads of keys and values, a divisor of --heads")
@@ -44,7 +44,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
                         help="keys on either side; -1: all")
     parser.add_argument("--softcap", type=options.real(0, open_below=True))
     parser.add_argument("--backend", choices=settings.BACKENDS, help="of ours; by default what a call chooses")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="a GPU where there is one")
+    parser.add_argument("--device", choices=options.DEVICES, help="a GPU where there is one")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=options.file(), help="write rows and conditions to this JSON file")
     parser.add_argument("--plot", type=options.file(*options.PICTURES), help="draw bars into this picture; needs matplotlib")
-
-
-def device_of(asked: argparse.Namespace) -> str:
-    """The device that is asked for, else a GPU where there is one. Raises BadInputError where there is none to be had."""
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise options.BadInputError("--device cuda: torch finds no GPU here")
-    return asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cases(asked: argparse.Namespace, device: str) -> list[Case]:
@@ -106,13 +99,13 @@ ADDED: dict[str, Callable[[Case, torch.Tensor], dict[str, Any]]] = {
 def explanation(subject: Case, device: str, added: Sequence[str] = ()) -> fused_attn.Explanation:
     """What ``explain`` says of a call. Raises BadInputError for one that attention() refuses."""
     zero = torch.zeros((), dtype=DTYPES[subject.dtype], device=device)  # expanded: a shape that takes no memory
-    q, k, v = (zero.expand(subject.batch, heads, length, subject.head_dim)
-               for heads, length in ((subject.heads, subject.n_queries), *[(subject.kv_heads, subject.n_keys)] * 2))
-    arguments = {name: value for one in added for name, value in ADDED[one](subject, zero).items()}
     try:
+        q, k, v = (zero.expand(subject.batch, heads, length, subject.head_dim)
+                   for heads, length in ((subject.heads, subject.n_queries), *[(subject.kv_heads, subject.n_keys)] * 2))
+        arguments = {name: value for one in added for name, value in ADDED[one](subject, zero).items()}
         return fused_attn.explain(q, k, v, **subject.arguments, backend=subject.backend, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:  # of sizes that no tensor has, too
-        raise options.BadInputError(f"{subject.name}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise options.BadInputError(f"{subject.name}: {str(error).splitlines()[0]}") from error
 
 
 def _entrants(device: str) -> list[peers.Peer]:
@@ -147,7 +140,7 @@ def _rows(subject: Case, device: str, entrants: list[peers.Peer], rounds: int | 
 
 def run(asked: argparse.Namespace) -> int:
     """Times, prints, writes; the status is 1 where ours was wrong or raised. Ctrl-C ends the timing and nothing else."""
-    device = device_of(asked)
+    device = options.device(asked.device)
     if asked.plot is not None:
         options.need("matplotlib", "bench")
     subjects = _timed(asked, device)
