@@ -1,14 +1,15 @@
 """``fused-attn compile``: one report a kernel, for one target or for all of them; with ``--profile`` the static profile."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,21 +169,16 @@ def run(out: Path | None, static_profile: bool) -> int:
     work = list(profiled() if static_profile else jobs())
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, options.until_interrupted() as interrupted:
-        futures = {pool.submit(_subprocess, job, static_profile): job for job in work}
-        try:
-            for future in track(as_completed(futures), "compiling", len(work)):
-                done, error = future.result()
-                rows += done
-                if error:
-                    failures.append(f"{futures[future]}: {error}")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in futures):  # a thread may have been about to start its process
-                for process in list(_running):
-                    process.kill()
-                time.sleep(0.02)
-            raise
+    futures: dict[Future[tuple[list[dict[str, Any]], str]], Job] = {}
+    with options.until_interrupted() as interrupted, _workers() as pool:
+        for job in work:
+            futures[pool.submit(_subprocess, job, static_profile)] = job
+        for future in track(as_completed(list(futures)), "compiling", len(work)):
+            job, (done, error) = futures.pop(future), future.result()
+            rows += done
+            if error:
+                failures.append(f"{job}: {error}")
+    rows += [row for future in futures if not future.cancelled() for row in future.result()[0]]  # of jobs that were interrupted
     rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["feature"], row["rung"], row["causal"],
                                row["kernel"]))
     for row in () if static_profile else rows:
@@ -198,6 +194,22 @@ def run(out: Path | None, static_profile: bool) -> int:
 
 
 _running: set[subprocess.Popen[str]] = set()
+_stopped = threading.Event()
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core; whatever ends what is within early ends the processes at work, and no other one goes on."""
+    _stopped.clear()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            yield pool
+        except BaseException:
+            _stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                process.kill()
+            raise
 
 
 def _subprocess(job: Job, static_profile: bool) -> tuple[list[dict[str, Any]], str]:
@@ -206,6 +218,8 @@ def _subprocess(job: Job, static_profile: bool) -> tuple[list[dict[str, Any]], s
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           stdin=subprocess.DEVNULL) as process:
         _running.add(process)
+        if _stopped.is_set():  # after it was added: who stops looks the other way round
+            process.kill()
         output, errors = process.communicate()
         _running.discard(process)
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
