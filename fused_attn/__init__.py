@@ -1,5 +1,6 @@
 """Fused attention in Triton, forward and backward, proven against a plain PyTorch reference."""
 
+from fused_attn import startup  # noqa: F401  # before what it prepares
 from fused_attn.dispatch import Explanation
 from fused_attn.functional import (
     additive_attention,
