@@ -100,15 +100,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         ``options`` are those of the constructor beyond torch's.
         """
         module.__class__ = cls
-        module.register_forward_pre_hook(stay_in_python)
         assert isinstance(module, MultiheadAttention)
+        module.__dict__["_adopted"] = module.register_forward_pre_hook(stay_in_python).id
         if options:
             module._extend(**options)
         return module
 
     def release(self) -> nn.MultiheadAttention:
         """Undoes ``adopt``."""
-        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is stay_in_python]:
+        key = self.__dict__.pop("_adopted", None)  # of the one hook; the same one may be the user's, too
+        if self._forward_pre_hooks.get(key) is stay_in_python:
             del self._forward_pre_hooks[key]
         self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
         return self
