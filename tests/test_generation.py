@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,6 +112,66 @@ def test_tokens_of_no_probability_are_never_drawn():
 def test_a_temperature_near_zero_is_greedy(temperature):
     logits = torch.tensor([[50.0, 80.0, -90.0, 79.0]])
     assert sample(logits, temperature=temperature).tolist() == [1]
+
+
+EDGES = [5e-324, 1e-310, 1e-46, 1e-40, 1e-30]
+
+
+@pytest.mark.parametrize("top_p", [*EDGES, 1e-9])
+def test_a_nucleus_of_next_to_nothing_is_the_likeliest_token(top_p):
+    logits = torch.randn(50, 20)
+    for given in ({}, {"top_k": 3}, {"temperature": 1e-46}, {"temperature": 3.0}):
+        assert torch.equal(sample(logits, top_p=top_p, **given), logits.argmax(-1))
+    assert set(sample(torch.zeros(500, 4), top_p=top_p).tolist()) == {0}  # one token even where all are alike
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["denormals", "flushed"])
+@pytest.mark.parametrize("temperature", EDGES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_temperatures_down_to_the_last_are_greedy(dtype, temperature, flush):
+    logits = torch.tensor([[50.0, 80.0, -math.inf, 79.0], [0.0, 1.0, -60000.0, -1.0], [-7.0, 0.0, -math.inf, -9.0]]).to(dtype)
+    torch.set_flush_denormal(flush)
+    try:
+        for given in ({}, {"top_p": 0.5}, {"top_k": 2}):
+            assert sample(logits, temperature=temperature, **given).tolist() == [1, 1, 1]
+        ties = torch.tensor([[3.0, 3.0, 2.0]]).expand(200, -1).to(dtype)
+        zero = flush and temperature < 1e-307  # Python's own numbers are flushed too: 0 takes the first of the largest
+        assert set(sample(ties, temperature=temperature).tolist()) == ({0} if zero else {0, 1})
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("temperature", [1e30, 3e38, 1e39, 1e308, 10**400])
+def test_temperatures_up_to_the_last_are_even(temperature):
+    """Over all tokens that may be drawn at all."""
+    logits = torch.tensor([[50.0, -80.0, -math.inf, 0.0]]).expand(600, -1)
+    assert set(sample(logits, temperature=temperature).tolist()) == {0, 1, 3}
+
+
+@pytest.mark.parametrize(("logits", "temperature"), [([3e38, -3e38, 0.0], 3e38), ([3e38, 2.9e38, -3e38], 1.0)])
+def test_logits_as_far_apart_as_their_numbers_reach(logits, temperature):
+    exact = torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, 0)
+    drawn = sample(torch.tensor([logits]).expand(20_000, -1), temperature=temperature)
+    follow(torch.bincount(drawn, minlength=3) / 20_000, exact)
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    ({"top_p": True}, "top_p"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.0000001}, "top_p"), ({"top_p": math.nan}, "top_p"),
+    ({"top_p": "0.5"}, "top_p"), ({"temperature": math.nan}, "temperature"), ({"temperature": math.inf}, "temperature"),
+    ({"temperature": -5e-324}, "temperature"), ({"temperature": None}, "temperature"), ({"top_k": 1.0}, "top_k"),
+    ({"top_k": -1}, "top_k")], ids=str)
+def test_what_is_no_parameter_of_sampling_is_refused_before_the_model_runs(arguments, text):
+    with pytest.raises(ValueError, match=f"^{text}: expected"):
+        sample(torch.zeros(1, 3), **arguments)
+    with pytest.raises(ValueError, match=f"^{text}: expected"):
+        stream(lambda *_, **__: 1 / 0, prompts(), 3, cache=[], **arguments)
+
+
+def test_numbers_of_numpy_are_numbers():
+    logits = torch.randn(50, 20)
+    draws = [sample(logits, generator=torch.Generator().manual_seed(1), temperature=t, top_k=k, top_p=p) for t, k, p in (
+        (0.5, 5, 0.75), (np.float32(0.5), np.int64(5), np.float64(0.75)))]
+    assert torch.equal(*draws)
 
 
 def test_a_generator_makes_draws_reproducible_and_leaves_torchs_own_alone():

@@ -1,18 +1,23 @@
 """Where tokens stand: each module against its formula, the rotary kernel against its plain twin."""
 
 import cmath
+import contextlib
 import copy
 import itertools
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from support.guard import memory_guard
 from support.layouts import LAYOUTS
 from support.oracle import EPS
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_attn import attention, ops  # noqa: F401  # repairs first
+from fused_attn.mods import t5_bias
 from fused_attn.nn import (
     LearnedPositions,
     MultiheadAttention,
@@ -95,6 +100,16 @@ def test_learned_positions(positions):
 def test_learned_positions_end():
     module = LearnedPositions(5, 4)
     assert module(torch.zeros(1, 5, 4)).shape == (1, 5, 4)
+    with pytest.raises(ValueError, match="positions: expected 0 or more; got -1"):
+        module(torch.zeros(1, 2, 4), -1)
+    for bad in (torch.tensor([-1, 0]), torch.tensor([[0, 5]]), torch.tensor(-1), torch.tensor(4)):
+        with pytest.raises(ValueError, match="positions: expected 0 to 4; got"):
+            module(torch.zeros(1, 2, 4), bad)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)  # where nobody looks first, it is no other position
+    with pytest.raises(IndexError, match="out of"):
+        compiled(torch.zeros(1, 2, 4), torch.tensor([-1, 0]))
+    torch._dynamo.reset()
     for length, first in ((6, None), (3, 3), (1, 5)):
         with pytest.raises(ValueError, match="x: expected positions below 5; got a length that ends at 6"):
             module(torch.zeros(1, length, 4), first)
@@ -103,7 +118,38 @@ def test_learned_positions_end():
     assert list(module.state_dict()) == ["weight"]
 
 
+@pytest.mark.parametrize("make", [lambda: SinusoidalPositions(4), lambda: LearnedPositions(9, 4), lambda: RotaryEmbedding(4)],
+                         ids=["sinusoids", "learned", "rotary"])
+@pytest.mark.parametrize(("positions", "error"), [
+    (1.5, TypeError), (True, TypeError), ("3", TypeError), ([0, 1, 2], TypeError), (torch.tensor([0.0, 1.0, 2.0]), ValueError),
+    (torch.tensor([True, False, True]), ValueError), (torch.tensor([0, 1]), ValueError), (torch.zeros(3, 3).long(), ValueError),
+    (torch.zeros(1, 1, 3).long(), ValueError)], ids=str)
+def test_positions_are_integers_of_each_token(make, positions, error):
+    module, x = make(), normal(2, 3, 4)
+    call, x = (module.turn, x[:, None]) if isinstance(module, RotaryEmbedding) else (module, x)
+    with pytest.raises(error, match=r"^positions: expected an int, or integers \[3\] or \[2, 3\]; got"):
+        call(x, positions)
+
+
+@pytest.mark.parametrize("first", [np.int64(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)], ids=repr)
+@pytest.mark.parametrize("make", [lambda: SinusoidalPositions(4), lambda: LearnedPositions(9, 4)], ids=["sinusoids", "learned"])
+def test_a_first_position_may_be_a_tensor(make, first):
+    x, module = normal(2, 3, 4), make()
+    assert torch.equal(module(x, first), module(x, 3))
+
+
 # --- rotations ---
+
+
+@pytest.mark.parametrize("first", [-1, -100, -FAR])
+def test_negative_positions_turn_back(first):
+    """Before 0 there are positions too: none of them is another one's."""
+    x, rope, sinusoids = normal(2, 4, 5, 8), RotaryEmbedding(8, base=500.0), SinusoidalPositions(8)
+    at, frequencies = placed(first, 2, 5), [500.0 ** (-2 * i / 8) for i in range(4)]
+    close(rope(x, x, first)[0], turned(x, at, frequencies, False), 1e-10)
+    close(rope(x, x, first)[1], rope.turn(x, torch.tensor(at)))
+    close(sinusoids(x[:, 0], first), sinusoids(x[:, 0], torch.tensor(at)))
+    close(sinusoids(x[:, 0], first)[0, 0, 0] - x[0, 0, 0, 0], torch.tensor(math.sin(first), dtype=torch.float64))
 
 
 def turned(x, at, frequencies, interleaved):
@@ -141,8 +187,8 @@ def test_scores_depend_on_the_difference_alone(offset):
     assert not torch.allclose(q0 @ k0.mT, q0 @ k1.mT)
 
 
-def test_tables_are_no_part_of_the_module():
-    """Rounding the module, copying it, growing its tables: nothing changes the angles."""
+def test_angles_are_no_part_of_the_module():
+    """Rounding the module, copying it, calling it with other lengths: nothing changes the angles."""
     x = normal(1, 2, 900, 8, dtype=torch.float32)
     rope = RotaryEmbedding(8)
     short = rope(x[:, :, :5], x[:, :, :5])[0]
@@ -156,10 +202,27 @@ def test_tables_are_no_part_of_the_module():
     close(rope(x, x, positions)[0], expected, 1e-6)
 
 
+@pytest.mark.parametrize("move", [
+    lambda m: m.bfloat16(), lambda m: m.half().double(), lambda m: m.to("meta").to_empty(device="cpu"), copy.deepcopy,
+    lambda m: pickle.loads(pickle.dumps(m))], ids=["bfloat16", "half", "to_empty", "copied", "pickled"])
+def test_given_frequencies_keep_their_digits(move):
+    given, x = torch.tensor([0.3, 1 / 3000], dtype=torch.float64), normal(1, 1, 3, 4)
+    rope = RotaryEmbedding(4, frequencies=given)
+    expected = rope.turn(x, FAR)
+    assert torch.equal(move(rope).turn(x, FAR), expected)
+    assert list(rope.state_dict()) == []
+
+
 def test_frequencies_may_be_given():
     q, k = normal(1, 1, 3, 4), normal(1, 1, 3, 4)
     out = RotaryEmbedding(4, frequencies=torch.tensor([0.5, 0.25], requires_grad=True))(q, k)
     close(out[1], turned(k, [[0, 1, 2]], [0.5, 0.25], False))
+    for bad in ([0.5, 0.25], torch.ones(2, device="meta")):
+        with pytest.raises(TypeError, match="frequencies: expected a tensor with values, or None"):
+            RotaryEmbedding(4, frequencies=bad)
+    for bad in (0, -1.0, math.nan, math.inf, "10"):
+        with pytest.raises(ValueError, match="base: expected a positive finite number"):
+            RotaryEmbedding(4, base=bad)
     with pytest.raises(ValueError, match=r"frequencies: expected shape \(2,\); got \(4,\)"):
         RotaryEmbedding(4, frequencies=torch.ones(4))
     for bad in (0, 5):
@@ -229,6 +292,43 @@ def bucket(distance, buckets, longest, bidirectional):
     if away < exact:
         return first + away
     return first + min(exact + int(math.log(away / exact) / math.log(longest / exact) * (buckets - exact)), buckets - 1)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_t5_buckets_that_leave_no_range_are_refused(bidirectional):
+    """At construction and in the call: at and below the single distances, and too few buckets for any."""
+    exact, least = (8, 4) if bidirectional else (16, 2)
+    for bad in (exact, exact - 1, 1, 0, -3, float(exact + 1), math.inf, math.nan, True, None):
+        for call in (lambda bad=bad: T5RelativeBias(3, 32, bad, bidirectional),
+                     lambda bad=bad: t5_bias(torch.zeros(32, 3), 4, 4, max_distance=bad, bidirectional=bidirectional)):
+            with pytest.raises(ValueError, match=f"^max_distance: expected an int above {exact}, .*; got {bad}"):
+                call()
+    for few in range(least):
+        with pytest.raises(ValueError, match=f"^num_buckets: expected at least {least} buckets.*; got {few}"):
+            T5RelativeBias(3, few, 128, bidirectional)
+        with pytest.raises(ValueError, match=f"^table: expected at least {least} buckets.*; got {few}"):
+            t5_bias(torch.zeros(few, 3), 4, 4, bidirectional=bidirectional)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("buckets", "longest"), [(32, 17), (32, 128), (4, 2), (4, 3), (9, 10), (5, 1000)])
+def test_t5_buckets_up_to_the_edge(buckets, longest, bidirectional):
+    """Where the range is one distance wide, and where it is all but everything; every bucket is one of the table's."""
+    longest = max(longest, buckets // (4 if bidirectional else 2) + 1)
+    table = torch.arange(float(buckets))[:, None]
+    values = t5_bias(table, 50, 60, bidirectional=bidirectional, max_distance=longest).values[0, 0].tolist()
+    exact = [bucket(d, buckets, longest, bidirectional) for d in range(-59, 50)]
+    assert values == exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_t5_buckets_are_the_same_whatever_the_default_dtype(dtype):
+    expected = t5_bias(torch.arange(32.0)[:, None], 500, 500).values
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(t5_bias(torch.arange(32.0, dtype=torch.float32)[:, None], 500, 500).values, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -339,6 +439,28 @@ def test_op_keeps_torchs_rules(layout, dtype):
     x, tables = LAYOUTS[layout](2, 3, 5, 8).to(dtype), [t.expand(2, 5, 3) for t in normal(2, 5, 3, dtype=torch.float32)]
     torch.library.opcheck(torch.ops.fused_attn.rotary.default, (x, *tables, True, False))
     torch.library.opcheck(torch.ops.fused_attn.rotary.default, (x, *tables, False, True))
+
+
+BAD_TABLES = {  # what the error says, x, cos and sin of a call of the op
+    "too few rows": ("cos", lambda x, t: (x, t[:, :4], t[:, :4])), "too few of one": ("sin", lambda x, t: (x, t, t[:, :4])),
+    "too few batches": ("cos", lambda x, t: (x, t[:1], t[:1])), "no batch": ("cos", lambda x, t: (x, t[0], t[0])),
+    "too many pairs": ("cos", lambda x, t: (x, t.repeat(1, 1, 2), t.repeat(1, 1, 2))),
+    "other pairs": ("sin", lambda x, t: (x, t, t[..., :1])), "no pairs": ("cos", lambda x, t: (x, t[..., :0], t[..., :0])),
+    "integers": ("cos", lambda x, t: (x, t.long(), t)), "another device": ("sin", lambda x, t: (x, t, t.to("meta"))),
+    "no heads": ("x", lambda x, t: (x[0], t, t)), "integer rows": ("x", lambda x, t: (x.long(), t, t)),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_op_checks_the_sizes_that_its_kernel_trusts(case, fake):
+    name, arguments = BAD_TABLES[case]
+    tensors = arguments(normal(2, 3, 5, 8), normal(2, 5, 4))
+    with FakeTensorMode() if fake else contextlib.nullcontext() as mode:
+        tensors = [mode.from_tensor(x) if fake else x for x in tensors]
+        with pytest.raises(ValueError, match=f"^{name}: expected floats"):
+            torch.ops.fused_attn.rotary(*tensors, False, False)
 
 
 @pytest.mark.kernels
