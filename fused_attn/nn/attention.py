@@ -9,8 +9,8 @@ from torch import nn
 from fused_attn import describe, inspection
 from fused_attn.functional import attention, attention_varlen
 from fused_attn.nn.cache import KVCache, MemoryCache, all_or_nothing
-from fused_attn.nn.masks import causal_bias, check_new_padding, mask_arguments
-from fused_attn.nn.positions import PositionEmbeddings, RotaryEmbedding, alibi_slopes
+from fused_attn.nn.masks import causal_bias, check_jagged, check_new_padding, mask_arguments
+from fused_attn.nn.positions import PositionEmbeddings, RotaryEmbedding, alibi_slopes, jagged_positions
 from fused_attn.rotary import apply_rotary
 
 
@@ -151,7 +151,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if x.is_nested:
             if x.layout != torch.jagged:  # of which every layer makes jagged ones
                 return None
-            positions = _jagged_positions(x.values(), x.offsets())  # type: ignore[attr-defined]
+            positions = jagged_positions(x.values(), x.offsets())  # type: ignore[attr-defined]
             x = x.values()
         elif x.dim() == 3 and not self.batch_first:
             x = x.transpose(0, 1)
@@ -385,10 +385,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = self._jagged(q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, cache, None)
             strided: torch.Tensor = torch.nested.as_nested_tensor(list(out.unbind()), layout=torch.strided)
             return strided
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if not x.is_nested or x.layout != torch.jagged or x.dim() != 3 or not x.is_contiguous():
-                raise ValueError(f"{name}: expected a contiguous jagged nested tensor [batch, j, features], as one of the "
-                                 f"three is nested; got {'nested ' if x.is_nested else ''}{x.layout} of {x.dim()} dimensions")
+        check_jagged(query=query, key=key, value=value)
         given = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "cache": cache, "bias_k": self.bias_k,
                  "need_weights=True": need_weights or None, "add_zero_attn=True": self.add_zero_attn or None}
         if found := [name for name, x in given.items() if x is not None]:
@@ -406,7 +403,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         rope = getattr(self, "rope", None)
         q, k = (x.transpose(0, 1)[None] for x in (q, k))  # [1, H, T, D]
         if rope is not None and query is not key:
-            q, k = (rope.turn(x, _jagged_positions(x[0, 0], *offsets))
+            q, k = (rope.turn(x, jagged_positions(x[0, 0], *offsets))
                     for x, offsets in ((q, (offsets_q, offsets_k)), (k, (offsets_k,))))
             position_embeddings = PositionEmbeddings(None, self.alibi_slopes(q.device))
         else:
@@ -419,12 +416,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0, **self._variant(position_embeddings))
         nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(self.out_proj(out.flatten(1)), offsets_q)
         return nested
-
-
-def _jagged_positions(x: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-    """int [T]: each token's position in its own sequence, or with the offsets of ``keys`` among those: last at last."""
-    shift = -offsets[:-1] if keys is None else keys.diff() - offsets.diff() - offsets[:-1]
-    return torch.arange(x.shape[0], device=x.device) + torch.repeat_interleave(shift, offsets.diff(), output_size=x.shape[0])
 
 
 def _split_heads(x: torch.Tensor, heads: int, batch_first: bool) -> torch.Tensor:

@@ -88,7 +88,7 @@ class KVCache:
         replays = self._replays
         if replays is None:
             replays = self.capacity is not None and k.device.type != "cpu"
-        added = n if counts is None else counts.clamp(0, n).to(torch.int32)
+        counted = None if counts is None else counts.clamp(0, n).to(torch.int32)
         # Rows past a sequence's own do not count yet: until ``lengths`` moves, nothing has happened.
         if self.even and not replays:
             memory_k[:, self.length : self.length + n] = k.transpose(1, 2)
@@ -98,10 +98,10 @@ class KVCache:
             columns = lengths[:, None] + torch.arange(n, device=k.device)
             memory_k[rows, columns] = k.transpose(1, 2)  # what is written past a sequence's count its next tokens replace
             memory_v[rows, columns] = v.transpose(1, 2)
-        lengths += added
+        lengths += n if counted is None else counted
         self.k, self.v, self.lengths, self._replays = memory_k, memory_v, lengths, replays
         self.even = self.even and counts is None and not replays
-        self._counts = counts if counts is None else added
+        self._counts = counted
         self.length += n
 
     def _check(self, k: Any, v: Any, counts: Any) -> None:
@@ -215,11 +215,11 @@ class KVCache:
                 _kept_in_place(x, y) for x, y in zip((self.k, self.v, self.lengths, self._counts), picked, strict=False))
             self._counts = counts[0] if counts else None
 
-    def _snapshot(self) -> tuple[Any, ...]:
+    def _snapshot(self) -> Any:
         lengths = None if self.lengths is None or self.even else self.lengths.clone()
         return lengths, dict(self.__dict__)
 
-    def _restore(self, snapshot: tuple[Any, ...]) -> None:
+    def _restore(self, snapshot: Any) -> None:
         lengths, state = snapshot
         self.__dict__.update(state)
         if lengths is not None and self.lengths is not None:
@@ -268,8 +268,10 @@ class MemoryCache:
     """
 
     def __init__(self) -> None:
+        self.k: torch.Tensor | None = None  # [B, Hkv, S, D]
+        self.v: torch.Tensor | None = None
+        self._owner: int | None = None
         self._held = False
-        self.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_owner": None}  # as in ``KVCache``
@@ -293,9 +295,7 @@ class MemoryCache:
 
     def clear(self) -> None:
         """Forgets the memory, before the next one."""
-        self.k: torch.Tensor | None = None  # [B, Hkv, S, D]
-        self.v: torch.Tensor | None = None
-        self._owner: int | None = None
+        self.k = self.v = self._owner = None
 
     def reorder(self, index: torch.Tensor) -> None:
         """As in ``KVCache``."""
@@ -308,10 +308,10 @@ class MemoryCache:
         if picked:
             self.k, self.v = (_kept_in_place(x, y) for x, y in zip((self.k, self.v), picked, strict=True))
 
-    def _snapshot(self) -> dict[str, Any]:
+    def _snapshot(self) -> Any:
         return dict(self.__dict__)
 
-    def _restore(self, snapshot: dict[str, Any]) -> None:
+    def _restore(self, snapshot: Any) -> None:
         self.__dict__.update(snapshot)
 
 
