@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attn import describe, inspection
-from fused_attn.functional import attention, attention_varlen
+from fused_attn.functional import attention
 from fused_attn.nn.cache import KVCache, MemoryCache, all_or_nothing
-from fused_attn.nn.masks import causal_bias, check_jagged, check_new_padding, mask_arguments
-from fused_attn.nn.positions import PositionEmbeddings, RotaryEmbedding, alibi_slopes, jagged_positions
+from fused_attn.nn.jagged import attend_jagged, jagged_positions
+from fused_attn.nn.masks import causal_bias, check_new_padding, mask_arguments
+from fused_attn.nn.positions import PositionEmbeddings, RotaryEmbedding, alibi_slopes
 from fused_attn.rotary import apply_rotary
 
 
@@ -202,11 +203,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 first call; it goes with no option about positions.
             position_embeddings: what the method of that name gives for ``query``, where it is computed once for many layers.
         """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return attend_jagged(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache,
+                                 position_embeddings), None
         if cache is not None and not isinstance(cache, (KVCache, MemoryCache)):
             raise TypeError(f"cache: expected a KVCache, a MemoryCache or None; got {type(cache).__name__}")
-        if query.is_nested or key.is_nested or value.is_nested:
-            return self._jagged(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache,
-                                position_embeddings), None
         batched = query.dim() == 3
         if isinstance(cache, KVCache):
             with all_or_nothing(cache):
@@ -373,49 +374,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k = self._turned(q, k, position_embeddings)
         cache.append(k, v, None if key_padding_mask is None else (~key_padding_mask).sum(1))
         return self._merge(cache.attend(q, **self._variant(position_embeddings)), True)
-
-    def _jagged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None,
-                need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool, cache: Any,
-                position_embeddings: PositionEmbeddings | None) -> torch.Tensor:
-        """Nested tensors [B, j, E]: packed sequences, without padding from end to end."""
-        if query.is_nested and query.layout == torch.strided:  # as torch's own encoder makes of padding
-            q = torch.nested.nested_tensor(list(query.unbind()), layout=torch.jagged)
-            k = q if key is query else torch.nested.nested_tensor(list(key.unbind()), layout=torch.jagged)
-            v = k if value is key else torch.nested.nested_tensor(list(value.unbind()), layout=torch.jagged)
-            out = self._jagged(q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, cache, None)
-            strided: torch.Tensor = torch.nested.as_nested_tensor(list(out.unbind()), layout=torch.strided)
-            return strided
-        check_jagged(query=query, key=key, value=value)
-        given = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "cache": cache, "bias_k": self.bias_k,
-                 "need_weights=True": need_weights or None, "add_zero_attn=True": self.add_zero_attn or None}
-        if found := [name for name, x in given.items() if x is not None]:
-            raise ValueError(f"{found[0]}: not taken with nested tensors, which have no padding")
-        tokens: Any = query.values()
-        key_tokens: Any = tokens if key is query else key.values()
-        value_tokens: Any = key_tokens if value is key else value.values()
-        q, k, v = self._project(tokens, key_tokens, value_tokens)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        offsets_q, offsets_k, offsets_v = (x.offsets() for x in (query, key, value))  # type: ignore[attr-defined]
-        if len(offsets_k) != len(offsets_q):
-            raise ValueError(f"key: expected query's batch {len(offsets_q) - 1}; got {len(offsets_k) - 1}")
-        if offsets_v is not offsets_k and not (offsets_v.shape == offsets_k.shape and bool((offsets_v == offsets_k).all())):
-            raise ValueError(f"value: expected key's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
-        rope = getattr(self, "rope", None)
-        q, k = (x.transpose(0, 1)[None] for x in (q, k))  # [1, H, T, D]
-        if rope is not None and query is not key:
-            q, k = (rope.turn(x, jagged_positions(x[0, 0], *offsets))
-                    for x, offsets in ((q, (offsets_q, offsets_k)), (k, (offsets_k,))))
-            position_embeddings = PositionEmbeddings(None, self.alibi_slopes(q.device))
-        else:
-            position_embeddings = self.position_embeddings(query) if position_embeddings is None else position_embeddings
-            q, k = self._turned(q, k, position_embeddings)
-        q, k = (x[0].transpose(0, 1) for x in (q, k))
-        out = attention_varlen(
-            q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), query._get_max_seqlen(),  # type: ignore[attr-defined]
-            key._get_max_seqlen(), causal=self.options.causal or is_causal,  # type: ignore[attr-defined]
-            dropout_p=self.dropout if self.training else 0.0, **self._variant(position_embeddings))
-        nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(self.out_proj(out.flatten(1)), offsets_q)
-        return nested
 
 
 def _split_heads(x: torch.Tensor, heads: int, batch_first: bool) -> torch.Tensor:

@@ -27,14 +27,6 @@ def check_new_padding(padding: torch.Tensor, shape: Sequence[int]) -> None:
         raise ValueError("key_padding_mask: expected padding on the right of the new tokens; got tokens after padding")
 
 
-def check_jagged(**tensors: torch.Tensor) -> None:
-    """Each a jagged nested tensor, by name."""
-    for name, x in tensors.items():
-        if not x.is_nested or x.layout != torch.jagged or x.dim() != 3 or not x.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous jagged nested tensor [batch, j, features], as one of the "
-                             f"three is nested; got {'nested ' if x.is_nested else ''}{x.layout} of {x.dim()} dimensions")
-
-
 def causal_bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
                 batch_first: bool) -> tuple[bool, torch.Tensor | None]:
     """(whether the mask is torch's own causal one that exists in name only, the mask if it is another)."""

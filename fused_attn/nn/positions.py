@@ -81,12 +81,6 @@ def _angles(positions: torch.Tensor | int, length: int, frequencies: torch.Tenso
     return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)
 
 
-def jagged_positions(x: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-    """int [T]: each token's position in its own sequence, or with the offsets of ``keys`` among those: last at last."""
-    shift = -offsets[:-1] if keys is None else keys.diff() - offsets.diff() - offsets[:-1]
-    return torch.arange(x.shape[0], device=x.device) + torch.repeat_interleave(shift, offsets.diff(), output_size=x.shape[0])
-
-
 class SinusoidalPositions(nn.Module):
     """Adds the paper's sinusoids: sin(p / 10000^(2i / d)) in column 2i, the cosine in column 2i + 1.
 
