@@ -12,7 +12,7 @@ from fused_attn.kernels.forward import Split, launch_forward
 from fused_attn.kernels.launch import Call, with_lse
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
-from fused_attn.kernels.rotary import launch_rotary
+from fused_attn.kernels.rotary import check_rotary, launch_rotary
 from fused_attn.lowering import lower, lse_stride
 from fused_attn.spec import AttentionSpec, Companions, TileConfig
 from fused_attn.tuning import (
@@ -288,6 +288,7 @@ def _gluon_backward(tensors: tuple[Any, ...], lse: torch.Tensor, dq: torch.Tenso
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
     """x [B, H, N, D] turned, or turned back."""
+    check_rotary(x, cos, sin)
     out = like(x, x.shape[3])
     launch_rotary(x, cos, sin, out, interleaved, back, config=choose_rotary(x.shape[3]))
     return out

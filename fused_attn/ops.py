@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_attn import execution
 from fused_attn.execution import Needs, keeps_residual, like, lse_like
+from fused_attn.kernels.rotary import check_rotary
 from fused_attn.lowering import unpack
 from fused_attn.replay import watched
 from fused_attn.spec import AttentionSpec, Companions, attention_flops, kept_pairs
@@ -131,6 +132,7 @@ def _guard(name: str) -> Callable[..., Any]:
 
 
 def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+    check_rotary(x, cos, sin)
     return like(x, x.shape[3])
 
 
