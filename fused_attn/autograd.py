@@ -66,7 +66,7 @@ def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -
     if dout is None:
         dout = out.new_zeros(()).expand_as(out)
     _, of_q, of_k, of_v, *of_companions = ctx.needs_input_grad
-    of = Companions.of(of_companions)
+    of: Any = Companions.of(of_companions)
     needs = Needs(of_q, of_k, of_v, of.sinks, of.score_weight, of.operands)
     # With create_graph=True the gradients must not pass for constants: a second derivative raises.
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -160,6 +160,8 @@ class Rotary(torch.autograd.Function):
 class TransformedRotary(torch.autograd.Function):
     """``Rotary`` as torch.func takes it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
         return ops.rotary(x, cos, sin, interleaved, back)
@@ -170,11 +172,9 @@ class TransformedRotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.turn = turn
 
-    backward = Rotary.backward
-
     @staticmethod
-    def vmap(*_: Any) -> Any:
-        ops.refuse_batches()
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return Rotary.backward(ctx, dout)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False) -> torch.Tensor:

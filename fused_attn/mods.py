@@ -72,11 +72,10 @@ _ALIVE: "weakref.WeakValueDictionary[str, Code]" = weakref.WeakValueDictionary()
 def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_batch: bool, by_head: bool) -> Code:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected a word of letters, digits and underscores; got {name!r}")
-    functions = (function, slope, *arg_slopes)
     # A twin alone never leaves the process, and nothing but the mod itself tells what it is.
-    texts = [uuid.uuid4().hex] if function is None else [_content(x, []) for x in functions]
+    texts = [uuid.uuid4().hex] if function is None else [_content(x, []) for x in (function, slope, *arg_slopes)]
     digest = hashlib.sha256("|".join((*texts, str(by_batch), str(by_head))).encode()).hexdigest()
-    code = Code(f"{name}_{digest[:16]}", name, *functions[:2], tuple(arg_slopes), by_batch, by_head)
+    code = Code(f"{name}_{digest[:16]}", name, function, slope, tuple(arg_slopes), by_batch, by_head)
     return _ALIVE.setdefault(code.key, code)
 
 

@@ -26,7 +26,6 @@ _LIBRARY.define(f"backward({BACKWARD.text}) -> (Tensor, Tensor, Tensor, Tensor, 
 _LIBRARY.define("seed(Tensor like) -> Tensor")
 _LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor")
 _OPS = torch.ops.fused_attn
-_BATCHED = torch._C._parse_dispatch_key("Batched")
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Companions,
@@ -63,14 +62,14 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     from fused_attn import execution
 
-    inputs, companions, spec = FORWARD.records(arguments)
-    out, lse, residual = execution.forward(*inputs, spec, companions)
+    (q, k, v), companions, spec = FORWARD.records(arguments)
+    out, lse, residual = execution.forward(q, k, v, spec, companions)
     return out, lse, _some(residual, out)
 
 
 def _batched(*gradients: torch.Tensor | None) -> bool:
     """Whether ``is_grads_batched`` made these of many: its vmap is an older one, which nothing else tells of."""
-    return any(x is not None and torch._C._dispatch_keys(x).has(_BATCHED) for x in gradients)
+    return any(x is not None and torch._C._dispatch_keys(x).has("Batched") for x in gradients)
 
 
 def _some(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -165,7 +164,8 @@ for _name, _run, _fake in (("forward", _forward, _forward_fake), ("backward", _b
                            ("rotary", _rotary, _rotary_fake)):
     torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_run)
     torch.library.impl(_LIBRARY, _name, "Autograd")(_guard(_name))
-    for _vmap in ("FuncTorchBatched", "Batched"):  # torch.func's, and the one of is_grads_batched
-        torch.library.impl(_LIBRARY, _name, _vmap)(refuse_batches)
+    if _name != "rotary":  # which torch calls once for each of a batch
+        for _vmap in ("FuncTorchBatched", "Batched"):  # torch.func's, and the one of is_grads_batched
+            torch.library.impl(_LIBRARY, _name, _vmap)(refuse_batches)
     torch.library.register_fake(f"fused_attn::{_name}", _fake, lib=_LIBRARY)
 torch.library.impl(_LIBRARY, "seed", "CompositeImplicitAutograd")(_seed)
