@@ -177,9 +177,8 @@ def _check_classes(**arguments: Any) -> None:
 
 
 def _speaks_for_itself(kind: Any) -> bool:
-    usual = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
-    function = kind.__torch_function__
-    own = getattr(function, "__func__", function) not in usual
+    function, inherited = (getattr(f, "__func__", f) for f in (kind.__torch_function__, torch.Tensor.__torch_function__))
+    own = function not in (inherited, torch._C._disabled_torch_function_impl)
     return own and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
