@@ -23,15 +23,20 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, residual, lse, *companions)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, _rounded(lse)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return _gradients(ctx, dout, dlse)
 
 
+def _rounded(lse: torch.Tensor) -> torch.Tensor:
+    """[B, H, Nq] of an LSE that may come with its rest (``layout.lse_like``)."""
+    return lse if lse.dim() == 3 else lse[0]
+
+
 class TransformedAttention(torch.autograd.Function):
-    """``Attention`` as torch.func takes it: the residual is an output, and what is saved is told apart from the forward.
+    """``Attention`` as torch.func takes it: what it saves are outputs, the whole LSE and the residual, and told apart.
 
     It costs the host four times as much, so calls outside of transforms do without.
     """
@@ -53,7 +58,7 @@ class TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, dout, dlse)
+        return _gradients(ctx, dout, None if dlse is None else _rounded(dlse))
 
     @staticmethod
     def vmap(*_: Any) -> Any:
@@ -118,7 +123,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     transformed = torch._C._are_functorch_transforms_active()
     if not wanted and not transformed and forward_ad._current_level < 0:
         out, lse, _ = ops.forward(q, k, v, companions, spec)
-        return out, lse
+        return out, _rounded(lse)
     if transformed and torch.compiler.is_compiling():  # which gives a Function of transforms a ctx that it does not take
         raise NotImplementedError("fused_attn: torch.func within torch.compile is not built yet for backend 'triton'; take the "
                                   "transform without torch.compile, or backend='reference'")
@@ -128,7 +133,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
         distinct.append(x.view_as(x) if x is not None and any(x is y for y in distinct) else x)
     function = TransformedAttention if transformed else Attention
     out, lse, *_ = function.apply(spec, *distinct)
-    return out, lse
+    return out, _rounded(lse)
 
 
 def attention_to_repeat(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,

@@ -22,17 +22,32 @@ def like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> to
     return torch.empty_permuted(size, (*order, 3), dtype=dtype or x.dtype, device=x.device)
 
 
+def packed_rows(n: int) -> tuple[int, int]:
+    """A number of rows as (n rounded up to a multiple of 16, 16 times what that added).
+
+    Triton compiles a kernel again for integers of a tuple that are multiples of 16, or 1: these two always are and never are,
+    so that no length compiles.
+    """
+    up = max(16, -(-n // 16) * 16)
+    return up, 16 * (up - n)
+
+
 def lse_stride(q: torch.Tensor) -> int:
-    """Distance of two heads in the LSE of packed sequences: a multiple of 16, so that a new length never compiles."""
-    return max(16, -(-q.shape[2] // 16) * 16)
+    """Distance of two heads in the LSE of packed sequences."""
+    return packed_rows(q.shape[2])[0]
 
 
-def lse_like(q: torch.Tensor, packed: bool) -> torch.Tensor:
-    """Empty LSE [B, H, N], or of packed sequences [1, H, T] that is -inf already."""
+def rows_like(q: torch.Tensor, packed: bool, *leading: int) -> torch.Tensor:
+    """Empty [*leading, B, H, N], a number for every query, or of packed sequences [*leading, 1, H, T] that is -inf already."""
     if not packed:
-        return q.new_empty(q.shape[:3], dtype=accumulates(q))
-    rows = q.new_full((1, q.shape[1], lse_stride(q)), float("-inf"), dtype=accumulates(q))
-    return rows[:, :, : q.shape[2]]
+        return q.new_empty((*leading, *q.shape[:3]), dtype=accumulates(q))
+    rows = q.new_full((*leading, 1, q.shape[1], lse_stride(q)), float("-inf"), dtype=accumulates(q))
+    return rows[..., : q.shape[2]]
+
+
+def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor:
+    """The empty LSE of a call: of ``rows_like``, or two of them, LSE and its rest, where a mod may give scores of any size."""
+    return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)
 
 
 def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:

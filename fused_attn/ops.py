@@ -30,7 +30,7 @@ _OPS = torch.ops.fused_attn
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Companions,
             spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(out, lse, residual or None) of a call."""
+    """(out, lse as ``layout.lse_like`` makes it, residual or None) of a call."""
     if not watched((q, k, v, *companions.flat())):
         from fused_attn import execution  # here and below, so that the ops exist without Triton
 
@@ -81,7 +81,7 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
     (q, _, v), companions, spec = FORWARD.records(arguments)
     out = like(q, v.shape[3])
     residual = like(q, v.shape[3]) if keeps_residual(spec, companions) else out.new_empty(0)
-    return out, lse_like(q, companions.cu_q is not None), residual
+    return out, lse_like(q, spec, companions.cu_q is not None), residual
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
