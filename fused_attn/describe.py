@@ -103,8 +103,8 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
-    longest = Longest(torch.sym_min(max_seqlen_q, q.shape[2]), torch.sym_min(max_seqlen_k, k.shape[2]))
-    spec = spec._replace(longest=longest)
+    bounds = Longest(torch.sym_min(max_seqlen_q, q.shape[2]), torch.sym_min(max_seqlen_k, k.shape[2]))
+    spec = spec._replace(longest=bounds)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
     companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
@@ -112,7 +112,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     if _adds_of(others):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
         spec, companions = _companions(q, extents, spec, companions, **others)
-        companions = companions._replace(operands=tuple(_within(x, extents, *longest) for x in companions.operands))
+        companions = companions._replace(operands=tuple(_within(x, extents, *bounds) for x in companions.operands))
     return Described(q, k, v, spec, companions)
 
 
