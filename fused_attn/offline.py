@@ -240,7 +240,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     delta = lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
     fields, companions = _feature(feature, length, heads, head_dim, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
-    if spec.score_mods:  # as ``execution.lse_like`` has it
+    if spec.score_mods:  # as ``layout.lse_like`` has it
         lse = torch.empty(2, *delta.shape, dtype=delta.dtype, device="meta")
     call, roles = lower(q, k, spec, companions)
     call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")

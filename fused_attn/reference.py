@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from fused_attn import mods
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
 
 
@@ -110,10 +109,9 @@ def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int) ->
 
 
 def _twin(member: Member) -> Any:
-    mod = mods.registered(member.key)
-    if mod.reference is None:
-        raise ValueError(f"{mod.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
-    return mod.reference
+    if member.reference is None:
+        raise ValueError(f"{member.code.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
+    return member.reference
 
 
 def _arguments(member: Member, operands: Any, scores: torch.Tensor, raw: bool = False) -> tuple[Any, ...]:

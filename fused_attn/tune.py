@@ -17,9 +17,9 @@ import torch
 
 from fused_attn import files, options, report, settings, tuned
 from fused_attn.bench.timing import measure
-from fused_attn.execution import like
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
+from fused_attn.layout import like
 from fused_attn.lowering import lower
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
 from fused_attn.tuned import STEPS

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.launch import Launcher, accumulator, run
+from fused_attn.layout import check_rotary
 from fused_attn.spec import TileConfig
 
 HEADS = 4  # of one program: they share its cosines and sines
@@ -70,19 +71,6 @@ def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, D: tl.constex
             passes = (rows < N)[:, None] & (rest < D)[None, :]
             x = tl.load(rows_and_columns(x_head, rows, rest, x_strides[2], x_strides[3], TILE.wide), mask=passes, other=0.0)
             tl.store(rows_and_columns(out_head, rows, rest, out_strides[2], out_strides[3], TILE.wide), x, mask=passes)
-
-
-def check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """What the kernel trusts: the tables have a row for every row of x, and no more pairs than x has columns for."""
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x: expected floats [batch, heads, length, head_dim]; got {x.dtype} of shape {tuple(x.shape)}")
-    batch, _, length, head_dim = x.shape
-    for name, table in (("cos", cos), ("sin", sin)):
-        fits = (table.dim() == 3 and table.shape[0] == batch and table.shape[1] == length
-                and table.shape[2] == cos.shape[2] and 0 < 2 * table.shape[2] <= head_dim)
-        if not fits or not table.is_floating_point() or table.device != x.device:
-            raise ValueError(f"{name}: expected floats [{batch}, {length}, pairs] on {x.device} with at most {head_dim // 2} "
-                             f"pairs, cos and sin alike; got {table.dtype} of shape {tuple(table.shape)} on {table.device}")
 
 
 def launch_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool, back: bool, *,

@@ -180,6 +180,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         grouped: int = self.__dict__.get("_num_kv_heads", self.num_heads)
         return grouped
 
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError("torch.jit.script: fused_attn's layers are no TorchScript; torch.export.export and "
+                                  "torch.compile take them, and torch's own layers load their state dict")
+
     def extra_repr(self) -> str:
         options = [f"{name}={value}" for name, value in self.options._asdict().items() if value]
         if self.num_kv_heads != self.num_heads:
