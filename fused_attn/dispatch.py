@@ -288,8 +288,7 @@ def _torch_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
     n_queries, n_keys = queries.rows.shape[1], keys.rows.shape[1]
     mask = (torch.arange(n_keys, device=q.device) < keys.lengths[:, None])[:, None, None, :]
     if spec.window != Window():
-        offset = (keys.lengths - queries.lengths)[:, None, None, None] * spec.bottom_right
-        mask = mask & reference.window_mask(spec, n_queries, n_keys, q.device, offset)
+        mask = mask & reference.window_mask(spec, n_queries, n_keys, q.device, queries.offset(keys, spec))
     masked = spec._replace(longest=None, window=Window(), mask_mods=(Member(mods.MASK.key, (TENSOR,)),))
     out = torch_attention(queries.x, keys.x, values.x, masked, Companions(operands=(mask,)))
     return queries.packed(out, q.shape[2], 0)

@@ -237,6 +237,10 @@ class Padded(NamedTuple):
         rows = torch.where(index < lengths[:, None], cu[:-1, None] + index, x.shape[2])
         return cls(F.pad(x[0], (0, 0, 0, 1))[:, rows].transpose(0, 1), rows, lengths)
 
+    def offset(self, keys: "Padded", spec: AttentionSpec) -> torch.Tensor | None:
+        """Position of query 0 of each sequence among its keys, [S, 1, 1, 1], where that depends on its lengths."""
+        return (keys.lengths - self.lengths)[:, None, None, None] if spec.bottom_right else None
+
     def packed(self, y: torch.Tensor, n_rows: int, fill: float) -> torch.Tensor:
         """y [S, H, L, ...] as [1, H, T, ...], with ``fill`` in rows of no sequence."""
         empty = y.new_full((y.shape[1], n_rows + 1, *y.shape[3:]), fill)
@@ -251,6 +255,5 @@ def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
     keys, values = (Padded.of(x, companions.cu_k, companions.used_k, longest_k) for x in (k, v))
     operands = tuple(_in_width(x, longest_q, longest_k, width(longest_q, q), width(longest_k, k)) for x in companions.operands)
     dense = companions._replace(cu_q=None, cu_k=None, used_q=queries.lengths, used_k=keys.lengths, operands=operands)
-    offset = (keys.lengths - queries.lengths)[:, None, None, None] * spec.bottom_right
-    out, lse = exact(queries.x, keys.x, values.x, spec, dense, offset=offset)
+    out, lse = exact(queries.x, keys.x, values.x, spec, dense, offset=queries.offset(keys, spec))
     return queries.packed(out, q.shape[2], 0), queries.packed(lse, q.shape[2], float("-inf"))

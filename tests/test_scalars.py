@@ -1,4 +1,4 @@
-"""Scalars that are no Python numbers: what NumPy gives, and tensors without dimensions, wherever a number or a bool is taken."""
+"""Scalars that are no Python numbers: what NumPy gives, and tensors without dimensions, wherever a number is taken."""
 
 import itertools
 

@@ -101,7 +101,7 @@ def test_a_causal_bias_means_what_it_means(bias, path, replaced, monkeypatch):
     assert len(ran) == (path == "kernels")
     if replaced == "ours":
         close(F.scaled_dot_product_attention(*inputs, build(n_queries, n_keys)), want)
-    with pytest.raises((ValueError, RuntimeError), match="should not be (used with causal=True|set when is_causal=True)"):
+    with pytest.raises((ValueError, RuntimeError), match=r"should not be (used with causal=True|set when is_causal=True)"):
         fused_attn.scaled_dot_product_attention(*inputs, build(n_queries, n_keys), is_causal=True)
 
 
