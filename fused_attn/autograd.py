@@ -30,7 +30,7 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, residual, lse, *single, *operands)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, _rounded(lse)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -45,6 +45,11 @@ class Attention(torch.autograd.Function):
             dout, dlse, q, k, v, out, residual, lse, *companions, *ctx.spec, *needs[:_NEEDED], *needs[_OPERANDS:])
         grads = (dq, dk, dv, dsinks, dscore_weight, *(None for _ in range(_OPERANDS - _NEEDED)), *doperands)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _rounded(lse: torch.Tensor) -> torch.Tensor:
+    """[B, H, Nq] of an LSE that may come with its rest (``execution.lse_like``)."""
+    return lse if lse.dim() == 3 else lse[0]
 
 
 def run_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -85,7 +90,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     if not wanted and not transformed:
         out, lse, _ = ops.forward(q, k, v, companions, packed)
-        return out, lse
+        return out, _rounded(lse)
     # torch.compile cannot trace a Function that receives one tensor twice; a view is another tensor.
     tensors: list[Any] = []
     for x in (q, k, v, *single):

@@ -14,6 +14,7 @@ from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Comp
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHERS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
+_NARROWEST, _WIDEST = 2.0**-126, 2.0**126  # of a factor that kernels hold in fp32, together with its reciprocal and log2(e)
 
 
 class Described(NamedTuple):
@@ -91,7 +92,9 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
-    spec = spec._replace(longest=(max_seqlen_q, max_seqlen_k))
+    # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
+    longest = torch.sym_min(max_seqlen_q, q.shape[2]), torch.sym_min(max_seqlen_k, k.shape[2])
+    spec = spec._replace(longest=longest)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
     companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
@@ -99,7 +102,17 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     if _adds_of(others):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
         spec, companions = _companions(q, extents, spec, companions, **others)
+        companions = companions._replace(operands=tuple(_within(x, extents, *longest) for x in companions.operands))
     return Described(q, k, v, spec, companions)
+
+
+def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> torch.Tensor:
+    """An operand of ``extents`` as one of ``n_queries`` and ``n_keys``, which may be fewer."""
+    if n_queries == extents.n_queries and n_keys == extents.n_keys:
+        return x
+    if x.dim() == 3:  # the value of (i, j) lies at j - i + Nq - 1
+        return x[..., extents.n_queries - n_queries :][..., : max(n_queries + n_keys - 1, 0)]
+    return x[:, :, : n_queries if x.shape[2] > 1 else 1, : n_keys if x.shape[3] > 1 else 1]
 
 
 def seeded(call: Described) -> Described:
@@ -170,10 +183,11 @@ def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | Non
         right = 0
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not _is_finite(scale, "scale", "a finite float"):
-        raise ValueError(f"scale: expected a finite float; got {scale!r}")
-    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
-        raise ValueError(f"softcap: expected a positive finite float or None; got {softcap!r}")
+    elif not _is_finite(scale, "scale", "a finite float") or (scale != 0 and not _NARROWEST <= abs(scale) <= _WIDEST):
+        raise ValueError(f"scale: expected 0, or a magnitude from 2**-126 to 2**126, which fp32 holds; got {scale!r}")
+    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None")
+                                    and _NARROWEST <= softcap <= _WIDEST):
+        raise ValueError(f"softcap: expected None or a float from 2**-126 to 2**126, which fp32 holds; got {softcap!r}")
     if fp32_precision is not None and fp32_precision not in FP32_PRECISIONS:
         raise ValueError(f"fp32_precision: expected one of {', '.join(FP32_PRECISIONS)} or None; got {fp32_precision!r}")
     return AttentionSpec(float(scale), Window(left, right), True, None if softcap is None else float(softcap),

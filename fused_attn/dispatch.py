@@ -269,8 +269,8 @@ def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
     if replay.traced(companions.cu_q):
         return _torch_padded(q, k, v, spec, companions)
     one, outs, at = spec._replace(longest=None), [], 0
-    spans = zip(reference.spans(companions.cu_q, companions.used_q), reference.spans(companions.cu_k, companions.used_k),
-                strict=True)
+    spans = zip(reference.spans(companions.cu_q, companions.used_q, q.shape[2]),
+                reference.spans(companions.cu_k, companions.used_k, k.shape[2]), strict=True)
     for (q0, q1), (k0, k1) in spans:
         parts = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
         empty = q.new_zeros(1, q.shape[1], q1 - q0, v.shape[3])

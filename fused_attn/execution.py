@@ -9,7 +9,7 @@ from fused_attn import rungs, settings, tuned
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import Split, launch_forward
-from fused_attn.kernels.launch import Call
+from fused_attn.kernels.launch import Call, with_lse
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
@@ -65,23 +65,28 @@ def like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> to
     return torch.empty_permuted(size, (*order, 3), dtype=dtype or x.dtype, device=x.device)
 
 
-def lse_like(q: torch.Tensor, packed: bool) -> torch.Tensor:
-    """Empty LSE [B, H, N], or of packed sequences [1, H, T] that is -inf already."""
+def rows_like(q: torch.Tensor, packed: bool, *leading: int) -> torch.Tensor:
+    """Empty [*leading, B, H, N], a number for every query, or of packed sequences [*leading, 1, H, T] that is -inf already."""
     if not packed:
-        return q.new_empty(q.shape[:3], dtype=_accumulates(q))
-    rows = q.new_full((1, q.shape[1], lse_stride(q)), float("-inf"), dtype=_accumulates(q))
-    return rows[:, :, : q.shape[2]]
+        return q.new_empty((*leading, *q.shape[:3]), dtype=_accumulates(q))
+    rows = q.new_full((*leading, 1, q.shape[1], lse_stride(q)), float("-inf"), dtype=_accumulates(q))
+    return rows[..., : q.shape[2]]
 
 
-def _as_lse(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
-    """``x`` as ``lse_like`` lays it out: gradients, and saved tensors that a hook moved, may have other strides."""
-    fits = x.stride()[1:] == (lse_stride(q), 1) if packed else x.is_contiguous()
-    return x if fits else lse_like(q, packed).copy_(x)
+def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor:
+    """The empty LSE of a call: of ``rows_like``, or two of them, LSE and its rest, where a mod may give scores of any size."""
+    return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)
+
+
+def _as_rows(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
+    """``x`` as ``rows_like`` lays it out: gradients, and saved tensors that a hook moved, may have other strides."""
+    fits = x.stride()[-2:] == (lse_stride(q), 1) if packed else x.is_contiguous()
+    return x if fits else rows_like(q, packed, *x.shape[:-3]).copy_(x)
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
             companions: Companions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(out, lse, and what rounding took from out where the call keeps it)."""
+    """(out, lse as ``lse_like`` makes it, and what rounding took from out where the call keeps it)."""
     call = lower(q, k, spec, companions).call
     packed = companions.cu_q is not None
     precise = keeps_residual(spec, companions)
@@ -90,7 +95,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
         count = n_shares(q.shape[2], near_k.shape[2], near.n_queries, near.n_keys, q.shape[1] // k.shape[1])
         if count > 1:
             return *_forward_in_shares(q, near_k, near_v, spec, companions, near, count), None
-    out, lse = like(q, v.shape[3], _accumulates(q) if precise else None), lse_like(q, packed)
+    out, lse = like(q, v.shape[3], _accumulates(q) if precise else None), lse_like(q, spec, packed)
     if packed:  # rows of no sequence are no program's
         out.zero_()
     rung = rungs.rung("forward", q, k, v, spec, companions)
@@ -113,19 +118,19 @@ def _forward_in_shares(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: 
                        call: Call, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), the keys in ``count`` shares, each with a result of its own, and these joined."""
     packed = companions.cu_q is not None
-    lse = lse_like(q, packed)
+    lse = lse_like(q, spec, packed)
     shares = lse.new_empty((count, *q.shape[:3], v.shape[3]))
-    # Rows of no sequence are no program's: their LSE says that nothing is there.
-    shares_lse = (lse.new_full((count, *lse.shape[:2], lse.stride(1)), float("-inf")) if packed
-                  else lse.new_empty((count, *lse.shape)))
-    rows, outs, split = q, shares.flatten(0, 1), Split(shares.stride(0), shares_lse.stride(0))
+    # [count, B, H, rows] or [2, count, B, H, rows]. Rows of no sequence are no program's: their LSE says that nothing is there.
+    shape = (*lse.shape[:-3], count, *lse.shape[-3:-1], lse.stride(-2) if packed else lse.shape[-1])
+    shares_lse = lse.new_full(shape, float("-inf")) if packed else lse.new_empty(shape)
+    rows, outs, split = q, shares.flatten(0, 1), Split(shares.stride(0), shares_lse.stride(-4))
     if _groups_into_rows(q, k, spec, companions, call):
         # [B, Hkv, group, D]: the query heads of a key head as the rows of one tile, so that keys are read once.
         rows, outs = (x[:, :, 0].unflatten(1, (k.shape[1], -1)) for x in (q, outs))
         call = call._replace(n_queries=rows.shape[2], left=None, right=None)
     config = _shares_config(q, v, call)
     tiles = list_tiles(call, rows, k, config, keys_first=False)
-    launch_forward(rows, k, v, outs, shares_lse.flatten(0, 1), None, tiles, call, config=config, split=split,
+    launch_forward(rows, k, v, outs, shares_lse.flatten(-4, -3), None, tiles, call, config=config, split=split,
                    n_shares=count)
     out = like(q, v.shape[3])
     launch_combine(shares, shares_lse, out, lse, companions.sinks, config=choose_combine(v.shape[3]))
@@ -182,7 +187,7 @@ def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
 def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companions, needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand]); ``tensors``: dout, dlse, q, k, v, out, residual, lse.
 
-    ``dlse`` and ``residual`` may be None, and so is every gradient that nobody asked for.
+    ``lse`` is as ``lse_like`` makes it. ``dlse`` and ``residual`` may be None, and so is every gradient that nobody asked for.
     """
     dout, dlse, q, k, v, out, residual, lse = tensors
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
@@ -192,7 +197,7 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
             if grad is not None:
                 grad.zero_()
     call, roles = lower(q, k, spec, companions)
-    lse = _as_lse(lse, q, packed)
+    lse = _as_rows(lse, q, packed)
 
     if (dq is not None and dk is not None and dv is not None
             and rungs.rung("backward", q, k, v, spec, companions) == "gluon"):
@@ -200,7 +205,7 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
         dsinks = _sinks_gradient(lse, delta, companions.sinks) if needs.dsinks else None
         return dq, dk, dv, dsinks, None, [None] * len(companions.operands)
     config = functools.partial(_config, q=q, v=v, call=call)
-    delta = lse  # where only dV is wanted delta is not read
+    delta, _ = with_lse(call, lse)  # where only dV is wanted delta is not read
     dsinks = dscore_weight = None
     if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.operands):
         delta = _delta(dout, dlse, q, out, residual, lse, call, config("delta"))
@@ -243,10 +248,10 @@ def _fused_config(q: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, call: C
 def _delta(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None,
            lse: torch.Tensor, call: Call, config: TileConfig) -> torch.Tensor:
     packed = bool(call.extras.sequences.cu_q)
-    delta = lse_like(q, packed)
-    launch_delta(out, dout, lse, None if dlse is None else _as_lse(dlse, q, packed), delta, call, config=config)
+    delta = rows_like(q, packed)
+    launch_delta(out, dout, lse, None if dlse is None else _as_rows(dlse, q, packed), delta, call, config=config)
     if residual is not None:
-        rest = lse_like(q, packed)
+        rest = rows_like(q, packed)
         launch_delta(residual, dout, lse, None, rest, call, config=config)
         delta += rest
     return delta
@@ -254,7 +259,8 @@ def _delta(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, out: 
 
 def _sinks_gradient(lse: torch.Tensor, delta: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """Of a key of value 0: its dP is 0."""
-    weight = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - lse))
+    lse, rest = (lse, 0.0) if lse.dim() == 3 else lse
+    weight = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - lse - rest))
     return -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(sinks.dtype)
 
 
@@ -274,7 +280,7 @@ def _gluon_backward(tensors: tuple[Any, ...], lse: torch.Tensor, dq: torch.Tenso
     rows = call.batch * q.shape[1] * tiles
     stats = lse.new_empty(2, rows, config.block_m)
     sums = lse.new_zeros(rows, config.block_m * tile_width(q.shape[3]))
-    workspace.launch_statistics(out, dout, lse, None if dlse is None else _as_lse(dlse, q, False), stats, call, config=around)
+    workspace.launch_statistics(out, dout, lse, None if dlse is None else _as_rows(dlse, q, False), stats, call, config=around)
     gluon.launch_backward(q, k, v, dout, stats, sums, dk, dv, call, config=config)
     workspace.launch_ordered(sums, dq, call, config=around)
     return stats[1].view(call.batch, q.shape[1], tiles * config.block_m)[:, :, : call.n_queries]

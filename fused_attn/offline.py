@@ -207,9 +207,11 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
 
     q, k = tensor(heads, head_dim), tensor(heads // group, head_dim)
     v, out = tensor(heads // group, head_dim_v), tensor(heads, head_dim_v)
-    lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
+    delta = lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
     fields, companions = _feature(feature, length, heads, head_dim, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
+    if spec.score_mods:  # as ``execution.lse_like`` has it
+        lse = torch.empty(2, *delta.shape, dtype=delta.dtype, device="meta")
     call, roles = lower(q, k, spec, companions)
     call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")
     if config is None and kernel == "rotary":
@@ -270,17 +272,17 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
             launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only,
                            precise=bool(call.extras.additive))  # which always keep the residual
         elif kernel == "delta":
-            launch_delta(out, out, lse, None, lse, call, config=config, launch=compile_only)
+            launch_delta(out, out, lse, None, delta, call, config=config, launch=compile_only)
         elif kernel == "dq":
             if call.extras.additive:
                 call, _ = with_weight_sums(call, q, config)
-            launch_dq(q, k, v, out, lse, lse, q, tiles, call, config=config, launch=compile_only)
+            launch_dq(q, k, v, out, lse, delta, q, tiles, call, config=config, launch=compile_only)
         elif kernel == "dkv":
-            total = out.to(lse.dtype) if feature == "fused" else None
-            launch_dkv(q, k, v, out, lse, lse, k, v, tiles, call, config=config, dq=total, launch=compile_only)
+            total = out.to(delta.dtype) if feature == "fused" else None
+            launch_dkv(q, k, v, out, lse, delta, k, v, tiles, call, config=config, dq=total, launch=compile_only)
         elif kernel == "operand_grad":
             role = next(role for role in roles if role is not None)
-            launch_operand_grad(q, k, v, out, lse, lse, companions.operands[0], *role, call, config=config,
+            launch_operand_grad(q, k, v, out, lse, delta, companions.operands[0], *role, call, config=config,
                                 launch=compile_only)
     names = (kernel,) if len(compiled) == 1 else ("dk", "dv")
     return [

@@ -39,7 +39,7 @@ _TENSORS = 8  # of the backward: dout, dlse, q, k, v, out, residual, lse
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Companions,
             packed: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(out, lse, residual or None) of a call, its spec as ``lowering.pack`` gives it."""
+    """(out, lse as ``execution.lse_like`` makes it, residual or None) of a call, its spec as ``lowering.pack`` gives it."""
     if not watched((q, k, v, *companions[:-1], *companions.operands)):
         return execution.forward(q, k, v, _unpacked(packed), companions)
     out, lse, residual = _OPS.forward.default(q, k, v, *companions, *packed)
@@ -80,7 +80,7 @@ def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments:
     companions, spec = Companions(*arguments[:N_COMPANIONS]), unpack(arguments[N_COMPANIONS:])
     out = like(q, v.shape[3])
     residual = like(q, v.shape[3]) if keeps_residual(spec, companions) else out.new_empty(0)
-    return out, lse_like(q, companions.cu_q is not None), residual
+    return out, lse_like(q, spec, companions.cu_q is not None), residual
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
