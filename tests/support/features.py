@@ -3,6 +3,7 @@
 Tests draw their calls from it and the support matrix is printed from it, so a feature that is not here is neither.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -352,7 +353,9 @@ class Inputs:
             arguments |= build(*(leaves[name] for name in names))
         return arguments
 
-    def _cu(self) -> list[torch.Tensor]:
+    @functools.cached_property
+    def cu(self) -> list[torch.Tensor]:
+        """Where packed sequences start: of queries, of keys."""
         return [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in self.call.shape.lengths()]
 
     def described(self, leaves: Leaves) -> Described:
@@ -363,22 +366,24 @@ class Inputs:
         if shape.layout == "dense":
             return describe.seeded(describe.describe(*tensors, **arguments))
         used = [arguments.pop(name, None) for name in ("seqused_q", "seqused_k")]
-        packed = describe.describe_packed(*tensors, *self._cu(), shape.n_queries, shape.n_keys, *used, **arguments)
+        packed = describe.describe_packed(*tensors, *self.cu, shape.n_queries, shape.n_keys, *used, **arguments)
         return describe.seeded(packed)
 
-    def attention(self, leaves: Leaves, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse); of nested tensors their values."""
+    def attention(self, leaves: Leaves, backend: str | None, **others: Any) -> Any:
+        """(out, lse), or out with ``return_lse=False``; of nested tensors their values."""
         arguments, shape = self.arguments(leaves), self.call.shape
         tensors = [leaves[name] for name in "qkv"]
-        arguments |= {"return_lse": True, "backend": backend}
+        arguments |= {"return_lse": True, "backend": backend, **others}
         if shape.layout == "dense":
             return fused_attn.attention(*tensors, **arguments)
         if shape.layout == "packed":
-            return fused_attn.attention_varlen(*tensors, *self._cu(), shape.n_queries, shape.n_keys, **arguments)
-        cu_q, cu_k = (x.long() for x in self._cu())
+            return fused_attn.attention_varlen(*tensors, *self.cu, shape.n_queries, shape.n_keys, **arguments)
+        cu_q, cu_k = (x.long() for x in self.cu)
         nested = [torch.nested.nested_tensor_from_jagged(x, cu) for x, cu in zip(tensors, (cu_q, cu_k, cu_k), strict=True)]
-        out, lse = fused_attn.attention(*(x.transpose(1, 2) for x in nested), **arguments)
-        return out.transpose(1, 2).values(), lse.transpose(1, 2).values()
+        result = fused_attn.attention(*(x.transpose(1, 2) for x in nested), **arguments)
+        if not arguments["return_lse"]:
+            return result.transpose(1, 2).values()
+        return tuple(x.transpose(1, 2).values() for x in result)
 
     def run(self, backend: str, *, with_lse: bool = True) -> Leaves:
         """out, lse and the gradient of every leaf, through out and LSE; of the feature ``lse`` through LSE alone."""
