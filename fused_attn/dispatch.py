@@ -272,9 +272,8 @@ def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
                 reference.spans(companions.cu_k, companions.used_k, k.shape[2]), strict=True)
     for (q0, q1), (k0, k1) in spans:
         parts = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
-        empty = q.new_zeros(1, q.shape[1], q1 - q0, v.shape[3])
         outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]),
-                 empty if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
+                 _of_nothing(*parts) if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
         at = q1
     return torch.cat((*outs, q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3])), 2)
 
@@ -291,3 +290,9 @@ def _torch_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
     masked = spec._replace(longest=None, window=Window(), mask_mods=(Member(mods.MASK.code, (TENSOR,)),))
     out = torch_attention(queries.x, keys.x, values.x, masked, Companions(operands=(mask,)))
     return queries.packed(out, q.shape[2], 0)
+
+
+def _of_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention without queries, or without keys: 0 [1, H, Nq, Dv], with gradients of 0 like any other answer."""
+    group = q.shape[1] // k.shape[1]
+    return q @ k.repeat_interleave(group, 1).mT @ v.repeat_interleave(group, 1)
