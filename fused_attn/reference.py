@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from fused_attn import mods
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
 
 
@@ -110,10 +109,9 @@ def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int) ->
 
 
 def _twin(member: Member) -> Any:
-    mod = mods.registered(member.key)
-    if mod.reference is None:
-        raise ValueError(f"{mod.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
-    return mod.reference
+    if member.reference is None:
+        raise ValueError(f"{member.code.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
+    return member.reference
 
 
 def _arguments(member: Member, operands: Any, scores: torch.Tensor, raw: bool = False) -> tuple[Any, ...]:
@@ -163,10 +161,10 @@ def _of_sequence(operand: torch.Tensor, batch: int, longest_q: int, n_queries: i
     return operand[..., : n_queries if operand.shape[2] > 1 else 1, : n_keys if operand.shape[3] > 1 else 1]
 
 
-def spans(cu: torch.Tensor, used: torch.Tensor | None) -> list[tuple[int, int]]:
-    """(first row, row after the last) of every packed sequence; waits for the device."""
-    starts = cu.tolist()
-    lengths = [stop - start for start, stop in itertools.pairwise(starts)]
+def spans(cu: torch.Tensor, used: torch.Tensor | None, total: int) -> list[tuple[int, int]]:
+    """(first row, row after the last) of every packed sequence, none outside the ``total`` rows; waits for the device."""
+    starts = cu.clamp(0, total).tolist()
+    lengths = [max(stop - start, 0) for start, stop in itertools.pairwise(starts)]
     limits = lengths if used is None else used.tolist()
     return [(start, start + max(0, min(n, limit))) for start, n, limit in zip(starts, lengths, limits, strict=False)]
 
@@ -178,7 +176,8 @@ def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
     longest_q, _ = spec.longest or (0, 0)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, lses, at = [], [], 0
-    both = zip(spans(companions.cu_q, companions.used_q), spans(companions.cu_k, companions.used_k), strict=True)
+    both = zip(spans(companions.cu_q, companions.used_q, q.shape[2]), spans(companions.cu_k, companions.used_k, k.shape[2]),
+               strict=True)
     for batch, ((q0, q1), (k0, k1)) in enumerate(both):
         operands = tuple(_of_sequence(x, batch, longest_q, q1 - q0, k1 - k0) for x in companions.operands)
         one = companions._replace(cu_q=None, cu_k=None, used_q=None, used_k=None, operands=operands)

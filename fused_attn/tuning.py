@@ -78,7 +78,7 @@ _HEAVY: dict[str, dict[str, dict[int, T]]] = {
     },
     "sm_90": {
         "forward": {64: T(128, 64, 8, 3, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
-        "dkv": {64: T(32, 128, 8, 2, edge_stages=1), 128: T(32, 64, 4, 2, edge_stages=1, disable_licm=True)},
+        "dkv": {64: T(32, 128, 8, 2, edge_stages=1), 128: T(32, 64, 4, 2, edge_stages=1, disable_licm=True, wide=True)},
     },
     "sm_86": {"forward": {64: T(128, 64, 8, 2)}, "dq": {64: T(128, 32, 8, 2), 128: T(64, 64, 8, 2)}},
     "sm_100": {"forward": {64: T(128, 64, 8, 2, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1)}},
@@ -95,6 +95,7 @@ MAX_HEAD_DIM = 576
 # Targets that share the table of another one.
 _SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
          "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100"}
+KNOWN_TARGETS = tuple(sorted((*_HALVES, *_SAME)))
 
 
 # Shared memory that one block may have, in bytes.

@@ -2,10 +2,11 @@
 
 import torch
 
-from fused_attn import ops  # noqa: F401  # repairs Triton's interpreter where that is what runs
+from fused_attn import execution  # noqa: F401  # repairs Triton's interpreter where that is what runs
 from fused_attn.describe import Described
 from fused_attn.kernels.inspection import launch_column_sums, launch_row_stats, launch_weights
 from fused_attn.kernels.launch import Call
+from fused_attn.layout import lse_like
 from fused_attn.lowering import lower
 from fused_attn.spec import TileConfig
 from fused_attn.tuning import arch_of, choose, choose_additive
@@ -17,7 +18,7 @@ def run_stats(call: Described) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     q, k = call.q, call.k
     lowered, config = _lowered(call)
     lse, entropy, maximum = _row_stats(call, lowered, config)
-    received = lse.new_empty(*q.shape[:2], k.shape[2])
+    received = entropy.new_empty(*q.shape[:2], k.shape[2])
     launch_column_sums(q, k, lse, received, lowered, config=config)
     return received, entropy, maximum
 
@@ -42,8 +43,8 @@ def _lowered(call: Described) -> tuple[Call, TileConfig]:
 
 
 def _row_stats(call: Described, lowered: Call, config: TileConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(lse, entropy, maximum), each [B, H, Nq]."""
-    sums = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    lse, entropy, maximum = (call.q.new_empty(call.q.shape[:3], dtype=sums) for _ in range(3))
+    """(lse as ``lse_like`` makes it, entropy [B, H, Nq], maximum [B, H, Nq])."""
+    lse = lse_like(call.q, call.spec, packed=False)
+    entropy, maximum = (lse.new_empty(call.q.shape[:3]) for _ in range(2))
     launch_row_stats(call.q, call.k, lse, entropy, maximum, call.companions.sinks, lowered, config=config)
     return lse, entropy, maximum

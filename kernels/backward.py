@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
+from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run, with_lse
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
+from fused_attn.kernels.operand import per_query
 from fused_attn.kernels.product import Additive, products, pulled, weight_finish, weight_start, weight_step
 from fused_attn.kernels.score import apply_mods
-from fused_attn.kernels.softmax import LOG2E, lse_to_log2
+from fused_attn.kernels.softmax import LOG2E, load_lse, lse_views
 from fused_attn.kernels.tiles import (
     Place,
     add_tile,
@@ -68,26 +69,42 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
 
 
 @triton.jit
-def weights(raw, lse2, place, left, right, scale, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
+def weights(raw, lse, place, left, right, scale, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
             KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr, MASKED: tl.constexpr):
     """P of a tile from its raw scores, and the derivative of the mods (see ``apply_mods``), in either orientation.
 
-    ``lse2`` is in base 2 and broadcasts against ``raw``.
+    ``lse`` is what ``load_lse`` gave for its queries.
     """
+    of_query = per_query(lse[0], KEYS_FIRST)
     if len(extras.mods) == 0:
         reach = 1.0
-        p = tl.exp2(raw * (scale * LOG2E) - lse2)
+        p = tl.exp2(raw * (scale * LOG2E) - of_query)
     else:
         score, reach = apply_mods(raw * scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
-        p = tl.exp2(score * LOG2E - lse2)
+        exponent = (score - of_query) * LOG2E
+        if len(lse) > 1:
+            exponent -= per_query(lse[1], KEYS_FIRST)
+        p = tl.exp2(exponent)
     if MASKED:
         # Where a key does not count, exp2 may have overflowed: select, never multiply by 0.
         p = tl.where(keep_tile(place, left, right, extras.keeps, TILE, KEYS_FIRST), p, 0.0)
+    if len(extras.mods) > 0 and (MASKED or len(extras.additive) > 0):
+        # A function of one's own may give anything for the zeros past the last query, and sums over queries meet them.
+        p = tl.where(of_query == float("inf"), 0.0, p)
     return p, reach
 
 
 @triton.jit
-def dq_step(dq, dw, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras, D: tl.constexpr, DV: tl.constexpr,
+def score_gradient(p, dp, delta, reach, extras, MASKED: tl.constexpr):
+    """dS = P * (dP - delta) * reach, without the factor scale, which sums over it receive once at the end."""
+    ds = p * (dp - delta) * reach
+    if MASKED and len(extras.mods) > 0:  # whatever the slope of a mod is where no pair attends
+        ds = tl.where(p == 0.0, 0.0, ds)
+    return ds
+
+
+@triton.jit
+def dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, left, right, scale, extras, D: tl.constexpr, DV: tl.constexpr,
             ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
     """Adds what the BLOCK_N keys of ``place`` give to dQ, and to the gradient of an additive score's weights."""
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -96,11 +113,11 @@ def dq_step(dq, dw, q, dout, lse2, delta, k_view, v_view, place, left, right, sc
     v = load_tile(v_view, place.k_first, DV, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
     raw = products(q, k, place.head, extras.additive, D, ACC, PRECISION)
-    p, reach = weights(raw, lse2[:, None], place, left, right, scale, extras, -1, 0, TILE, False, True, MASKED)
+    p, reach = weights(raw, lse, place, left, right, scale, extras, -1, 0, TILE, False, True, MASKED)
     dp = inner(dout, v, ACC, PRECISION)
     if len(extras.dropout) > 0:
         dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
-    ds = p * (dp - delta[:, None]) * reach  # without the factor scale, which dQ receives once at the end
+    ds = score_gradient(p, dp, delta[:, None], reach, extras, MASKED)
     return pulled(ds, q, k, dq, place.head, extras.additive, D, ACC, PRECISION), weight_step(dw, ds, q, k, extras.additive, ACC)
 
 
@@ -125,8 +142,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     # [BLOCK_M, D], [BLOCK_M, DV], [BLOCK_M], [BLOCK_M]
     q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
     dout = load_tile(head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries), first, DV, BLOCK_M, True, TILE.wide)
-    lse_view = row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
-    lse2 = lse_to_log2(load_rows(lse_view, first, float("-inf"), BLOCK_M, True))
+    lse = load_lse(lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries), first, extras, BLOCK_M, True)
     delta_view = row_view(delta_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
     delta = load_rows(delta_view, first, 0.0, BLOCK_M, True)
     k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
@@ -141,11 +157,11 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     inner_first, inner_stop = inner_range(sweep, tiles)
     for i in tl.range(inner_first, inner_stop, 1 if LISTED else BLOCK_N, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        dq, dw = dq_step(dq, dw, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras,
+        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, left, right, scale, extras,
                          D, DV, ACC, PRECISION, TILE, False)
     for i in tl.range(0, n_edges(sweep, tiles, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        dq, dw = dq_step(dq, dw, q, dout, lse2, delta, k_view, v_view, place, left, right, scale, extras,
+        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, left, right, scale, extras,
                          D, DV, ACC, PRECISION, TILE, True)
 
     dq_view = head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries)
@@ -164,11 +180,10 @@ def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, dq_view, pla
     BLOCK_M: tl.constexpr = TILE.block_m
     # [BLOCK_M, D], [BLOCK_M, DV]
     q = load_tile(q_view, place.q_first, D, BLOCK_M, MASKED, TILE.wide)
-    # Queries past the end have LSE -inf, so their weights are 0, like those of a row with no key.
-    lse2 = lse_to_log2(load_rows(lse_view, place.q_first, float("-inf"), BLOCK_M, MASKED))
+    lse = load_lse(lse_view, place.q_first, extras, BLOCK_M, MASKED)
     dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, MASKED, TILE.wide)
     raw = products(k, q, place.head, extras.additive, D, ACC, PRECISION)
-    p, reach = weights(raw, lse2[None, :], place, left, right, scale, extras, -1, 0, TILE, True, MASKED, MASKED)
+    p, reach = weights(raw, lse, place, left, right, scale, extras, -1, 0, TILE, True, MASKED, MASKED)
     if len(extras.dropout) > 0:
         stays = dropout_keep(extras.dropout, place, TILE, True)
     if NEED_DV:
@@ -181,7 +196,7 @@ def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, dq_view, pla
         dp = inner(v, dout, ACC, PRECISION)
         if len(extras.dropout) > 0:
             dp = tl.where(stays, dp * extras.dropout.factor, 0.0)
-        ds = p * (dp - delta[None, :]) * reach
+        ds = score_gradient(p, dp, delta[None, :], reach, extras, MASKED)
         dk = pulled(ds, k, q, dk, place.head, extras.additive, D, ACC, PRECISION)
         if FUSED:
             add_tile(dq_view, place.q_first, outer_transposed(ds.to(k[0].dtype), k, ACC, PRECISION), D, BLOCK_M, TILE.wide)
@@ -242,7 +257,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     batch = bh // Hkv
     kv_head = bh % Hkv
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
-    if len(extras.sequences.cu_k) > 0:
+    if len(extras.sequences.cu_k) + len(extras.sequences.used_k) > 0:
         if first >= n_keys:
             return
     scale = scale.to(ACC)
@@ -260,10 +275,10 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
         n_edge = sweep[2]
     else:
         # Key k sees the queries whose position lies in [k - right, k + left]: the same window with its sides swapped.
-        # Keys past the end make rows of their own, which are never stored, so inner tiles need no mask for them, unless
-        # a mod reads an operand there.
         sweep = sweep_range(first - offset, n_queries, right, left, BLOCK_N, BLOCK_M)
-        if len(extras.mods) > 0:
+        # Keys past the end make rows of dK and dV that are never stored. But dQ sums over keys, where a weight that should be 0
+        # is exp(0 - LSE), infinite below LSE -88, and a mod may read an operand there: then every tile of theirs is masked.
+        if FUSED or len(extras.mods) > 0:
             inner_hi = tl.where(first + BLOCK_N > n_keys, sweep[1], sweep[2])
             sweep = sweep[0], sweep[1], inner_hi, sweep[3]
         n_inner = (sweep[2] - sweep[1]) // BLOCK_M * GROUP
@@ -274,7 +289,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
         place = Place(batch, head, q_first, first, offset, n_queries, n_keys)
         dk, dv = dkv_step(dk, dv, k, v, head_view(q_ptr, q_strides, batch, head, q_start, n_queries),
                           head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries),
-                          row_view(lse_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
+                          lse_views(lse_ptr, extras, rows, head, Nq, q_start, n_queries),
                           row_view(delta_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
                           head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries) if FUSED else 0,
                           place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, FUSED, False)
@@ -284,7 +299,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
         place = Place(batch, head, q_first, first, offset, n_queries, n_keys)
         dk, dv = dkv_step(dk, dv, k, v, head_view(q_ptr, q_strides, batch, head, q_start, n_queries),
                           head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries),
-                          row_view(lse_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
+                          lse_views(lse_ptr, extras, rows, head, Nq, q_start, n_queries),
                           row_view(delta_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
                           head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries) if FUSED else 0,
                           place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, FUSED, True)
@@ -301,10 +316,11 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
 
 def launch_delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None,
                  delta: torch.Tensor, call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``delta`` [B, H, Nq]; ``dlse`` must lie in memory like ``lse``."""
+    """Fills ``delta`` [B, H, Nq]; ``dlse`` must lie in memory like it and ``lse``, which may come with its rest."""
     if out.numel() == 0:
         return
     heads = out.shape[1]
+    lse, _ = with_lse(call, lse)
     args = (out, dout, lse, dlse, delta, call.strides(out, dout), heads, call.n_queries, call.extras.sequences,
             out.shape[3], accumulator(out.dtype))
     launch(delta_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
@@ -314,10 +330,11 @@ def launch_delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse:
 def launch_dq(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
               delta: torch.Tensor, dq: torch.Tensor, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
               launch: Launcher = run) -> None:
-    """Fills ``dq`` [B, H, Nq, D]."""
+    """Fills ``dq`` [B, H, Nq, D]; ``lse`` [B, H, Nq], or with its rest [2, B, H, Nq]."""
     heads = q.shape[1]
     if dq.numel() == 0:
         return
+    lse, call = with_lse(call, lse)
     args = (
         q, k, v, dout, lse, delta, dq, call.strides(q, k, v, dout, dq),
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
@@ -345,7 +362,7 @@ def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
                *, config: TileConfig, dq: torch.Tensor | None = None, launch: Launcher = run) -> None:
     """Fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; None for one nobody asked for.
 
-    Adds dQ without the factor ``scale`` to ``dq`` [B, H, Nq, D] of the accumulator's type, if it is given.
+    ``lse`` is as for dQ. ``dq`` [B, H, Nq, D] of the accumulator's type, if it is given, grows by dQ without the factor ``scale``.
     """
     kv_heads = k.shape[1]
     wanted = [grad for grad in (dk, dv) if grad is not None]
@@ -355,6 +372,7 @@ def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
         launch_dkv(q, k, v, dout, lse, delta, dk, None, tiles, call, config=config, launch=launch)
         launch_dkv(q, k, v, dout, lse, delta, None, dv, tiles, call, config=config, launch=launch)
         return
+    lse, call = with_lse(call, lse)
     args = (
         q, k, v, dout, lse, delta, dk, dv, dq,
         call.strides(q, k, v, dout, k if dk is None else dk, v if dv is None else dv, q if dq is None else dq),

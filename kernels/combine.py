@@ -9,18 +9,34 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.launch import Launcher, accumulator, run
-from fused_attn.kernels.softmax import LN2, LOG2E
+from fused_attn.kernels.softmax import LOG2E, softmax_finish
 from fused_attn.spec import TileConfig
 
 
+@triton.jit
+def load_shares(ptr, which, step, n_shares, other):
+    """One number of each of the shares ``which``, ``step`` elements apart; ``other`` past the last share."""
+    return tl.load(ptr + which.to(tl.int64) * step, mask=which < n_shares, other=other)
+
+
+@triton.jit
+def share_weights(lse, pivot, rests, row, which, step, n_shares):
+    """exp(LSE - pivot) of the shares ``which``, whose LSE and its rest lie from element ``row`` on."""
+    exponent = (lse - pivot) * LOG2E
+    if len(rests) > 0:
+        exponent += load_shares(rests[0] + row, which, step, n_shares, 0.0) * LOG2E
+    return tl.exp2(exponent)
+
+
 @triton.jit(do_not_specialize=["H", "Nq", "n_shares"])
-def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, steps, strides, H, Nq, n_shares,
+def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rests, steps, strides, H, Nq, n_shares,
                    DV: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr):
     """One program: one row [DV] of out [B, H, Nq, Dv], and its LSE; BLOCK_M shares at a time, BLOCK_N at most.
 
     shares [S, B, H, Nq, Dv] and shares_lse [S, B, H, rows]; ``steps`` are (elements from one share to the next in shares, in
     their LSE, from one head to the next there, and in lse), ``strides`` those of out. sinks [H] or None. A share without a
-    key has LSE -inf, and what its row of shares holds is never read.
+    key has LSE -inf, and what its row of shares holds is never read. ``rests``: (pointer, pointer) to what rounding took from
+    shares_lse and takes from lse, or ().
     """
     step, lse_step, row_step, out_row_step = steps
     pid = tl.program_id(0)
@@ -29,16 +45,17 @@ def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, step
     head = bh % H
     # [BLOCK_N]
     every = tl.arange(0, TILE.block_n)
-    lse_ptrs = shares_lse_ptr + tl.cast(bh, tl.int64) * row_step + row
-    lses = tl.load(lse_ptrs + every.to(tl.int64) * lse_step, mask=every < n_shares, other=float("-inf")).to(ACC) * LOG2E
-    largest = tl.max(lses, 0)
+    lse_row = tl.cast(bh, tl.int64) * row_step + row
+    every_lse = load_shares(shares_lse_ptr + lse_row, every, lse_step, n_shares, float("-inf"))
+    largest = tl.max(every_lse, 0)
     sink = tl.full([], float("-inf"), ACC)
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(ACC) * LOG2E
+        sink = tl.load(sinks_ptr + head).to(ACC)
         largest = tl.maximum(largest, sink)
     pivot = tl.where(largest == float("-inf"), 0.0, largest)  # no key at all: -inf - -inf would be NaN
-    total = tl.sum(tl.exp2(lses - pivot), 0) + tl.exp2(sink - pivot)
-    factor = 1.0 / tl.where(total == 0.0, 1.0, total)
+    total = tl.sum(share_weights(every_lse, pivot, rests, lse_row, every, lse_step, n_shares), 0)
+    total += tl.exp2((sink - pivot) * LOG2E)
+    factor, lse, rest = softmax_finish(pivot, total, True)
 
     COLUMNS: tl.constexpr = triton.next_power_of_2(DV)
     columns = tl.arange(0, COLUMNS)
@@ -47,24 +64,34 @@ def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, step
     for first in tl.range(0, n_shares, TILE.block_m):
         # [BLOCK_M], [BLOCK_M, COLUMNS]
         some = first + tl.arange(0, TILE.block_m)
-        lse = tl.load(lse_ptrs + some.to(tl.int64) * lse_step, mask=some < n_shares, other=float("-inf")).to(ACC) * LOG2E
-        there = (lse != float("-inf"))[:, None] & (columns < DV)[None, :]
+        some_lse = load_shares(shares_lse_ptr + lse_row, some, lse_step, n_shares, float("-inf"))
+        there = (some_lse != float("-inf"))[:, None] & (columns < DV)[None, :]
         share = tl.load(share_ptrs + (some.to(tl.int64) * step)[:, None] + columns[None, :], mask=there, other=0.0)
-        out += tl.sum(share * (tl.exp2(lse - pivot) * factor)[:, None], 0)
+        weight = share_weights(some_lse, pivot, rests, lse_row, some, lse_step, n_shares) * factor
+        out += tl.sum(share * weight[:, None], 0)
 
     batch = bh // H
     out_ptrs = out_ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
     out_ptrs += tl.cast(row, tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=columns < DV)
-    tl.store(lse_ptr + tl.cast(bh, tl.int64) * out_row_step + row,
-             tl.where(total == 0.0, float("-inf"), (largest + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2))
+    own = tl.cast(bh, tl.int64) * out_row_step + row
+    tl.store(lse_ptr + own, lse)
+    if len(rests) > 0:
+        tl.store(rests[1] + own, rest)
 
 
 def launch_combine(shares: torch.Tensor, shares_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq] from ``shares`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq]."""
+    """Fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq] from ``shares`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq].
+
+    Both LSE may come with their rests, [2, ...] (``launch.with_lse``).
+    """
     batch, heads, n_queries, dim_v = out.shape
+    rests: tuple[torch.Tensor, ...] = ()
+    if lse.dim() == 4:
+        (shares_lse, shares_rest), (lse, rest) = shares_lse, lse
+        rests = shares_rest, rest
     steps = shares.stride(0), shares_lse.stride(0), shares_lse.stride(2), lse.stride(1)
-    args = (shares, shares_lse, out, lse, sinks, steps, out.stride(), heads, n_queries, shares.shape[0], dim_v,
+    args = (shares, shares_lse, out, lse, sinks, rests, steps, out.stride(), heads, n_queries, shares.shape[0], dim_v,
             accumulator(out.dtype))
     launch(combine_kernel, batch * heads * n_queries, args, config)

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
+from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run, with_lse
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
-from fused_attn.kernels.softmax import LOG2E, softmax_finish, softmax_start, softmax_step
+from fused_attn.kernels.softmax import LOG2E, lse_views, softmax_finish, softmax_start, softmax_step
 from fused_attn.kernels.tiles import (
     Place,
     boxed,
@@ -23,7 +23,6 @@ from fused_attn.kernels.tiles import (
     locate,
     outer,
     program_tile,
-    row_view,
     scaled,
     store_rows,
     store_tile,
@@ -57,15 +56,13 @@ def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.co
     k = load_tile(k_view, place.k_first, D, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
     scores = products(q, k, place.head, extras.additive, D, ACC, PRECISION)
-    if len(extras.mods) == 0:
-        to_log2 = scale * LOG2E
-    else:
-        to_log2 = tl.full([], LOG2E, ACC)  # typed, or fp64 would meet an fp32 constant
+    NATURAL: tl.constexpr = len(extras.mods) > 0
+    if NATURAL:
         scores, _ = apply_mods(scores * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, MASKED)
     if MASKED:
         scores = tl.where(keep_tile(place, left, right, extras.keeps, TILE, False), scores, float("-inf"))
     # A mod may give -inf as well: a bias often does.
-    p, shrink, row_max, row_sum = softmax_step(scores, row_max, row_sum, to_log2, MASKED or len(extras.mods) > 0)
+    p, shrink, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale * LOG2E, MASKED or NATURAL, NATURAL)
     if len(extras.dropout) > 0:
         p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p, 0.0)
     # [BLOCK_N, DV]
@@ -96,11 +93,12 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     q_strides, k_strides, v_strides, out_strides = strides
     pid = tl.program_id(0)
     share = 0
+    lse_skip = 0
     if len(split) > 0:
         share = pid % n_shares
         pid = pid // n_shares
         out_ptr += tl.cast(share, tl.int64) * split.out_step
-        lse_ptr += tl.cast(share, tl.int64) * split.lse_step
+        lse_skip = tl.cast(share, tl.int64) * split.lse_step
     first, bh = program_tile(pid, Nq, BLOCK_M, right is not None)
     batch = bh // H
     head = bh % H
@@ -116,9 +114,14 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         q_view = boxed(q_view, D, BLOCK_M)
         k_view = boxed(k_view, D, BLOCK_N)
         v_view = boxed(v_view, DV, BLOCK_N)
+    # Where the compiler splits a tile between two consumers it moves the row at which their queries are loaded, for all that
+    # the row is used for: masks, LSE and output would move with it. So the load has a row of its own (n_shares is 1).
+    load_first = first
+    if TILE.specialize:
+        load_first = first + (n_shares - 1)
     # [BLOCK_M, D]
-    q = load_tile(q_view, first, D, BLOCK_M, True, TILE.wide)
-    row_max, row_sum = softmax_start(sinks_ptr, head, BLOCK_M, ACC)
+    q = load_tile(q_view, load_first, D, BLOCK_M, True, TILE.wide)
+    row_max, row_sum = softmax_start(sinks_ptr, head, BLOCK_M, ACC, len(extras.mods) > 0)
     sums = tl.zeros([BLOCK_M], ACC) if PRECISE else 0
     state = zeros(DV, BLOCK_M, ACC), row_max, row_sum, sums, sums
 
@@ -148,7 +151,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
             state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
                            True)
 
-    factor, lse = softmax_finish(state[1], state[2])
+    factor, lse, rest = softmax_finish(state[1], state[2], len(extras.mods) > 0)
     if len(extras.dropout) > 0:
         factor *= extras.dropout.factor
     if PRECISE:
@@ -157,17 +160,22 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         factor *= tl.where(state[4] == 0.0, 1.0, state[3] / tl.where(state[4] == 0.0, 1.0, state[4]))
     out_view = head_view(out_ptr, out_strides, batch, head, q_start, n_queries)
     store_tile(out_view, first, scaled(state[0], factor[:, None]), DV, BLOCK_M, TILE.wide)
-    store_rows(row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries), first, lse, BLOCK_M)
+    views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries, lse_skip)
+    store_rows(views[0], first, lse, BLOCK_M)
+    if len(views) > 1:
+        store_rows(views[1], first, rest, BLOCK_M)
 
 
 def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
                    precise: bool = False, split: tuple[Any, ...] = (), n_shares: int = 1,
                    launch: Launcher = run) -> None:
-    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``. ``tiles`` is what ``list_tiles`` gave, ``split`` a Split."""
+    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``, lse [2, B, H, Nq] where it is to come with its rest
+    (``with_lse``). ``tiles`` is what ``list_tiles`` gave, ``split`` a Split."""
     heads = q.shape[1]
     if out.numel() == 0:
         return
+    lse, call = with_lse(call, lse)
     args = (
         q, k, v, out, lse, sinks, call.strides(q, k, v, out),
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles, split, n_shares,

@@ -9,15 +9,14 @@ import triton.language as tl
 
 from fused_attn.kernels.backward import weights
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run
+from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run, with_lse
 from fused_attn.kernels.mask import keep_tile
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
-from fused_attn.kernels.softmax import LN2, LOG2E, lse_to_log2
+from fused_attn.kernels.softmax import LN2, LOG2E, load_lse, lse_views, softmax_finish
 from fused_attn.kernels.tiles import (
     Place,
     head_view,
-    load_rows,
     load_tile,
     locate,
     program_tile,
@@ -49,41 +48,47 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
     row_max = tl.full([BLOCK_M], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
     row_dot = tl.zeros([BLOCK_M], ACC)
-    to_log2 = tl.full([], LOG2E, ACC)
     bounds = sweep_range(first + offset, n_keys, left, right, BLOCK_M, BLOCK_N)
     for start in tl.range(bounds[0], bounds[3], BLOCK_N, num_stages=1):
         place = Place(batch, head, first, start, offset, n_queries, n_keys)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
-        # [BLOCK_M, BLOCK_N], in base 2
+        # [BLOCK_M, BLOCK_N]
         raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
         scores, _ = apply_mods(raw * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, True)
         keep = keep_tile(place, left, right, extras.keeps, TILE, False)
-        scores = tl.where(keep, scores * to_log2, float("-inf"))
+        scores = tl.where(keep, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         shift = tl.where(row_max == float("-inf"), 0.0, row_max - pivot)
         below = scores - pivot[:, None]
-        p = tl.exp2(below)
-        shrink = tl.exp2(row_max - pivot)
+        p = tl.exp2(below * LOG2E)
+        shrink = tl.exp2((row_max - pivot) * LOG2E)
         row_dot = shrink * (row_dot + shift * row_sum) + tl.sum(tl.where(p == 0.0, 0.0, p * below), 1)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         row_max = new_max
 
     empty = row_sum == 0.0
-    pivot = tl.where(empty, 0.0, row_max)
-    lse2 = tl.where(empty, float("-inf"), pivot + tl.log2(tl.where(empty, 1.0, row_sum)))
+    top = row_max
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(ACC) * to_log2 + tl.zeros([BLOCK_M], ACC)
-        high = tl.maximum(lse2, sink)
-        base = tl.where(high == float("-inf"), 0.0, high)
-        lse2 = tl.where(high == float("-inf"), high, base + tl.log2(tl.exp2(lse2 - base) + tl.exp2(sink - base)))
-    # Keys weigh exp2(s - lse2): all sums were taken relative to the largest score.
-    height = tl.where(empty, 0.0, tl.exp2(pivot - tl.where(empty, 0.0, lse2)))
-    entropy = height * tl.where(empty, 0.0, row_sum * (lse2 - pivot) - row_dot) * LN2
+        sink = tl.load(sinks_ptr + head).to(ACC) + tl.zeros([BLOCK_M], ACC)
+        top = tl.maximum(row_max, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    # All sums were taken relative to the largest score of a key, exp(row_max - base) of which is in the total.
+    height = tl.exp2((row_max - base) * LOG2E)
+    total = row_sum * height
+    if sinks_ptr is not None:
+        total += tl.exp2((sink - base) * LOG2E)
+    factor, lse, rest = softmax_finish(base, total, True)
+    largest = height * factor
+    above = tl.where(empty, 0.0, (base - row_max) - tl.log2(factor) * LN2)  # LSE - row_max
+    entropy = largest * tl.where(empty, 0.0, row_sum * above - row_dot)
     sequences = extras.sequences
-    store_rows(row_view(lse_ptr, sequences, bh, head, Nq, q_start, n_queries), first, lse2 * LN2, BLOCK_M)
+    views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries)
+    store_rows(views[0], first, lse, BLOCK_M)
+    if len(views) > 1:
+        store_rows(views[1], first, rest, BLOCK_M)
     store_rows(row_view(entropy_ptr, sequences, bh, head, Nq, q_start, n_queries), first, entropy, BLOCK_M)
-    store_rows(row_view(maximum_ptr, sequences, bh, head, Nq, q_start, n_queries), first, height, BLOCK_M)
+    store_rows(row_view(maximum_ptr, sequences, bh, head, Nq, q_start, n_queries), first, largest, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
@@ -101,17 +106,16 @@ def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
     scale = scale.to(ACC)
     k = load_tile(head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys), first, D, BLOCK_N, True, TILE.wide)
     q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
-    lse_view = row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
+    views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries)
     received = tl.zeros([BLOCK_N], ACC)
     bounds = sweep_range(first - offset, n_queries, right, left, BLOCK_N, BLOCK_M)
     for start in tl.range(bounds[0], bounds[3], BLOCK_M, num_stages=1):
         place = Place(batch, head, start, first, offset, n_queries, n_keys)
         q = load_tile(q_view, start, D, BLOCK_M, True, TILE.wide)
-        lse2 = lse_to_log2(load_rows(lse_view, start, float("-inf"), BLOCK_M, True))
+        lse = load_lse(views, start, extras, BLOCK_M, True)
         # [BLOCK_N, BLOCK_M]
         raw = products(k, q, head, extras.additive, D, ACC, PRECISION)
-        p, _ = weights(raw, lse2[None, :], place, left, right, scale, extras, NO_SLOPE, 0, TILE, True,
-                       True, True)
+        p, _ = weights(raw, lse, place, left, right, scale, extras, NO_SLOPE, 0, TILE, True, True, True)
         received += tl.sum(p, 1)
     store_rows((received_ptr + tl.cast(bh, tl.int64) * Nk, Nk), first, received, BLOCK_N)
 
@@ -131,8 +135,7 @@ def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
     scale = scale.to(ACC)
     q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
     k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
-    lse_view = row_view(lse_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
-    lse2 = lse_to_log2(load_rows(lse_view, first, float("-inf"), BLOCK_M, True))
+    lse = load_lse(lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries), first, extras, BLOCK_M, True)
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     p_ptr += (tl.cast(bh, tl.int64) * Nq + first) * Nk
@@ -140,8 +143,7 @@ def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
         place = Place(batch, head, first, start, offset, n_queries, n_keys)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
         raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
-        p, _ = weights(raw, lse2[:, None], place, left, right, scale, extras, NO_SLOPE, 0, TILE,
-                       False, True, True)
+        p, _ = weights(raw, lse, place, left, right, scale, extras, NO_SLOPE, 0, TILE, False, True, True)
         if len(extras.dropout) > 0:
             p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p * extras.dropout.factor, 0.0)
         ptrs = p_ptr + rows.to(tl.int64) * Nk + (start + cols)
@@ -156,8 +158,9 @@ def _arguments(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[object, ..
 
 def launch_row_stats(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, maximum: torch.Tensor,
                      sinks: torch.Tensor | None, call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``lse``, ``entropy`` and ``maximum`` [B, H, Nq]."""
+    """Fills ``lse``, ``entropy`` and ``maximum`` [B, H, Nq]; ``lse`` [2, B, H, Nq] where it is to come with its rest."""
     if lse.numel():
+        lse, call = with_lse(call, lse)
         args = (q, k, lse, entropy, maximum, sinks, *_arguments(q, k, call))
         launch(row_stats_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
                fit_offsets(config, call, q, k))
@@ -167,6 +170,7 @@ def launch_column_sums(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, rece
                        config: TileConfig, launch: Launcher = run) -> None:
     """Fills ``received`` [B, H, Nk]."""
     if received.numel():
+        lse, call = with_lse(call, lse)
         args = (q, k, lse, received, *_arguments(q, k, call))
         launch(column_sums_kernel, programs(call.n_keys, config.block_n, call.batch * q.shape[1]), args,
                fit_offsets(config, call, q, k))
@@ -176,6 +180,7 @@ def launch_weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: torch
                    launch: Launcher = run) -> None:
     """Fills ``p`` [B, H, Nq, Nk]."""
     if p.numel():
+        lse, call = with_lse(call, lse)
         args = (q, k, lse, p, *_arguments(q, k, call))
         launch(weights_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
                fit_offsets(config, call, q, k))

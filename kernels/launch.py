@@ -34,6 +34,7 @@ class Extras(NamedTuple):
     sequences: Sequences = Sequences()
     dropout: tuple[Any, ...] = ()  # a dropout.Dropout
     additive: tuple[Any, ...] = ()  # a product.Additive, in place of the inner product
+    lse_rest: tuple[Any, ...] = ()  # (pointer,): what rounding took from the LSE, laid out like it (``with_lse``)
 
 
 PLAIN = Extras()
@@ -62,7 +63,7 @@ class Call(NamedTuple):
 
     def strides(self, *tensors: torch.Tensor) -> tuple[tuple[Any, ...], ...]:
         """Strides of [B, H, N, D] tensors; the batch of packed ones has none."""
-        if not self.extras.sequences.row_stride:
+        if not self.extras.sequences.total_q:
             return tuple([t.stride() for t in tensors])
         return tuple((tl.constexpr(0), *t.stride()[1:]) for t in tensors)
 
@@ -81,21 +82,23 @@ def counted() -> Iterator[Counter[str]]:
         _counters[:] = [other for other in _counters if other is not counter]  # remove() would compare counts
 
 
-class _Recorder(threading.local):
-    launches: list[tuple[Any, int, tuple[Any, ...], TileConfig]] | None = None
+class _Recorders(threading.local):
+    def __init__(self) -> None:
+        self.lists: tuple[list[tuple[Any, int, tuple[Any, ...], TileConfig]], ...] = ()
 
 
-_recorder = _Recorder()
+_recorders = _Recorders()
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[Any, int, tuple[Any, ...], TileConfig]]]:
-    """Keeps the launches that this thread makes within it, in their order."""
-    _recorder.launches = []
+    """Keeps the launches that this thread makes within it, in their order; one within another keeps its own part."""
+    launches: list[tuple[Any, int, tuple[Any, ...], TileConfig]] = []
+    _recorders.lists = (*_recorders.lists, launches)
     try:
-        yield _recorder.launches
+        yield launches
     finally:
-        _recorder.launches = None
+        _recorders.lists = tuple([other for other in _recorders.lists if other is not launches])
 
 
 def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
@@ -104,8 +107,8 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
     here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
         counter[kernel.fn.__name__] += 1
-    if _recorder.launches is not None:
-        _recorder.launches.append((kernel, programs, args, config))
+    for launches in _recorders.lists:
+        launches.append((kernel, programs, args, config))
     if here:
         _launch(kernel, programs, args, config)
     else:
@@ -128,6 +131,16 @@ def _launch_with_scratch(kernel: Any, programs: int, args: tuple[Any, ...], opti
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device=torch.accelerator.current_accelerator())
+
+
+def with_lse(call: Call, lse: torch.Tensor) -> tuple[torch.Tensor, Call]:
+    """(LSE, ``call``) as a kernel takes them, of an LSE [..., H, Nq], or of [2, ..., H, Nq], which is LSE and its rest.
+
+    Kernels of calls with mods need both: beside a score of -1e9 one fp32 number cannot hold the logarithm of a sum.
+    """
+    if lse.dim() == 3:
+        return lse, call
+    return lse[0], call._replace(extras=call.extras._replace(lse_rest=(lse[1],)))
 
 
 def fit_offsets(config: TileConfig, call: Call, *tensors: torch.Tensor) -> TileConfig:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.launch import Call, Launcher, fit_offsets, programs, run
-from fused_attn.kernels.operand import load_operand, per_key, per_query
+from fused_attn.kernels.operand import Operand, load_operand, per_key, per_query
 from fused_attn.kernels.tiles import Place, locate
 from fused_attn.kernels.window import edge_count, edge_start, keep_mask, sweep_range
 from fused_attn.spec import TileConfig
@@ -185,6 +185,11 @@ def list_kernel(entries_ptr, counts_ptr, H, Nq, Nk, offset, left, right, extras,
     tl.store(counts_ptr + 2 * tl.cast(pid, tl.int64) + 1, n_partial)
 
 
+def _alone(keep: Keep) -> Keep:
+    """A mask for a kernel without products, which no layout follows from."""
+    return keep._replace(args=tuple(x._replace(narrow=tl.constexpr(False)) if isinstance(x, Operand) else x for x in keep.args))
+
+
 def list_tiles(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig, *, keys_first: bool,
                launch: Launcher = run) -> tuple[Any, ...]:
     """The tiles that a kernel of this call and configuration visits: a ``TileList``, or () where no mask asks for one."""
@@ -198,7 +203,8 @@ def list_tiles(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig,
     columns = -(-call.n_queries // config.block_m) if keys_first else -(-call.n_keys // config.block_n)
     entries = torch.empty(*lists, rows, columns * group, dtype=torch.int32, device=q.device)
     counts = torch.empty(*lists, rows, 2, dtype=torch.int32, device=q.device)
-    args = (entries, counts, lists[1], call.n_queries, call.n_keys, call.offset, call.left, call.right, call.extras,
+    extras = call.extras._replace(keeps=tuple(_alone(keep) for keep in call.extras.keeps))
+    args = (entries, counts, lists[1], call.n_queries, call.n_keys, call.offset, call.left, call.right, extras,
             group, keys_first)
     launch(list_kernel, programs(rows, 1, lists[0] * lists[1]), args, fit_offsets(config, call))
     return TileList(entries, counts, tl.constexpr(by_batch), tl.constexpr(by_head))

@@ -23,6 +23,7 @@ class Operand(NamedTuple):
     by_query: Any  # compile-time: whether it differs from query to query
     by_key: Any
     boolean: Any  # compile-time: whether its bytes are truth values
+    narrow: Any  # compile-time: whether its elements are narrower than those of q
 
 
 @triton.jit
@@ -77,6 +78,10 @@ def load_operand(operand, place, ACC: tl.constexpr, TILE: tl.constexpr, KEYS_FIR
         value = tl.load(base + cols * k_stride, mask=col_exists, other=0)
     else:
         value = tl.load(base)
+    if operand.narrow and (operand.by_query or operand.by_key):
+        # Triton lays P out for its product by the narrowest load that P comes from: in halves a mask of bytes then doubles
+        # every exp2, and fp64 does not compile. A sum over one element is no elementwise step, where that search ends.
+        value = tl.sum(tl.expand_dims(value, 2), 2)
     if operand.boolean:
         value = value != 0
     elif value.dtype.is_floating():

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.backward import weights
+from fused_attn.kernels.backward import score_gradient, weights
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, run
+from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, run, with_lse
 from fused_attn.kernels.product import products
-from fused_attn.kernels.softmax import lse_to_log2
+from fused_attn.kernels.softmax import load_lse, lse_views
 from fused_attn.kernels.tiles import Place, head_view, inner, load_rows, load_tile, locate, row_view
 from fused_attn.spec import TileConfig
 
@@ -82,14 +82,14 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
             v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
             dout_view = head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries)
-            lse_view = row_view(lse_ptr, extras.sequences, batch * H + head, head, Nq, q_start, n_queries)
+            views = lse_views(lse_ptr, extras, batch * H + head, head, Nq, q_start, n_queries)
             delta_view = row_view(delta_ptr, extras.sequences, batch * H + head, head, Nq, q_start, n_queries)
             q = load_tile(q_view, place.q_first, D, BLOCK_M, True, TILE.wide)
             k = load_tile(k_view, place.k_first, D, BLOCK_N, True, TILE.wide)
             # [BLOCK_M, BLOCK_N]
             raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
-            lse2 = lse_to_log2(load_rows(lse_view, place.q_first, float("-inf"), BLOCK_M, True))
-            p, reach = weights(raw, lse2[:, None], place, left, right, scale, extras, MEMBER, ARG, TILE, False, True,
+            lse = load_lse(views, place.q_first, extras, BLOCK_M, True)
+            p, reach = weights(raw, lse, place, left, right, scale, extras, MEMBER, ARG, TILE, False, True,
                                True)
             dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, True, TILE.wide)
             v = load_tile(v_view, place.k_first, DV, BLOCK_N, True, TILE.wide)
@@ -97,8 +97,7 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             if len(extras.dropout) > 0:
                 dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
             delta = load_rows(delta_view, place.q_first, 0.0, BLOCK_M, True)
-            # A key that does not count has p = 0, whatever its slope is.
-            acc += tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]) * reach)
+            acc += score_gradient(p, dp, delta[:, None], reach, extras, True)
 
     if OWN[4]:
         at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -171,6 +170,7 @@ def launch_operand_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout:
         grad = torch.empty(shape, dtype=sums, device=q.device)
     else:
         grad = torch.empty((parts, *operand.shape), dtype=operand.dtype if parts == 1 else sums, device=q.device)
+    lse, call = with_lse(call, lse)
     args = (
         q, k, v, dout, lse, delta, grad, call.strides(q, k, v, dout), call.batch, heads, call.n_queries, call.n_keys,
         call.offset, call.left, call.right, call.scale, call.extras, parts,

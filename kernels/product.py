@@ -26,10 +26,17 @@ class Additive(NamedTuple):
 
 
 @triton.jit
+def decay(x):
+    """(e, 1 / (1 + e)) with e = exp(-2 |x|), which neither overflows nor leaves (0, 1]: tanh |x| is (1 - e) / (1 + e)."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    return e, 1.0 / (1.0 + e)
+
+
+@triton.jit
 def tanh_of(x, ACCURATE: tl.constexpr):
-    """tanh without overflow; ``ACCURATE`` to the last digits near 0, where the plain form loses them."""
-    # 1 - 2 / (1 + e^2x) saturates to +-1 without overflowing to NaN, at 1e4 and beyond.
-    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    """tanh; ``ACCURATE`` to the last digits near 0, where the plain form loses them."""
+    e, inverse = decay(x)
+    tanh = (1.0 - e) * inverse
     if ACCURATE:
         # Near 0 the difference loses digits that fp32 and fp64 users keep: Taylor there, error below 2**-53 |x|.
         y = x * x
@@ -38,8 +45,15 @@ def tanh_of(x, ACCURATE: tl.constexpr):
         poly = -17.0 / 315.0 + y * poly
         poly = 2.0 / 15.0 + y * poly
         poly = -1.0 / 3.0 + y * poly
-        tanh = tl.where(y < 0.01, x + x * y * poly, tanh)
-    return tanh
+        tanh = tl.where(y < 0.01, tl.abs(x) * (1.0 + y * poly), tanh)
+    return tl.where(x < 0.0, -tanh, tanh)
+
+
+@triton.jit
+def tanh_slope(x):
+    """1 - tanh^2 as 4 e / (1 + e)^2: the difference has no digits left where tanh is near 1."""
+    e, inverse = decay(x)
+    return 4.0 * e * inverse * inverse
 
 
 @triton.jit
@@ -50,10 +64,16 @@ def weight_block(additive, head, FIRST_COL: tl.constexpr, COLS: tl.constexpr, D:
 
 
 @triton.jit
+def sums_block(a, b, ACC: tl.constexpr):
+    """All sums of rows of two blocks of columns: [rows of a, rows of b, columns]."""
+    return a.to(ACC)[:, None, :] + b.to(ACC)[None, :, :]
+
+
+@triton.jit
 def tanh_block(a, b, ACC: tl.constexpr):
-    """tanh of all sums of rows of two blocks of columns: [rows of a, rows of b, columns]."""
+    """tanh of ``sums_block``."""
     ACCURATE: tl.constexpr = a.dtype.primitive_bitwidth >= 32
-    return tanh_of(a.to(ACC)[:, None, :] + b.to(ACC)[None, :, :], ACCURATE)
+    return tanh_of(sums_block(a, b, ACC), ACCURATE)
 
 
 @triton.jit
@@ -72,8 +92,7 @@ def products(a, b, head, additive, D: tl.constexpr, ACC: tl.constexpr, PRECISION
 
 @triton.jit
 def pulled_block(ds, a, b, weight, acc, ACC: tl.constexpr):
-    tanh = tanh_block(a, b, ACC)
-    return acc + tl.sum(ds[:, :, None] * (1.0 - tanh * tanh), 1) * weight[None, :]
+    return acc + tl.sum(ds[:, :, None] * tanh_slope(sums_block(a, b, ACC)), 1) * weight[None, :]
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.operand import load_operand, per_key, per_query
-from fused_attn.kernels.product import tanh_of
+from fused_attn.kernels.product import tanh_of, tanh_slope
 
 
 class Mod(NamedTuple):
@@ -49,8 +49,7 @@ def softcap(score, q_pos, k_idx, head, batch, args):
 @triton.jit
 def softcap_slope(score, modded, q_pos, k_idx, head, batch, args):
     CAP: tl.constexpr = args[0]
-    tanh = modded * (1.0 / CAP)
-    return 1.0 - tanh * tanh
+    return tanh_slope(score * (1.0 / CAP))
 
 
 @triton.jit

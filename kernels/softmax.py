@@ -1,4 +1,9 @@
-"""The online softmax, in base 2: exp(x) = exp2(x * log2(e)), and the factor joins the multiplication by the scale.
+"""The online softmax, in base 2: exp(x) = exp2(x * log2(e)).
+
+A score is in one of two units. Plain attention's is raw: scale and log2(e) join one factor, and one fused multiply-add takes
+the maximum away as it scales. Where a mod acts (``NATURAL``) scores are natural logits, and a bias may have made all of a
+row's as large as -1e9: the maximum is taken away first, which is exact, and only what is left is scaled. Scaled before, a
+maximum of that size is rounded by more than exp2 can bear; the same holds in the backward, where LSE comes in two parts.
 
 Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention".
 """
@@ -6,48 +11,90 @@ Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; 
 import triton
 import triton.language as tl
 
+from fused_attn.kernels.tiles import load_rows, row_view
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_start(sinks_ptr, head, ROWS: tl.constexpr, ACC: tl.constexpr):
+def softmax_start(sinks_ptr, head, ROWS: tl.constexpr, ACC: tl.constexpr, NATURAL: tl.constexpr):
     """Maximum and sum [ROWS] before the first key: nothing, or the head's sink, a logit that takes weight and gives none.
 
-    Source of sinks: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"; gpt-oss (2025).
+    The maximum is in base 2, or natural with ``NATURAL``. Source of sinks: Xiao et al. 2023, "Efficient Streaming Language
+    Models with Attention Sinks"; gpt-oss (2025).
     """
     if sinks_ptr is None:
         return tl.full([ROWS], float("-inf"), ACC), tl.zeros([ROWS], ACC)
     else:
-        sink = tl.load(sinks_ptr + head).to(ACC) * LOG2E
+        sink = tl.load(sinks_ptr + head).to(ACC)
+        if not NATURAL:
+            sink *= LOG2E
         # A sink of -inf is no sink.
         return tl.zeros([ROWS], ACC) + sink, tl.zeros([ROWS], ACC) + tl.where(sink == float("-inf"), 0.0, 1.0).to(ACC)
 
 
 @triton.jit
-def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr):
+def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr, NATURAL: tl.constexpr):
     """Takes one tile of scores [M, N] into the running maximum and sum [M].
 
-    ``scores * to_log2`` are logits in base 2, and so is ``row_max``. Returns the unnormalised weights [M, N], the factor
-    [M] by which everything accumulated before must shrink, and the new maximum and sum. ``to_log2`` must be positive.
+    ``scores * to_log2`` are logits in base 2 and so is ``row_max``, or with ``NATURAL`` both are natural. Returns the
+    unnormalised weights [M, N], the factor [M] by which everything accumulated before must shrink, and the new maximum and
+    sum. ``to_log2`` must be positive.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)
+    tile_max = tl.max(scores, 1)
+    new_max = tl.maximum(row_max, tile_max if NATURAL else tile_max * to_log2)
     # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN: such rows subtract 0.
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-    weights = tl.exp2(scores * to_log2 - pivot[:, None])
-    shrink = tl.exp2(row_max - pivot)
+    if NATURAL:
+        weights = tl.exp2((scores - pivot[:, None]) * LOG2E)
+        shrink = tl.exp2((row_max - pivot) * LOG2E)
+    else:
+        weights = tl.exp2(scores * to_log2 - pivot[:, None])
+        shrink = tl.exp2(row_max - pivot)
     return weights, shrink, new_max, row_sum * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
-def softmax_finish(row_max, row_sum):
-    """(factor [M] that normalises the accumulated sum, natural-log LSE [M]); a row with no key gives LSE -inf."""
+def softmax_finish(row_max, row_sum, NATURAL: tl.constexpr):
+    """(factor that normalises the accumulated sum, natural LSE, what rounding took from it), each [M]; a row with no key
+    gives LSE -inf."""
     empty = row_sum == 0.0  # not `> 0`, which would hide a NaN
     row_sum = tl.where(empty, 1.0, row_sum)
-    return 1.0 / row_sum, tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    if NATURAL:
+        lse = row_max + tl.log2(row_sum) * LN2
+        rest = (row_max - lse) + tl.log2(row_sum) * LN2
+    else:
+        lse = (row_max + tl.log2(row_sum)) * LN2
+        rest = 0.0
+    return 1.0 / row_sum, tl.where(empty, float("-inf"), lse), tl.where(empty, 0.0, rest)
+
+
+@triton.jit
+def lse_views(lse_ptr, extras, bh, head, Nq, start, length, skip=0):
+    """Views of the LSE of row ``bh`` and, where a call keeps it, of its rest; ``skip`` elements further on."""
+    views = (row_view(lse_ptr + skip, extras.sequences, bh, head, Nq, start, length),)
+    if len(extras.lse_rest) > 0:
+        views = views + (row_view(extras.lse_rest[0] + skip, extras.sequences, bh, head, Nq, start, length),)
+    return views
+
+
+@triton.jit
+def load_lse(views, first_row, extras, ROWS: tl.constexpr, TAIL: tl.constexpr):
+    """LSE of ROWS rows as their scores ask for it: (in base 2,), or where mods act (natural,) or (natural, its rest in base 2).
+
+    A row with no key, like one past the end, has +inf, so that its weights are 0 and not NaN.
+    """
+    lse = load_rows(views[0], first_row, float("-inf"), ROWS, TAIL)
+    if len(extras.mods) == 0:
+        lse = lse * LOG2E
+    result = (tl.where(lse == float("-inf"), float("inf"), lse),)
+    if len(views) > 1:
+        result = result + (load_rows(views[1], first_row, 0.0, ROWS, TAIL) * LOG2E,)
+    return result
 
 
 @triton.jit
 def lse_to_log2(lse):
-    """LSE in base 2 for ``exp2(logit - lse)``; a row with no key becomes +inf, so that its weights are 0 and not NaN."""
+    """LSE in base 2 for ``exp2(logit - lse)``, +inf for a row with no key."""
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)

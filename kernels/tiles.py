@@ -15,17 +15,19 @@ import triton.language as tl
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a batch lie, as kernels take it: every field () or (pointer,), the last a stride.
+    """Where the sequences of a batch lie, as kernels take it: every field () or (pointer,), the last two numbers.
 
     ``cu_q`` and ``cu_k`` [B + 1] hold the first rows of packed sequences, ``used_q`` and ``used_k`` [B] how many rows
-    count, ``row_stride`` the distance of two heads in a packed LSE. In a plain dense batch all are ().
+    count, ``total_q`` and ``total_k`` the rows of the packed tensors as ``layout.packed_rows`` writes them; the first number of
+    ``total_q`` is the distance of two heads in a packed LSE as well. In a plain dense batch all are ().
     """
 
     cu_q: Any = ()
     cu_k: Any = ()
     used_q: Any = ()
     used_k: Any = ()
-    row_stride: Any = ()
+    total_q: Any = ()
+    total_k: Any = ()
 
 
 class Place(NamedTuple):
@@ -55,12 +57,19 @@ def program_tile(pid, n_rows, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def span(cu, used, batch, length):
+def packed_row(cu, total, index):
+    """Where a packed sequence begins, or the one before it ends: ``cu`` is not trusted to stay within the tensor."""
+    return tl.minimum(tl.maximum(tl.load(cu[0] + index), 0), total[0] - total[1] // 16).to(tl.int32)
+
+
+@triton.jit
+def span(cu, used, total, batch, length):
     """(first row, number of rows) of one side of a sequence; ``length`` where no packing says otherwise."""
     start = tl.full([], 0, tl.int32)
     if len(cu) > 0:
-        start = tl.load(cu[0] + batch).to(tl.int32)
-        length = tl.minimum(tl.load(cu[0] + batch + 1).to(tl.int32) - start, length)  # no list or bias is longer
+        start = packed_row(cu, total, batch)
+        # At most ``length``: no list or bias is longer.
+        length = tl.minimum(tl.maximum(packed_row(cu, total, batch + 1) - start, 0), length)
     if len(used) > 0:
         length = tl.maximum(tl.minimum(tl.load(used[0] + batch).to(tl.int64), length), 0).to(tl.int32)
     return start, length
@@ -69,8 +78,8 @@ def span(cu, used, batch, length):
 @triton.jit
 def locate(sequences, batch, Nq, Nk, offset):
     """(first query, queries, first key, keys, offset) of a sequence; packed ones align their last query and last key."""
-    q_start, n_queries = span(sequences.cu_q, sequences.used_q, batch, Nq)
-    k_start, n_keys = span(sequences.cu_k, sequences.used_k, batch, Nk)
+    q_start, n_queries = span(sequences.cu_q, sequences.used_q, sequences.total_q, batch, Nq)
+    k_start, n_keys = span(sequences.cu_k, sequences.used_k, sequences.total_k, batch, Nk)
     if len(sequences.cu_q) > 0:
         offset = n_keys - n_queries
     return q_start, n_queries, k_start, n_keys, offset
@@ -87,8 +96,8 @@ def head_view(ptr, strides, batch, head, start, length):
 @triton.jit
 def row_view(ptr, sequences, bh, head, Nq, start, length):
     """View of row ``bh`` of LSE or delta: contiguous [B * H, Nq], or [H, T] where sequences are packed."""
-    if len(sequences.row_stride) > 0:
-        return ptr + (tl.cast(head, tl.int64) * sequences.row_stride[0] + start), length
+    if len(sequences.total_q) > 0:
+        return ptr + (tl.cast(head, tl.int64) * sequences.total_q[0] + start), length
     else:
         return ptr + tl.cast(bh, tl.int64) * Nq, length
 

@@ -57,12 +57,18 @@ def accumulator_layout(columns: int) -> Any:
 
 
 @gluon.jit
-def span(cu, used, batch, length):
+def packed_row(cu, total, index):
+    """Where a packed sequence begins, or the one before it ends: ``cu`` is not trusted to stay within the tensor."""
+    return gl.minimum(gl.maximum(gl.load(cu[0] + index), 0), total[0] - total[1] // 16).to(gl.int32)
+
+
+@gluon.jit
+def span(cu, used, total, batch, length):
     """(first row, number of rows) of one side of a sequence; ``length`` where nothing says otherwise."""
     start = gl.to_tensor(0)
     if len(cu) > 0:
-        start = gl.load(cu[0] + batch).to(gl.int32)
-        length = gl.minimum(gl.load(cu[0] + batch + 1).to(gl.int32) - start, length)
+        start = packed_row(cu, total, batch)
+        length = gl.minimum(gl.maximum(packed_row(cu, total, batch + 1) - start, 0), length)
     if len(used) > 0:
         length = gl.maximum(gl.minimum(gl.load(used[0] + batch).to(gl.int64), length), 0).to(gl.int32)
     return start, length
@@ -81,8 +87,9 @@ def locate(index, problem, BLOCK_M: gl.constexpr):
     if len(problem.right) > 0:
         tile = q_tiles - 1 - tile
     batch = pair // problem.n_heads
-    q_start, n_queries = span(problem.sequences.cu_q, problem.sequences.used_q, batch, problem.n_queries)
-    k_start, n_keys = span(problem.sequences.cu_k, problem.sequences.used_k, batch, problem.n_keys)
+    sequences = problem.sequences
+    q_start, n_queries = span(sequences.cu_q, sequences.used_q, sequences.total_q, batch, problem.n_queries)
+    k_start, n_keys = span(sequences.cu_k, sequences.used_k, sequences.total_k, batch, problem.n_keys)
     offset = problem.offset
     if len(problem.sequences.cu_q) > 0:
         offset = n_keys - n_queries

@@ -100,7 +100,8 @@ def amplitudes_of(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None
     whole = {"out": torch.zeros(*call.q.shape[:3], call.v.shape[3], dtype=torch.float64)}
     whole |= {f"d{name}": torch.zeros_like(x) for name, x in (*zip("qkv", call[:3], strict=True), *leaves.items())}
     largest, companions = 0.0, call.companions
-    spans = (reference.spans(companions.cu_q, companions.used_q), reference.spans(companions.cu_k, companions.used_k))
+    spans = (reference.spans(companions.cu_q, companions.used_q, call.q.shape[2]),
+             reference.spans(companions.cu_k, companions.used_k, call.k.shape[2]))
     for batch, ((q0, q1), (k0, k1)) in enumerate(zip(*spans, strict=True)):
         operands = tuple(reference._of_sequence(x, batch, call.spec.longest[0], q1 - q0, k1 - k0) for x in companions.operands)
         one = Described(call.q[:, :, q0:q1], call.k[:, :, k0:k1], call.v[:, :, k0:k1], call.spec,
