@@ -112,6 +112,40 @@ def test_position_bias_beside_masks(kind, backend, monkeypatch):
     assert weights is None
 
 
+@pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=pytest.mark.kernels)])
+@pytest.mark.parametrize("kind", ["none", "causal", "window", "packed", "padding"])
+def test_sequences_given_by_their_ends(kind, backend, monkeypatch):
+    """In a batch of one: what the mask says, inside each sequence; a mask that says more than that is used as it is."""
+    q, k, v = (torch.randn(1, 2, 7, 8).double() for _ in range(3))
+    config, places = None, PLACES[:1]
+    given = {"batch_size": 1, "q_length": 7, "kv_length": 7, "allow_is_bidirectional_skip": True, "config": config}
+    pattern, width, keys = {"none": (both_ways, None, None), "causal": (causal, None, None), "window": (windowed(2), 2, None),
+                            "packed": (masking.and_masks(remapped(windowed(2), places), masking.packed_sequence_mask_function(
+                                PACKS[:1])), 2, None), "padding": (causal, None, LEFT[:1])}[kind]
+    mask = fused.attention_mask(**given, mask_function=pattern, local_size=width, attention_mask=keys)
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    monkeypatch.setattr(settings, "BACKEND", backend)
+    out, _ = fused.attention_forward(nn.Module(), q, k, v, mask, scaling=0.4, cu_seq_lens_q=ends, cu_seq_lens_k=ends,
+                                     max_length_q=4, max_length_k=4)
+    row, column = torch.arange(7)[:, None], torch.arange(7)
+    pairs = {"none": row >= 0, "padding": (column <= row) & LEFT[0]}.get(kind, column <= row)
+    pairs = pairs & (row - column < (width or 7)) & ((PACKS[0][:, None] == PACKS[0]) | (kind == "padding"))
+    scores = 0.4 * (q @ k.mT).masked_fill(~pairs, -torch.inf)
+    close(out, (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_mask_that_was_expanded_is_read_by_its_values(batch, length, counts):
+    """Stride 0 is the word for keys that all count in masks of ours alone."""
+    given = torch.full((1, 1), counts).expand(batch, length)
+    mask = fused.attention_mask(batch, length, length, attention_mask=given)
+    q = torch.randn(batch, 2, length, 8)
+    out, _ = fused.attention_forward(nn.Module(), q, q, q, mask)
+    assert (out.abs().sum() > 0) == counts
+
+
 # --- names ---
 
 

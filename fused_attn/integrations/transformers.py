@@ -23,21 +23,25 @@ from typing import Any
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-from transformers.masking_utils import (
-    and_masks,
-    bidirectional_mask_function,
-    causal_mask_function,
-    eager_mask,
-    packed_sequence_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-    sliding_window_overlay,
-)
 from transformers.utils.import_utils import is_tracing
 
 from fused_attn.functional import attention, attention_varlen
 from fused_attn.inspection import attention_and_weights
 from fused_attn.mods import BIAS
+
+try:
+    from transformers.masking_utils import (
+        and_masks,
+        bidirectional_mask_function,
+        causal_mask_function,
+        eager_mask,
+        packed_sequence_mask_function,
+        prepare_padding_mask,
+        sdpa_mask,
+        sliding_window_overlay,
+    )
+except ImportError as error:
+    raise ImportError(f"transformers: expected 5.4 or later; got {transformers.__version__}") from error
 
 NAME = "fused_attn"
 OLDEST, UNTESTED = (5, 4), (5, 25)  # versions: the first that the plug works with, and the first that its tests have not seen
@@ -136,8 +140,8 @@ def _against(model: type[PreTrainedModel]) -> str | None:
     if tables or not model._can_set_attn_implementation():
         return "computes attention in code of its own, past transformers' interface"
     eager = [x for name, x in names.items() if name.endswith("eager_attention_forward") and inspect.isfunction(x)]
-    unknown = {name for x in eager for name, parameter in inspect.signature(x).parameters.items()
-               if parameter.kind is not inspect.Parameter.VAR_KEYWORD} - _KNOWN
+    named = [(name, parameter) for x in eager for name, parameter in [*inspect.signature(x).parameters.items()][5:]]
+    unknown = {name for name, parameter in named if parameter.kind is not inspect.Parameter.VAR_KEYWORD} - _KNOWN
     return f"gives attention {', '.join(sorted(unknown))}, which is not known here" if unknown else None
 
 
