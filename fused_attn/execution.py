@@ -13,7 +13,7 @@ from fused_attn.kernels.launch import Call, with_lse
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
-from fused_attn.layout import accumulates, keeps_residual, like, lse_like, lse_stride, rows_like
+from fused_attn.layout import accumulates, check_rotary, keeps_residual, like, lse_like, lse_stride, rows_like
 from fused_attn.lowering import lower
 from fused_attn.schema import Needs, Saved
 from fused_attn.spec import AttentionSpec, Companions, TileConfig
@@ -238,6 +238,7 @@ def _gluon_backward(saved: Saved, lse: torch.Tensor, dq: torch.Tensor, dk: torch
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
     """x [B, H, N, D] turned, or turned back."""
+    check_rotary(x, cos, sin)
     out = like(x, x.shape[3])
     launch_rotary(x, cos, sin, out, interleaved, back, config=choose_rotary(x.shape[3]))
     return out

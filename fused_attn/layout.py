@@ -57,3 +57,16 @@ def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
     one for all keys, adds up there as it does under a large mean of K.
     """
     return (spec.precise or companions.score_weight is not None) and spec.dropout_p == 0
+
+
+def check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """What the kernel trusts: the tables have a row for every row of x, and no more pairs than x has columns for."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x: expected floats [batch, heads, length, head_dim]; got {x.dtype} of shape {tuple(x.shape)}")
+    batch, _, length, head_dim = x.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        fits = (table.dim() == 3 and table.shape[0] == batch and table.shape[1] == length
+                and table.shape[2] == cos.shape[2] and 0 < 2 * table.shape[2] <= head_dim)
+        if not fits or not table.is_floating_point() or table.device != x.device:
+            raise ValueError(f"{name}: expected floats [{batch}, {length}, pairs] on {x.device} with at most {head_dim // 2} "
+                             f"pairs, cos and sin alike; got {table.dtype} of shape {tuple(table.shape)} on {table.device}")

@@ -276,6 +276,16 @@ def soft_tree_mask(enter: torch.Tensor, leave: torch.Tensor, penalty: torch.Tens
     return SOFT_TREE(enter[:, None, :, None], enter[:, None, None, :], leave[:, None, None, :], penalty)
 
 
+def check_buckets(buckets: int, bidirectional: bool, max_distance: int, name: str = "table") -> None:
+    """Of T5's bias: single distances need a bucket at least, and ``max_distance`` must lie beyond them."""
+    exact = buckets // (4 if bidirectional else 2)
+    if exact < 1:
+        raise ValueError(f"{name}: expected at least {4 if bidirectional else 2} buckets"
+                         f"{' of two directions' if bidirectional else ''}; got {buckets}")
+    if isinstance(max_distance, bool) or not isinstance(max_distance, numbers.Integral) or max_distance <= exact:
+        raise ValueError(f"max_distance: expected an int above {exact}, the buckets of single distances; got {max_distance!r}")
+
+
 def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: bool = True,
             max_distance: int = 128) -> RelativeBias:
     """T5's relative position bias from its ``table`` [buckets, H], to which gradients flow.
@@ -287,6 +297,7 @@ def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: 
     """
     if not isinstance(table, torch.Tensor) or table.dim() != 2:
         raise TypeError(f"table: expected a tensor [buckets, H]; got {getattr(table, 'shape', table)!r}")
+    check_buckets(table.shape[0], bidirectional, max_distance)
     # values[..., j - i + Nq - 1] belongs to query i at position i + Nk - Nq.
     distance = torch.arange(max(n_queries + n_keys - 1, 0), device=table.device) - (n_keys - 1)
     buckets, bucket = table.shape[0], torch.zeros_like(distance)
@@ -297,7 +308,7 @@ def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: 
     else:
         distance = (-distance).clamp(min=0)
     exact = buckets // 2
-    ratio = torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact)
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     ranged = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
     bucket = bucket + torch.where(distance < exact, distance, ranged)
     return RelativeBias(table[bucket].T.contiguous()[None])

@@ -15,7 +15,7 @@ import torch
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fused_attn.layout import keeps_residual, like, lse_like
+from fused_attn.layout import check_rotary, keeps_residual, like, lse_like
 from fused_attn.replay import watched
 from fused_attn.schema import BACKWARD, FORWARD, Inputs, Needs, Saved
 from fused_attn.spec import AttentionSpec, Companions
@@ -157,6 +157,7 @@ def refuse_batches(*_: Any) -> Any:
 
 
 def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+    check_rotary(x, cos, sin)
     return like(x, x.shape[3])
 
 

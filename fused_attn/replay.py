@@ -28,6 +28,11 @@ def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
     return any(x is not None and (type(x) not in _CLASSES or x.is_meta) for x in tensors)
 
 
+def traced(x: torch.Tensor) -> bool:
+    """Whether the values of a tensor cannot be looked at, or must not: the next run of what is traced has others."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(x) not in _CLASSES or x.is_meta
+
+
 class Replay(NamedTuple):
     """The launches of one kind of call, and what it allocates: out, lse and buffers, each (shape, strides, type)."""
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fused_attn import torch_private
 from fused_attn.bench.cases import Case
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,7 +29,7 @@ class Peer:
 
 
 def _sdpa_default(case: Case, device: str) -> Attend:
-    return functools.partial(F.scaled_dot_product_attention, is_causal=case.causal, scale=case.scale,
+    return functools.partial(torch_private.sdpa, is_causal=case.causal, scale=case.scale,
                              enable_gqa=case.heads != case.kv_heads)
 
 
