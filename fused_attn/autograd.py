@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from fused_attn import ops, replay
+from fused_attn import ops, replay, torch_private
 from fused_attn.execution import Needs
 from fused_attn.kernels import launch
 from fused_attn.lowering import pack
@@ -87,7 +86,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     sources = (q, k, v, companions.sinks, companions.score_weight, *operands)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # Forward AD and torch.func get torch's own clear errors from the Function, before the op's guard would raise.
-    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    transformed = torch_private.forward_mode() or torch_private.transforms_active()
     if not wanted and not transformed:
         out, lse, _ = ops.forward(q, k, v, companions, packed)
         return out, _rounded(lse)

@@ -93,7 +93,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
-    longest = torch.sym_min(max_seqlen_q, q.shape[2]), torch.sym_min(max_seqlen_k, k.shape[2])
+    longest = _at_most(max_seqlen_q, q.shape[2]), _at_most(max_seqlen_k, k.shape[2])
     spec = spec._replace(longest=longest)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
@@ -106,9 +106,13 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     return Described(q, k, v, spec, companions)
 
 
+def _at_most(length: int, total: int) -> int:
+    return total if torch_private.known(length > total) else length
+
+
 def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> torch.Tensor:
     """An operand of ``extents`` as one of ``n_queries`` and ``n_keys``, which may be fewer."""
-    if n_queries == extents.n_queries and n_keys == extents.n_keys:
+    if torch_private.known(n_queries == extents.n_queries) and torch_private.known(n_keys == extents.n_keys):
         return x
     if x.dim() == 3:  # the value of (i, j) lies at j - i + Nq - 1
         return x[..., extents.n_queries - n_queries :][..., : max(n_queries + n_keys - 1, 0)]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_attn import execution
+from fused_attn import execution, torch_private
 from fused_attn.execution import Needs, keeps_residual, like, lse_like
 from fused_attn.lowering import unpack
 from fused_attn.replay import watched
@@ -113,18 +114,18 @@ def _backward_fake(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tenso
     return *grads, dsinks, dscore_weight, doperands
 
 
-def _guard(name: str) -> Callable[..., Any]:
+def _guard(name: str, below_autograd: Callable[[], Any]) -> Callable[..., Any]:
     """What the op does where autograd reaches it past ``fused_attn.autograd``: raise, where torch would see a constant."""
 
     def guard(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if wanted or any(torch._VF._unpack_dual(x, level=0).tangent is not None for x in tensors):
+        if wanted or any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
             instead = "apply_rotary" if name == "rotary" else "attention"
             raise RuntimeError(f"fused_attn::{name} carries no gradient of its own: call fused_attn.{instead}; torch.func and "
                                "forward AD over backend 'triton' are not built yet, backend='reference' has them")
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return getattr(torch.ops.fused_attn, name).default(*args)
 
     return guard
@@ -137,7 +138,8 @@ def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 for _name, _run, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake),
                            ("rotary", execution.rotary, _rotary_fake)):
     torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_run)
-    torch.library.impl(_LIBRARY, _name, "Autograd")(_guard(_name))
+    if torch_private.below_autograd is not None:
+        torch.library.impl(_LIBRARY, _name, "Autograd")(_guard(_name, torch_private.below_autograd))
     torch.library.register_fake(f"fused_attn::{_name}", _fake, lib=_LIBRARY)
 
 

@@ -232,7 +232,8 @@ class Padded(NamedTuple):
     def of(cls, x: torch.Tensor, cu: torch.Tensor, used: torch.Tensor | None, longest: int) -> "Padded":
         """From x [1, H, T, D]."""
         longest = width(longest, x)
-        lengths = (cu[1:] - cu[:-1]).clamp(max=longest)
+        cu = cu.clamp(0, x.shape[2])
+        lengths = cu.diff().clamp(0, longest)
         lengths = lengths if used is None else torch.minimum(lengths, used).clamp(min=0)
         index = torch.arange(longest, device=x.device)
         rows = torch.where(index < lengths[:, None], cu[:-1, None] + index, x.shape[2])

@@ -104,7 +104,8 @@ def test_every_feature_alone_compiles_whole(name, dynamic, way):
 SDPA = {  # heads of q, k and v, a mask, and arguments
     "plain": ((2, 2, 2), None, {}), "causal": ((2, 2, 2), None, {"is_causal": True}),
     "grouped": ((4, 2, 2), None, {"enable_gqa": True}), "unequal groups": ((12, 4, 6), None, {"enable_gqa": True}),
-    "bool mask": ((2, 2, 2), torch.ones(5, 7).tril(2) > 0, {}), "bias": ((2, 2, 2), torch.linspace(-1, 1, 7).double()[None], {}),
+    "bool mask": ((2, 2, 2), torch.ones(5, 7).tril(2) > 0, {}),
+    "bias": ((2, 2, 2), torch.linspace(-1, 1, 7).double()[None], {}),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_attn import describe, inspection
+from fused_attn import describe, inspection, torch_private
 from fused_attn.functional import attention, attention_varlen
 from fused_attn.nn.cache import KVCache, MemoryCache
 from fused_attn.nn.masks import causal_bias, check_new_padding, mask_arguments
@@ -194,8 +194,7 @@ class MultiheadAttention(nn.MultiheadAttention):
               cache: MemoryCache | None = None) -> Heads:
         """What ``forward`` gives to ``attention``, dropout apart."""
         hint, attn_mask = causal_bias(attn_mask, query, key, self.batch_first)
-        batched = F._mha_shape_check(  # type: ignore[attr-defined]
-            query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        batched = torch_private.mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None and not hint and not self.options.causal:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                                "`generate_square_subsequent_mask` to create this mask, or construct fused_attn.nn's modules "
@@ -357,8 +356,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             q_at = at if query is key else _jagged_positions(q, offsets_q, offsets_k)
             q, k = (rope.turn(x.transpose(0, 1)[None], x_at)[0].transpose(0, 1) for x, x_at in ((q, q_at), (k, at)))
         out = attention_varlen(
-            q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), query._get_max_seqlen(),  # type: ignore[attr-defined]
-            key._get_max_seqlen(), causal=self.options.causal or is_causal,  # type: ignore[attr-defined]
+            q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), torch_private.longest(query),
+            torch_private.longest(key), causal=self.options.causal or is_causal,
             dropout_p=self.dropout if self.training else 0.0, **self._variant(q.device))
         nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(self.out_proj(out.flatten(1)), offsets_q)
         return nested
