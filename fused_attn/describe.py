@@ -100,7 +100,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
-    bounds = Longest(torch.sym_min(max_seqlen_q, q.shape[2]), torch.sym_min(max_seqlen_k, k.shape[2]))
+    bounds = Longest(_at_most(max_seqlen_q, q.shape[2]), _at_most(max_seqlen_k, k.shape[2]))
     spec = spec._replace(longest=bounds)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
@@ -111,6 +111,10 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
         spec, companions = _companions(q, extents, spec, companions, **others)
         companions = companions._replace(operands=tuple(_within(x, extents, *bounds) for x in companions.operands))
     return Described(q, k, v, spec, companions)
+
+
+def _at_most(length: int, total: int) -> int:
+    return total if torch_private.known(length > total) else length
 
 
 def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> torch.Tensor:
@@ -189,7 +193,7 @@ def _check_classes(**arguments: Any) -> None:
 
 def _speaks_for_itself(kind: Any) -> bool:
     function, inherited = (getattr(f, "__func__", f) for f in (kind.__torch_function__, torch.Tensor.__torch_function__))
-    own = function not in (inherited, torch._C._disabled_torch_function_impl)
+    own = function not in (inherited, torch_private.no_torch_function)
     return own and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 

@@ -46,7 +46,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-@settings.constant_when_traced
+@torch_private.constant_when_traced
 def device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     """What stands against the kernels on a device, whatever the call."""
     return _device_reasons(device_type, index)
@@ -180,7 +180,7 @@ def _fall_back(preferred: str, reasons: tuple[str, ...], call: Described, return
     return chosen, message
 
 
-@settings.constant_when_traced
+@torch_private.constant_when_traced
 def warn_once(message: str) -> None:
     """One warning for each distinct message of the process; under torch.compile, while tracing."""
     _warn_once(message)

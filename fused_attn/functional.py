@@ -185,8 +185,8 @@ def _nested(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool,
         raise ValueError(f"v: expected k's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
     packed = attention_varlen(
         tokens[0].values(), tokens[1].values(), tokens[2].values(), offsets_q.to(torch.int32), offsets_k.to(torch.int32),
-        tokens[0]._get_max_seqlen(), tokens[1]._get_max_seqlen(), return_lse=return_lse, strict=strict, backend=backend,
-        **arguments)
+        torch_private.longest(tokens[0]), torch_private.longest(tokens[1]), return_lse=return_lse, strict=strict,
+        backend=backend, **arguments)
     out, lse = packed if return_lse else (packed, None)
     nested = torch.nested.nested_tensor_from_jagged(out, offsets_q).transpose(1, 2)
     if lse is None:
@@ -314,7 +314,7 @@ def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_nested for x in tensors):
         return ["a tensor subclass or a nested tensor"]
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.transforms_active():
         return ["a transform of torch.func"]
     if query.device.type == "cpu" and settings.BACKEND != "triton":
         return ["the tensors are on the CPU"]

@@ -230,9 +230,10 @@ class Padded(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor, cu: torch.Tensor, used: torch.Tensor | None, longest: int) -> "Padded":
         """From x [1, H, T, D]."""
-        longest, cu = width(longest, x), cu.clamp(0, x.shape[2])  # nobody has looked whether they stay within x
-        lengths = (cu[1:] - cu[:-1]).clamp(max=longest)
-        lengths = (lengths if used is None else torch.minimum(lengths, used)).clamp(min=0)
+        longest = width(longest, x)
+        cu = cu.clamp(0, x.shape[2])
+        lengths = cu.diff().clamp(0, longest)
+        lengths = lengths if used is None else torch.minimum(lengths, used).clamp(min=0)
         index = torch.arange(longest, device=x.device)
         rows = torch.where(index < lengths[:, None], cu[:-1, None] + index, x.shape[2])
         return cls(F.pad(x[0], (0, 0, 0, 1))[:, rows].transpose(0, 1), rows, lengths)

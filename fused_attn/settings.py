@@ -14,13 +14,12 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 BACKENDS = ("triton", "torch", "reference")
 RUNGS = ("pointers", "descriptors", "specialized", "gluon")
@@ -97,13 +96,6 @@ def _within(name: str, value: Any) -> Iterator[None]:
 def interpreted() -> bool:
     """Whether kernels run in Triton's CPU interpreter; Triton asks once, when it decorates them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in (*_TRUE, "y")
-
-
-def constant_when_traced(function: _F) -> _F:
-    """Has torch.compile call ``function`` while tracing and keep the result, as ``torch.compiler.assume_constant_result``
-    does; that one imports torch._dynamo and, through it, Triton: over a second that ``import fused_attn`` need not take."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def is_strict(argument: bool | None) -> bool:

@@ -61,12 +61,10 @@ SDPA_DEFAULT = Peer("sdpa", _sdpa_default, _against_sdpa)  # what torch itself w
 
 def compiled_flex() -> Callable[..., Any]:
     """torch's flex_attention, compiled anew."""
-    import torch._dynamo
-    import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.reset()  # past eight shapes of one function it would run uncompiled
-    torch._functorch.config.donated_buffer = False  # else the backward cannot be repeated on one graph
+    torch.compiler.reset()  # past eight shapes of one function it would run uncompiled
+    torch_private.keep_buffers_of_graphs()
     compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return compiled
 
