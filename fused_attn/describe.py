@@ -3,13 +3,14 @@
 import itertools
 import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import torch
 
 from fused_attn import mods, replay, settings, torch_private
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
-from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
+from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHERS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
@@ -45,6 +46,10 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
     ``score_weight`` [D] or [H, D] makes the score additive, with 1 for its scale where none is given.
     """
     q, k, v = check_tensors(q, k, v)
+    for name in ("bias", "mask"):
+        if others.get(name) is not None and _is_causal_bias(name, others[name], q.shape[2], k.shape[2]):
+            causal, others[name] = True, None
+    _check_classes(key_lengths=key_lengths, score_weight=score_weight, **others)
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     companions = NO_COMPANIONS
@@ -90,11 +95,13 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     if q.device.type == "cpu" and not (replay.traced(cu_seqlens_q) or replay.traced(cu_seqlens_k)):  # looking costs nothing
         _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
+    _check_classes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
+                   score_weight=score_weight, **others)
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
-    longest = _at_most(max_seqlen_q, q.shape[2]), _at_most(max_seqlen_k, k.shape[2])
-    spec = spec._replace(longest=longest)
+    bounds = Longest(_at_most(max_seqlen_q, q.shape[2]), _at_most(max_seqlen_k, k.shape[2]))
+    spec = spec._replace(longest=bounds)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
     companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
@@ -102,7 +109,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     if _adds_of(others):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
         spec, companions = _companions(q, extents, spec, companions, **others)
-        companions = companions._replace(operands=tuple(_within(x, extents, *longest) for x in companions.operands))
+        companions = companions._replace(operands=tuple(_within(x, extents, *bounds) for x in companions.operands))
     return Described(q, k, v, spec, companions)
 
 
@@ -116,7 +123,8 @@ def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> t
         return x
     if x.dim() == 3:  # the value of (i, j) lies at j - i + Nq - 1
         return x[..., extents.n_queries - n_queries :][..., : max(n_queries + n_keys - 1, 0)]
-    return x[:, :, : n_queries if x.shape[2] > 1 else 1, : n_keys if x.shape[3] > 1 else 1]
+    one_query, one_key = (torch_private.known(size == 1) for size in x.shape[2:])
+    return x[:, :, : 1 if one_query else n_queries, : 1 if one_key else n_keys]
 
 
 def seeded(call: Described) -> Described:
@@ -126,9 +134,7 @@ def seeded(call: Described) -> Described:
     """
     if call.spec.dropout_p == 0 or call.companions.seed is not None:
         return call
-    # Drawn on the device from torch's own generator: it follows torch.manual_seed, and CUDA graphs advance it.
-    seed = torch.randint(2**63 - 1, (1,), device=call.q.device)
-    return call._replace(companions=call.companions._replace(seed=seed))
+    return call._replace(companions=call.companions._replace(seed=torch.ops.fused_attn.seed(call.q)))
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,6 +165,36 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[to
     if head_dim == 0 or v.shape[3] == 0:
         raise ValueError(f"q, v: expected head dims of at least 1; got {head_dim} and {v.shape[3]}")
     return q, k, v
+
+
+def _is_causal_bias(name: str, x: Any, n_queries: int, n_keys: int) -> bool:
+    """Whether ``x`` is torch.nn.attention.bias's way to say ``causal=True``; of another length or alignment it raises."""
+    bias = sys.modules.get("torch.nn.attention.bias")  # who has one has imported it
+    if bias is None or not isinstance(x, bias.CausalBias):
+        return False
+    if (x.seq_len_q, x.seq_len_kv) != (n_queries, n_keys):
+        raise ValueError(f"{name}: expected a CausalBias of {n_queries} queries and {n_keys} keys; "
+                         f"got one of {x.seq_len_q} and {x.seq_len_kv}")
+    if x.variant != bias.CausalVariant.LOWER_RIGHT and n_queries != n_keys:
+        raise ValueError(f"{name}: expected causal_lower_right, which aligns the last query with the last key as causal=True "
+                         "does; got causal_upper_left, which scaled_dot_product_attention(is_causal=True) computes")
+    return True
+
+
+def _check_classes(**arguments: Any) -> None:
+    """Refuses tensors whose class says by ``__torch_function__`` what torch's functions make of them: kernels read storage."""
+    for name, argument in arguments.items():
+        values = argument.args if isinstance(argument, Bound) else argument if isinstance(argument, tuple) else (argument,)
+        for x in (y.values if isinstance(y, RelativeBias) else y for y in values):
+            if isinstance(x, torch.Tensor) and type(x) is not torch.Tensor and _speaks_for_itself(type(x)):
+                raise TypeError(f"{name}: expected a plain tensor; got a {type(x).__name__}, whose values may not be those it "
+                                "stores; x.as_subclass(torch.Tensor) passes what it stores")
+
+
+def _speaks_for_itself(kind: Any) -> bool:
+    function, inherited = (getattr(f, "__func__", f) for f in (kind.__torch_function__, torch.Tensor.__torch_function__))
+    own = function not in (inherited, torch_private.disabled_torch_function)
+    return own and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -341,7 +377,7 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
             kinds.append(TENSOR)
         else:
             kinds.append(repr(int(arg)) if isinstance(arg, numbers.Integral) else repr(float(arg)))
-    return Member(bound.mod.key, tuple(kinds))
+    return Member(bound.mod.code, tuple(kinds), bound.mod.reference)
 
 
 def _broadcasts(size: int, full: int) -> bool:

@@ -88,9 +88,8 @@ def against_triton(call: Described) -> tuple[str, ...]:
     if call.companions.score_weight is not None and q.shape[3] > tuning.MAX_ADDITIVE:
         reasons += (f"head dim {q.shape[3]}: the kernels carry additive scores up to {tuning.MAX_ADDITIVE}",)
     for member in call.spec.score_mods + call.spec.mask_mods:
-        mod = mods.registered(member.key)
-        if mod.function is None and mod not in mods.SHIPPED:
-            reasons += (f"{mod.name} has no jit function",)
+        if not member.code.has_kernel:
+            reasons += (f"{member.code.name} has no jit function",)
     return reasons + _missing_slopes(call) if call.spec.score_mods and torch.is_grad_enabled() else reasons
 
 
@@ -101,7 +100,7 @@ def _missing_slopes(call: Described) -> tuple[str, ...]:
     # whether a gradient passes through the mods to come
     through = any(x is not None and x.requires_grad for x in (call.q, call.k, call.companions.score_weight))
     for member in call.spec.score_mods:
-        mod = mods.registered(member.key)
+        mod = member.code
         slopes = mod.arg_slopes + (None,) * len(member.args)
         if mod.function is not None and through and mod.slope is None:
             reasons += (f"{mod.name} has no slope, which gradients need",)
@@ -128,14 +127,14 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
     if spec.precise and any(x.requires_grad for x in (q, call.k, call.v)):
         reasons += ("torch's fused kernel has no precise backward",)
     for member in spec.score_mods:
-        if member.key != mods.BIAS.key:
-            reasons += (f"torch's fused kernel has no score mod {mods.registered(member.key).name}",)
+        if member.code != mods.BIAS.code:
+            reasons += (f"torch's fused kernel has no score mod {member.code.name}",)
     operands = iter(companions.operands)
     for member in spec.score_mods:
         tensors = [next(operands) for kind in member.args if kind in (TENSOR, RELATIVE)]
-        if member.key == mods.BIAS.key and (RELATIVE in member.args or tensors[0].requires_grad):
+        if member.code == mods.BIAS.code and (RELATIVE in member.args or tensors[0].requires_grad):
             reasons += ("torch's fused kernel gives no bias gradient and takes no relative bias",)
-    if any(member.key not in (mods.MASK.key, mods.HIDE.key) for member in spec.mask_mods):
+    if any(member.code not in (mods.MASK.code, mods.HIDE.code) for member in spec.mask_mods):
         reasons += ("torch's fused kernel has no mask functions",)
     if spec.longest is not None and (q.device.type != "cpu" or companions.operands or spec.dropout_p > 0):
         reasons += ("torch's fused kernel takes no packed sequences with masks or dropout, and on a GPU none at all",)
@@ -253,7 +252,7 @@ def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec
     """One mask or bias for torch, of the masks and the biases of a call: one tensor each, in this order."""
     biases, masks = companions.operands[: len(spec.score_mods)], companions.operands[len(spec.score_mods) :]
     for member, operand in zip(spec.mask_mods, masks, strict=True):
-        operand = operand == 0 if member.key == mods.HIDE.key else operand
+        operand = operand == 0 if member.code == mods.HIDE.code else operand
         mask = operand if mask is None else mask & operand
     bias = functools.reduce(torch.add, biases) if biases else None
     if bias is None:
@@ -273,9 +272,8 @@ def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
                 reference.spans(companions.cu_k, companions.used_k, k.shape[2]), strict=True)
     for (q0, q1), (k0, k1) in spans:
         parts = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
-        empty = q.new_zeros(1, q.shape[1], q1 - q0, v.shape[3])
         outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]),
-                 empty if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
+                 _of_nothing(*parts) if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
         at = q1
     return torch.cat((*outs, q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3])), 2)
 
@@ -289,6 +287,12 @@ def _torch_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atten
     mask = (torch.arange(n_keys, device=q.device) < keys.lengths[:, None])[:, None, None, :]
     if spec.window != Window():
         mask = mask & reference.window_mask(spec, n_queries, n_keys, q.device, queries.offset(keys, spec))
-    masked = spec._replace(longest=None, window=Window(), mask_mods=(Member(mods.MASK.key, (TENSOR,)),))
+    masked = spec._replace(longest=None, window=Window(), mask_mods=(Member(mods.MASK.code, (TENSOR,)),))
     out = torch_attention(queries.x, keys.x, values.x, masked, Companions(operands=(mask,)))
     return queries.packed(out, q.shape[2], 0)
+
+
+def _of_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention without queries, or without keys: 0 [1, H, Nq, Dv], with gradients of 0 like any other answer."""
+    group = q.shape[1] // k.shape[1]
+    return q @ k.repeat_interleave(group, 1).mT @ v.repeat_interleave(group, 1)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fused_attn import mods, replay
+from fused_attn import replay
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
 from fused_attn.torch_private import known
 
@@ -118,10 +118,9 @@ def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int,
 
 
 def _twin(member: Member) -> Any:
-    mod = mods.registered(member.key)
-    if mod.reference is None:
-        raise ValueError(f"{mod.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
-    return mod.reference
+    if member.reference is None:
+        raise ValueError(f"{member.code.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
+    return member.reference
 
 
 def _arguments(member: Member, operands: Any, scores: torch.Tensor, raw: bool = False) -> tuple[Any, ...]:
@@ -231,10 +230,9 @@ class Padded(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor, cu: torch.Tensor, used: torch.Tensor | None, longest: int) -> "Padded":
         """From x [1, H, T, D]."""
-        longest = width(longest, x)
-        cu = cu.clamp(0, x.shape[2])
-        lengths = cu.diff().clamp(0, longest)
-        lengths = lengths if used is None else torch.minimum(lengths, used).clamp(min=0)
+        longest, cu = width(longest, x), cu.clamp(0, x.shape[2])  # nobody has looked whether they stay within x
+        lengths = (cu[1:] - cu[:-1]).clamp(max=longest)
+        lengths = (lengths if used is None else torch.minimum(lengths, used)).clamp(min=0)
         index = torch.arange(longest, device=x.device)
         rows = torch.where(index < lengths[:, None], cu[:-1, None] + index, x.shape[2])
         return cls(F.pad(x[0], (0, 0, 0, 1))[:, rows].transpose(0, 1), rows, lengths)

@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -361,6 +362,7 @@ class Inputs:
     def described(self, leaves: Leaves) -> Described:
         """As the package describes it; a nested call as a packed one."""
         arguments, shape = self.arguments(leaves), self.call.shape
+        arguments.pop("deterministic", None)  # of a run, not of what is computed
         tensors = [leaves[name] for name in "qkv"]
         torch.manual_seed(1)
         if shape.layout == "dense":
@@ -385,13 +387,19 @@ class Inputs:
             return result.transpose(1, 2).values()
         return tuple(x.transpose(1, 2).values() for x in result)
 
-    def run(self, backend: str, *, with_lse: bool = True) -> Leaves:
-        """out, lse and the gradient of every leaf, through out and LSE; of the feature ``lse`` through LSE alone."""
+    def run(self, backend: str | None, *, with_lse: bool = True, return_lse: bool = True,
+            through: Callable[..., Any] = lambda call: call) -> Leaves:
+        """out, lse if returned, and the gradient of every leaf, through out and LSE; of the feature ``lse`` through LSE alone.
+
+        ``through`` changes the call before it is made, as torch.compile does.
+        """
         leaves = {name: x.detach().requires_grad_() for name, x in self.leaves.items()}
         torch.manual_seed(1)  # dropout draws one seed a call
-        out, lse = self.attention(leaves, backend)
-        through = [(out, self.dout)] if "lse" not in self.call.features else []
-        through += [(lse, self.dlse)] if with_lse or not through else []
-        outputs, grads = zip(*through, strict=True)
+        results = through(partial(self.attention, backend=backend, return_lse=return_lse))(leaves)
+        results = results if return_lse else (results,)
+        wanted = [(results[0], self.dout)] if "lse" not in self.call.features else []
+        wanted += [(results[1], self.dlse)] if return_lse and (with_lse or not wanted) else []
+        outputs, grads = zip(*wanted, strict=True)
         gradients = torch.autograd.grad(outputs, list(leaves.values()), grads, materialize_grads=True)
-        return {"out": out.detach(), "lse": lse.detach(), **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}
+        return {**{name: x.detach() for name, x in zip(("out", "lse"), results, strict=False)},
+                **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}
