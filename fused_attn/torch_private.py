@@ -34,6 +34,10 @@ transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_a
 profiler_enabled: Callable[[], bool] = _private("_C._autograd._profiler_enabled", lambda: True)
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # public, and not exported
 
+# What a subclass says in __torch_function__ that wants torch's functions to see it as a plain tensor.
+disabled_torch_function: Any = _private("_C._disabled_torch_function_impl", None)
+# The set of dispatch keys of a tensor, by name: nothing else tells of the older vmap, of is_grads_batched.
+_dispatch_keys: Callable[[torch.Tensor], Any] | None = _private("_C._dispatch_keys", None)
 # Keeps a spin of that many cycles on the device, so that what is timed waits for nothing but its turn.
 cuda_sleep: Callable[[int], None] = _private("cuda._sleep", lambda cycles: None)
 # A context below autograd, in which an op that answers for autograd calls its own implementation.
@@ -66,6 +70,11 @@ def forward_mode() -> bool:
     return level >= 0
 
 
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether ``is_grads_batched`` made x of many."""
+    return _dispatch_keys is not None and bool(_dispatch_keys(x).has("Batched"))
+
+
 def longest(jagged: Any) -> int:
     """The longest sequence of a jagged nested tensor, without asking the device where torch knows it."""
     known_to_torch = getattr(jagged, "_get_max_seqlen", None)
@@ -93,8 +102,19 @@ def constant_when_traced(function: _F) -> _F:
 
 def keep_buffers_of_graphs() -> None:
     """Has a compiled backward run more than once on one graph, which torch would let overwrite what it saved."""
+    config = _compiler_config()
+    if config is not None:
+        config.donated_buffer = False
+
+
+def activation_memory_budget() -> float:
+    """What part of a graph's activations a compiler may save for the backward, 1 for all."""
+    return float(getattr(_compiler_config(), "activation_memory_budget", 1))
+
+
+def _compiler_config() -> Any:
     try:
-        from torch._functorch import config
+        from torch._functorch import config  # here: it is the compiler's
     except ImportError:
-        return
-    config.donated_buffer = False
+        return None
+    return config

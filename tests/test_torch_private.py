@@ -65,6 +65,8 @@ NAMES = {  # where each stands, and what works without it
     "_C._len_torch_dispatch_stack": lambda: watches(),
     "_C._are_functorch_transforms_active": lambda: watches(),
     "_C._autograd._profiler_enabled": lambda: watches(),
+    "_C._disabled_torch_function_impl": lambda: same(fused_attn.attention),
+    "_C._dispatch_keys": lambda: not_batched(),
     "cuda._sleep": lambda: torch_private.cuda_sleep(10),
     "_C._AutoDispatchBelowAutograd": lambda: without_a_guard(),
     "autograd.forward_ad._current_level": lambda: forward_mode_is_assumed(),
@@ -88,6 +90,10 @@ def watches():
     x = torch.randn(1, 2, 4, 8)
     assert replay.watched((x,))
     same(fused_attn.attention)
+
+
+def not_batched():
+    assert not torch_private.is_batched(torch.ones(2))
 
 
 def without_a_guard():
@@ -150,3 +156,4 @@ def test_graphs_of_a_torch_without_donated_buffers(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
     monkeypatch.delattr(_functorch, "config", raising=False)
     torch_private.keep_buffers_of_graphs()
+    assert torch_private.activation_memory_budget() == 1
