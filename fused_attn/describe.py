@@ -193,7 +193,7 @@ def _check_classes(**arguments: Any) -> None:
 
 def _speaks_for_itself(kind: Any) -> bool:
     function, inherited = (getattr(f, "__func__", f) for f in (kind.__torch_function__, torch.Tensor.__torch_function__))
-    own = function not in (inherited, torch_private.no_torch_function)
+    own = function not in (inherited, torch_private.disabled_torch_function)
     return own and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 

@@ -122,7 +122,7 @@ def _seed(like: torch.Tensor) -> torch.Tensor:
     A compiler that computes again in the backward what it could have saved (``activation_memory_budget`` below 1) must not draw
     again: it is told to save this one, by the mark that its own activation checkpointing leaves.
     """
-    if torch.compiler.is_compiling() and torch_private.memory_budget() == 0:
+    if torch.compiler.is_compiling() and torch_private.activation_memory_budget() == 0:
         warnings.warn("fused_attn: activation_memory_budget=0 saves nothing but inputs, so the backward draws its dropout mask "
                       "anew and gradients are of another mask than the output; a budget above 0 saves the seed",
                       RuntimeWarning, stacklevel=2)

@@ -44,26 +44,6 @@ cuda_sleep: Callable[[int], None] = _private("cuda._sleep", lambda cycles: None)
 below_autograd: Callable[[], Any] | None = _private("_C._AutoDispatchBelowAutograd", None)
 
 
-# What a class of tensors that is not to be asked has for its __torch_function__.
-no_torch_function: Any = _private("_C._disabled_torch_function_impl", None)
-
-
-def is_batched(x: torch.Tensor) -> bool:
-    """Whether ``is_grads_batched`` made this of many, by a vmap that is older than torch.func's."""
-    keys = _private("_C._dispatch_keys", None)
-    return keys is not None and bool(keys(x).has("Batched"))
-
-
-def memory_budget() -> float:
-    """Which share of what a compiled forward could save for its backward it may."""
-    try:
-        from torch._functorch import config
-    except ImportError:
-        return 1.0
-    budget: float = getattr(config, "activation_memory_budget", 1.0)
-    return budget
-
-
 def forward_mode() -> bool:
     """Whether forward AD is on."""
     level: int = getattr(forward_ad, "_current_level", 0)
