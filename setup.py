@@ -28,7 +28,7 @@ BENCH = [
     "pytest-benchmark",  # overhead of a call, measured beside the tests
 ]
 TRANSFORMERS = [
-    "transformers>=5",  # fused_attn.integrations.transformers plugs into its attention interface
+    "transformers>=5.4,<5.25",  # fused_attn.integrations.transformers plugs into its attention interface; both ends are tested
 ]
 TEST = [
     "pytest",  # runs the suite

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.conditions import conditions
+from fused_attn import files, options
 from fused_attn.report import print_table, track
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +57,7 @@ def checked_out(revision: str, root: Path) -> Iterator[tuple[Path, str]]:
     def git(*command: str) -> str:
         done = subprocess.run(("git", "-C", str(root), *command), capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"benchmarks.compare: git {' '.join(command)}: {done.stderr.strip()}")
+            raise options.BadInputError(f"git {' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
     commit = git("rev-parse", "--verify", f"{revision}^{{commit}}")
@@ -105,34 +104,40 @@ def _shown(row: Row) -> Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__,
+    parser = options.Parser(prog="python -m benchmarks.compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="revision to compare the working tree with")
-    parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=options.file(), help="write the rows and their conditions to this JSON file")
+    parser.add_argument("--rounds", type=options.whole(1), default=11)
     parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="a GPU where there is one")
+    parser.add_argument("--device", choices=options.DEVICES, help="a GPU where there is one")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to compare; by default this one")
-    options = parser.parse_args(arguments)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with checked_out(options.base, options.root) as (tree, commit), contextlib.ExitStack() as stack:
-        now, base = Revision(options.root, device), Revision(tree, device)
+    return options.run(parser, arguments, measure)
+
+
+def measure(asked: argparse.Namespace) -> int:
+    """Compares, prints and writes; Ctrl-C ends the comparing and nothing else."""
+    device = options.device(asked.device)
+    rows: list[Row] = []
+    with checked_out(asked.base, asked.root) as (tree, commit), contextlib.ExitStack() as stack:
+        now, base = Revision(asked.root, device), Revision(tree, device)
         for revision in (now, base):
             stack.callback(revision.close)
         base.ask(list=True)
-        names = [name for name in now.ask(list=True)["names"] if options.only in name]
+        names = [name for name in now.ask(list=True)["names"] if asked.only in name]
         if not names:
-            print(f"benchmarks.compare: no case contains {options.only!r}", file=sys.stderr)
-            return 2
-        rows = [row for name in track(names, "comparing") for row in compare(name, now, base, options.rounds)]
-    print_table([_shown(row) for row in rows], f"the working tree over {options.base} ({commit[:12]}): medians of "
-                f"{options.rounds} rounds in turns, 20th to 80th percentile; slower or faster where these lie 2% from 1")
-    if options.out is not None:
+            raise options.BadInputError(f"--only: no case contains {asked.only!r}")
+        with options.until_interrupted() as interrupted:
+            for name in track(names, "comparing"):
+                rows += compare(name, now, base, asked.rounds)
+    print_table([_shown(row) for row in rows], f"the working tree over {asked.base} ({commit[:12]}): medians of "
+                f"{asked.rounds} rounds in turns, 20th to 80th percentile; slower or faster where these lie 2% from 1")
+    complete = not interrupted.is_set()
+    if asked.out is not None and (rows or complete):
         found = conditions(device, None) if device != "cpu" else conditions(device, None) | {"gpu": None, "interpreter": False}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"conditions": {**found, "base": commit}, "rows": rows}, indent=1) + "\n",
-                               encoding="utf-8")
-    return 1 if any("ratio" not in row for row in rows) else 0
+        result = {"conditions": {**found, "base": commit}, "complete": complete, "rows": rows}
+        files.write(asked.out, json.dumps(result, indent=1) + "\n")
+    return options.status(complete, all("ratio" in row for row in rows))
 
 
 if __name__ == "__main__":

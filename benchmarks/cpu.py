@@ -16,9 +16,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,28 +46,32 @@ def subjects() -> dict[str, Callable[[], Subject]]:
     return {**calls(), **layers(LAYER, "cpu")}
 
 
-def timed(named: dict[str, Callable[[], Subject]], rounds: int) -> list[Row]:
+def timed(named: dict[str, Callable[[], Subject]], rounds: int) -> Iterator[Row]:
     """The rows of some subjects."""
     from fused_attn.report import track
 
-    rows = []
     for name in track(list(named), "timing"):
-        rows += [{"case": name, **row} for row in Contest(named[name](), "cpu", rounds).rows()]
-    for row in rows:
-        if row.get("best_peer"):
-            row["added_us"] = round(1e3 * (row["ms"] - row["peers"][row["best_peer"]]["ms"]), 2)
-    return rows
+        for row in Contest(named[name](), "cpu", rounds).rows():
+            best = row.get("best_peer")
+            added = {"added_us": round(1e3 * (row["ms"] - row["peers"][best]["ms"]), 2)} if best else {}
+            yield {"case": name, **row, **added}
 
 
-def _stages(rounds: int = ROUNDS, small: bool = False) -> dict[str, Callable[[], list[Row]]]:
+def _cold() -> Iterator[Row]:
+    from benchmarks import fresh
+
+    for one in fresh.cold_cases("cpu"):
+        for row in fresh.cold(one, "cpu"):
+            yield {"case": f"cold {one.name}, {'trained' if len(one.passes) > 1 else 'alone'}", **row}
+
+
+def _stages(rounds: int = ROUNDS, small: bool = False) -> dict[str, Callable[[], Iterable[Row]]]:
     from benchmarks import fresh, models, packed, steps
 
     return {"calls": lambda: timed(calls(), rounds), "layers": lambda: timed(layers(LAYER, "cpu"), rounds),
             "models": lambda: timed(models.subjects("cpu", small), rounds),
             "steps": lambda: timed({**packed.subjects("cpu", small), **steps.subjects("cpu")}, rounds),
-            "cold": lambda: [{"case": f"cold {case.name}, {'trained' if len(case.passes) > 1 else 'alone'}", **row}
-                             for case in fresh.cold_cases("cpu") for row in fresh.cold(case, "cpu")],
-            "imports": fresh.imports, "memory": fresh.memory, "compile": fresh.compile_times}
+            "cold": _cold, "imports": fresh.imports, "memory": fresh.memory, "compile": fresh.compile_times}
 
 
 def _shown(row: Row) -> Row:
@@ -84,29 +87,39 @@ def _shown(row: Row) -> Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from benchmarks.conditions import conditions  # here, as benchmarks.compare runs the rest on revisions without it
+    from fused_attn import options  # here, as benchmarks.compare runs the rest on revisions without it
+
+    parser = options.Parser(prog="python -m benchmarks.cpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=options.file(), help="write the rows and their conditions to this JSON file")
+    parser.add_argument("--stage", choices=_stages(), action="append", help="this stage alone; may be given again")
+    parser.add_argument("--rounds", type=options.whole(1), default=ROUNDS,
+                        help=f"times of each, quick calls many at a time ({ROUNDS})")
+    parser.add_argument("--small", action="store_true", help="models of the smallest sizes")
+    return options.run(parser, arguments, measure)
+
+
+def measure(asked: argparse.Namespace) -> int:
+    """Runs the stages, prints and writes their rows; Ctrl-C ends the measuring and nothing else."""
+    from benchmarks.conditions import conditions
+    from fused_attn import files, options
     from fused_attn.report import print_table
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
-    parser.add_argument("--stage", choices=_stages(), action="append", help="this stage alone; may be given again")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"times of each, quick calls many at a time ({ROUNDS})")
-    parser.add_argument("--small", action="store_true", help="models of the smallest sizes")
-    options = parser.parse_args(arguments)
     found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads(),
              "load": os.getloadavg()}
     key = f"CPU, {found['threads']} threads/torch {found['torch']}/triton {found['triton']}/{found['source']}"
     common = {"commit": found["commit"], "conditions": key}
-    rows = []
-    for stage, run in _stages(options.rounds, options.small).items():
-        if options.stage is None or stage in options.stage:
-            rows += [{"stage": stage, **row, **common} for row in run()]
+    rows: list[Row] = []
+    with options.until_interrupted() as interrupted:
+        for stage, run in _stages(asked.rounds, asked.small).items():
+            for row in run() if asked.stage is None or stage in asked.stage else ():
+                rows.append({"stage": stage, **row, **common})
+    complete = not interrupted.is_set()
     print_table([_shown(row) for row in rows], f"on a CPU, {found['threads']} threads, torch {found['torch']}; medians")
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"conditions": {**found, "key": key}, "rows": rows}, indent=1) + "\n")
-    return 1 if any(row.get("error") for row in rows) else 0
+    if asked.out is not None and (rows or complete):
+        result = {"conditions": {**found, "key": key}, "complete": complete, "rows": rows}
+        files.write(asked.out, json.dumps(result, indent=1) + "\n")
+    return options.status(complete, not any(row.get("error") for row in rows))
 
 
 if __name__ == "__main__":

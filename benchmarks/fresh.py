@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,30 +138,25 @@ def imports(rounds: int = IMPORT_ROUNDS) -> list[Row]:
              "ratio_to_best_peer": round(medians["torch"] / medians["ours"], 4)}]
 
 
-def memory(lengths: Sequence[int] = LONG) -> list[Row]:
+def memory(lengths: Sequence[int] = LONG) -> Iterator[Row]:
     """One row a length and pass: MiB that causal attention takes at its peak beyond q, k, v and dout."""
-    rows: list[Row] = []
     for n in track(list(lengths), "memory"):
         for which in ("forward", "backward"):
             sides = ["ours", "sdpa", *(["reference"] if n <= QUADRATIC else [])]
             peaks = {side: round(float(output(MEMORY, which, side, n)) / 1024, 1) for side in sides}
-            row: Row = {"case": f"fp32 d64 b1 h4 n{n} causal", "pass": which, "family": "memory", "default": True,
-                        "peak_mib": peaks.pop("ours"), "peers": {side: {"peak_mib": peak} for side, peak in peaks.items()}}
-            rows.append(row)
-    return rows
+            yield {"case": f"fp32 d64 b1 h4 n{n} causal", "pass": which, "family": "memory", "default": True,
+                   "peak_mib": peaks.pop("ours"), "peers": {side: {"peak_mib": peak} for side, peak in peaks.items()}}
 
 
-def compile_times(targets: Sequence[str] = TARGETS, head_dims: Sequence[int] = (64, 128)) -> list[Row]:
+def compile_times(targets: Sequence[str] = TARGETS, head_dims: Sequence[int] = (64, 128)) -> Iterator[Row]:
     """One row a default kernel of causal bf16 attention: seconds of Triton and ptxas, with an empty cache."""
-    rows = []
     for target, head_dim in track([(target, head_dim) for target in targets for head_dim in head_dims], "compiling"):
         with tempfile.TemporaryDirectory() as cache:
             text = output(COMPILE, target, head_dim, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
         for found in map(json.loads, text.splitlines()):
             seconds = found.pop("seconds")
-            rows.append({"case": f"{target} bf16 d{head_dim} causal {found['kernel']}", "family": "compile", "default": True,
-                         **found, "compile_s": seconds, "peers": {}})
-    return rows
+            yield {"case": f"{target} bf16 d{head_dim} causal {found['kernel']}", "family": "compile", "default": True,
+                   **found, "compile_s": seconds, "peers": {}}
 
 
 def cold(case: Case, device: str, until: float = math.inf) -> list[Row]:

@@ -31,7 +31,7 @@ import torch
 from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
 from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
-from fused_attn import settings
+from fused_attn import options, settings
 from fused_attn.bench import contest, peers
 from fused_attn.bench.cases import Case
 from fused_attn.bench.contest import Contest, Subject
@@ -346,30 +346,35 @@ def finish(run: Run, out: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
+    parser = options.Parser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="time budget of the whole command (9)")
-    parser.add_argument("--out", type=Path, default=Path("gpu-output"), help="directory of the results; rows there are kept")
+    parser.add_argument("--minutes", type=options.real(0, open_below=True), default=9.0,
+                        help="time budget of the whole command (9)")
+    parser.add_argument("--out", type=options.folder, default=Path("gpu-output"),
+                        help="directory of the results; rows there are kept")
     parser.add_argument("--stage", choices=STAGES, action="append", help="run this stage alone; may be given again")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU in Triton's interpreter; proves no speed")
     parser.add_argument("--commit", help="commit of the checkout, where git is not at hand")
-    options = parser.parse_args(arguments)
-    deadline = time.monotonic() + 60 * options.minutes
-    if options.smoke:
+    return options.run(parser, arguments, partial(measure, arguments))
+
+
+def measure(arguments: list[str] | None, asked: argparse.Namespace) -> int:
+    """The whole run; ``arguments`` are those of the command, for a process that goes on where this one cannot."""
+    deadline = time.monotonic() + 60 * asked.minutes
+    if asked.smoke:
         os.environ["TRITON_INTERPRET"] = "1"
         settings.BACKEND = "triton"  # of layers and models too, whose calls name none
     elif not torch.cuda.is_available():
-        print("No GPU that torch can use. --smoke runs tiny shapes on the CPU.", file=sys.stderr)
-        return 2
-    device = "cpu" if options.smoke else "cuda"
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = conditions(device, options.commit)
+        raise options.BadInputError("torch finds no GPU here; --smoke runs tiny shapes on the CPU")
+    device = "cpu" if asked.smoke else "cuda"
+    asked.out.mkdir(parents=True, exist_ok=True)
+    found = conditions(device, asked.commit)
     print(json.dumps(found), flush=True)
-    common = {"conditions": found["key"], "commit": found["commit"]} | ({"interpreter": True} if options.smoke else {})
-    run = Run(device, options.smoke, deadline, found, Rows(options.out / "rows.jsonl", common), 60 * options.minutes)
+    common = {"conditions": found["key"], "commit": found["commit"]} | ({"interpreter": True} if asked.smoke else {})
+    run = Run(device, asked.smoke, deadline, found, Rows(asked.out / "rows.jsonl", common), 60 * asked.minutes)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run cut short still writes its report
     try:
-        for stage in options.stage or STAGES:
+        for stage in asked.stage or STAGES:
             STAGES[stage](run)
     except PoisonedError as error:
         run.add("restart", f"restart {len(run.rows.of('restart')) + 1}", {"error": str(error)})
@@ -378,9 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
         again = [*(arguments or sys.argv[1:]), "--minutes", f"{left:.2f}"]
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *again])
     except (SystemExit, KeyboardInterrupt):
-        finish(run, options.out)
+        finish(run, asked.out)
         raise
-    return finish(run, options.out)
+    return finish(run, asked.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -65,31 +64,40 @@ def subjects() -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
     return {name: partial(_calls, *shape) for name, *shape in SHAPES}
 
 
-def measure() -> list[dict[str, Any]]:
+def rows_of() -> Iterator[dict[str, Any]]:
     """One row a shape and kind of call."""
-    rows = []
     with no_launches():
         for name, make in subjects().items():
-            times = measure_ms(make(), "cpu")
-            rows += [{"case": name, "call": call, "us": round(1e3 * sorted(ms)[len(ms) // 2], 2)} for call, ms in times.items()]
-    return rows
+            for call, ms in measure_ms(make(), "cpu").items():
+                yield {"case": name, "call": call, "us": round(1e3 * sorted(ms)[len(ms) // 2], 2)}
 
 
-def main() -> int:
-    from benchmarks.conditions import conditions  # here, as benchmarks.compare runs the rest on revisions without it
+def main(arguments: list[str] | None = None) -> int:
+    from fused_attn import options  # here, as benchmarks.compare runs the rest on revisions without it
+
+    parser = options.Parser(prog="python -m benchmarks.host", description="host time of a call up to the launch")
+    parser.add_argument("--out", type=options.file(), help="write the rows and their conditions to this JSON file")
+    return options.run(parser, arguments, measure)
+
+
+def measure(asked: argparse.Namespace) -> int:
+    """Times, prints and writes; Ctrl-C ends the timing and nothing else."""
+    from benchmarks.conditions import conditions
+    from fused_attn import files, options
     from fused_attn.report import print_table
 
-    parser = argparse.ArgumentParser(description="host time of a call up to the launch")
-    parser.add_argument("--out", type=Path, help="write the rows and their conditions to this JSON file")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure()
+    rows: list[dict[str, Any]] = []
+    with options.until_interrupted() as interrupted:
+        for row in rows_of():
+            rows.append(row)
+    complete = not interrupted.is_set()
     print_table(rows, "host time of attention(causal=True) up to the launch, medians")
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"conditions": {**conditions("cpu", None), "gpu": None, "launches": "replaced by nothing"}, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    if asked.out is not None and (rows or complete):
+        result = {"conditions": {**conditions("cpu", None), "gpu": None, "launches": "replaced by nothing"},
+                  "complete": complete, "rows": rows}
+        files.write(asked.out, json.dumps(result, indent=1) + "\n")
+    return options.status(complete, ok=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.layers import matrices, moved, products
 from fused_attn import settings
 from fused_attn.bench.cases import DTYPES
 from fused_attn.bench.contest import Entry, Gate, Subject, difference, gate_by
-from fused_attn.nn import KVCache, LearnedPositions, MultiheadAttention, RotaryEmbedding
+from fused_attn.nn import KVCache, LearnedPositions, MultiheadAttention, PositionEmbeddings, RotaryEmbedding
 from fused_attn.spec import Window, attention_flops, kept_pairs
 
 SLACK = 3.0  # times the error of plain attention in the same dtype
@@ -144,12 +144,12 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, inner) if llama else nn.Sequential(
             nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 
-    def forward(self, x: torch.Tensor, cache: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Any, position_embeddings: PositionEmbeddings | None) -> torch.Tensor:
         y = self.norm1(x)
         if isinstance(self.attention, PlainAttention):
             x = x + self.attention(y, cache)
         else:
-            x = x + self.attention(y, y, y, need_weights=False, cache=cache)[0]
+            x = x + self.attention(y, y, y, need_weights=False, cache=cache, position_embeddings=position_embeddings)[0]
         result: torch.Tensor = x + self.mlp(self.norm2(x))
         return result
 
@@ -171,8 +171,11 @@ class Model(nn.Module):
         x = self.embed(tokens)
         if self.positions is not None:
             x = self.positions(x, 0 if cache is None else cache[0].length)
+        first, shared = self.blocks[0].attention, None  # rotations that all blocks share
+        if isinstance(first, MultiheadAttention):
+            shared = first.position_embeddings(x, None if cache is None else cache[0])
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i])
+            x = block(x, None if cache is None else cache[i], shared)
         return F.linear(self.norm(x), self.embed.weight)
 
     def by(self, how: str) -> "Model":

@@ -3,11 +3,13 @@
 python -m benchmarks.plots DIRECTORY draws them again from the summary.json there.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from fused_attn import options
 from fused_attn.bench.plots import COLOURS, STYLE, bars, legend, short
 
 Row = dict[str, Any]
@@ -205,7 +207,24 @@ def draw(timed: list[Row], conditions: Row, out: Path) -> str:
     return f"Pictures: {', '.join(drawn)}" if drawn else "No pictures: nothing was timed."
 
 
+def redraw(asked: argparse.Namespace) -> int:
+    """Draws the pictures of a run that was measured before."""
+    options.need("matplotlib", "bench")
+    file = asked.directory / "summary.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rows, conditions = [row for row in found["rows"] if row.get("family")], dict(found["conditions"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise options.BadInputError(f"{file}: expected the summary of a run of benchmarks.gpu; {error!r:.200}") from error
+    print(draw(rows, conditions, asked.directory))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = options.Parser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.add_argument("directory", type=options.folder, help="where benchmarks.gpu left its results")
+    return options.run(parser, arguments, redraw)
+
+
 if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    found = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    print(draw([row for row in found["rows"] if row.get("family")], found["conditions"], directory))
+    sys.exit(main())

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def calls(device: str) -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
 
 def main() -> None:
     """Answers {"list": true}, {"prepare": name} and {"measure": pass, "repeat": calls} until its input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks, and closes this one's input
     tree, device = Path(sys.argv[1]).resolve(), sys.argv[2]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer

@@ -1,16 +1,17 @@
 """What the programs here share: text that every machine has, training that shows its progress and resumes, pictures.
 
-Every program takes --out FOLDER, --quick (a shortened run), --seed and --fresh (forget the checkpoints).
+Every program takes --out FOLDER, --quick (a shortened run), --seed and --fresh (forget its checkpoints). Its files begin with
+its name, so that programs may share a folder.
 """
 
 import argparse
 import dataclasses
+import io
 import json
 import math
-import os
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,36 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from fused_attn import files, options
+
 SAVE_EVERY = 200  # steps
 
 
-def arguments(description: str, name: str) -> argparse.Namespace:
-    """The command line of a program."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path("examples-output") / name, help="folder for pictures and checkpoints")
+def run(description: str, name: str, trainings: Sequence[str], main: Callable[[argparse.Namespace], None]) -> int:
+    """A program from its command line to its exit status; ``trainings`` are those that it makes, by name."""
+    parser = options.Parser(description=description)
+    parser.add_argument("--out", type=options.folder, default=Path("examples-output"),
+                        help="folder for pictures and checkpoints")
     parser.add_argument("--quick", action="store_true", help="a shortened run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=options.whole(*options.SEEDS), default=0)
     parser.add_argument("--fresh", action="store_true", help="train from the beginning, whatever was saved")
-    parsed = parser.parse_args()
-    parsed.out.mkdir(parents=True, exist_ok=True)
-    if parsed.fresh:
-        for checkpoint in parsed.out.glob("*.pt"):
-            checkpoint.unlink()
-    torch.manual_seed(parsed.seed)
-    return parsed
+    parser.set_defaults(program=name)
+
+    def command(asked: argparse.Namespace) -> int:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        for training in trainings if asked.fresh else ():
+            file(asked, f"{training}.pt").unlink(missing_ok=True)
+        torch.manual_seed(asked.seed)
+        main(asked)
+        return 0
+
+    return options.run(parser, None, command)
+
+
+def file(asked: argparse.Namespace, name: str) -> Path:
+    """A file of the program's own in the folder that it was given: gpt-loss.png."""
+    path: Path = asked.out / f"{asked.program}-{name}"
+    return path
 
 
 def device() -> torch.device:
@@ -77,25 +91,30 @@ def train(name: str, model: nn.Module, loss_of: Callable[[Any], torch.Tensor], b
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     history, path = History(), out / f"{name}.pt"
-    saved = torch.load(path, weights_only=True) if path.exists() else None
-    if saved is not None and saved["run"] != run:
-        print(f"{name}: {path} is of another training; starting over")
-    elif saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        torch.set_rng_state(saved["rng"][0])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["rng"][1:])
-        history = History(saved["losses"], saved["seconds"])
-        print(f"{name}: {len(history.losses)} of {steps} steps were done before")
+    try:
+        saved = torch.load(path, weights_only=True) if path.exists() else None
+        if saved is not None and saved["run"] != run:
+            print(f"{name}: {path} is of another training; starting over")
+        elif saved is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            torch.set_rng_state(saved["rng"][0])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(saved["rng"][1:])
+            history = History(list(saved["losses"]), float(saved["seconds"]))
+            print(f"{name}: {len(history.losses)} of {steps} steps were done before")
+    except Exception as error:  # whatever a file that was cut short, or is none of ours, makes of torch.load
+        raise options.BadInputError(f"{path} is damaged or no checkpoint of {name} ({type(error).__name__}); delete it, or "
+                                    "train from the beginning with --fresh") from error
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                  "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
                  "run": run, "losses": history.losses, "seconds": history.seconds}
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)  # never half a checkpoint
+        content = io.BytesIO()
+        torch.save(state, content)
+        files.write(path, content.getvalue())  # never half a checkpoint
 
     model.train()
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(),
@@ -119,11 +138,12 @@ def train(name: str, model: nn.Module, loss_of: Callable[[Any], torch.Tensor], b
     return history
 
 
-def summarise(results: dict[str, Any], out: Path) -> None:
-    """Writes summary.json, with the conditions of the run."""
+def summarise(results: dict[str, Any], asked: argparse.Namespace) -> None:
+    """Writes the program's summary.json, with the conditions of the run."""
     conditions = {"device": str(device()), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (out / "summary.json").write_text(json.dumps({**results, **conditions}, indent=1) + "\n", encoding="utf-8")
-    print(f"pictures, checkpoints and summary.json in {out}")
+    summary = file(asked, "summary.json")
+    files.write(summary, json.dumps({**results, **conditions}, indent=1) + "\n")
+    print(f"pictures, checkpoints and {summary.name} in {asked.out}")
 
 
 def smooth(values: list[float], span: int = 50) -> list[float]:

@@ -8,12 +8,13 @@ token by token with a cache.
     python examples/gpt.py
 """
 
+import argparse
 import sys
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from common import History, arguments, device, loss_picture, stdlib, summarise, train
+from common import History, device, file, loss_picture, run, stdlib, summarise, train
 from torch import nn
 
 from fused_attn import viz
@@ -72,8 +73,8 @@ def loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def fit(name: str, model: nn.Module, text: Text, steps: int, options, lr: float) -> History:
-    return train(name, model, lambda tokens: loss(model, tokens), lambda step: text.batch_at(step, 16), steps, options.out,
-                 lr=lr)
+    return train(f"{options.program}-{name}", model, lambda tokens: loss(model, tokens), lambda step: text.batch_at(step, 16),
+                 steps, options.out, lr=lr)
 
 
 def write(model: nn.Module, prompt: str, count: int) -> str:
@@ -90,8 +91,7 @@ def write(model: nn.Module, prompt: str, count: int) -> str:
     return written.decode("utf-8", errors="replace")
 
 
-def main() -> None:
-    options = arguments(__doc__.splitlines()[0], "gpt")
+def main(options: argparse.Namespace) -> None:
     width, layers, steps, tuning, count = (64, 2, 150, 60, 80) if options.quick else (128, 4, 2000, 500, 400)
     code = Text("".join(text for _, text in stdlib("*.py"))[:4_000_000])
     prose = Text("\n\n".join(topics.values()))
@@ -107,15 +107,15 @@ def main() -> None:
     losses["prose, from random weights"] = prose.loss(fresh)
     for name, value in losses.items():
         print(f"{name:28} {value:.3f} nats a byte")
-    loss_picture(histories, options.out / "loss.png", "decoder-only: pre-training and fine-tuning")
+    loss_picture(histories, file(options, "loss.png"), "decoder-only: pre-training and fine-tuning")
     torch.manual_seed(options.seed)
     sample = write(model, "The statement ", count)
     prompt = "def load(self, path):\n    with open(path) as"
     with viz.record(model) as recorded, torch.no_grad():
         model(torch.tensor([list(prompt.encode())], device=device()))
-    viz.save(viz.layer_maps(recorded, list(prompt)), options.out / "attention.png")
-    summarise({"losses": losses, "sample": sample}, options.out)
+    viz.save(viz.layer_maps(recorded, list(prompt)), file(options, "attention.png"))
+    summarise({"losses": losses, "sample": sample}, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(__doc__.splitlines()[0], "gpt", ("pre-train", "fine-tune", "from-scratch"), main))

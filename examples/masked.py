@@ -7,9 +7,12 @@ same classifier on random weights shows what pre-training gave. Fragments of the
     python examples/masked.py
 """
 
+import argparse
+import sys
+
 import torch
 import torch.nn.functional as F
-from common import History, arguments, device, loss_picture, stdlib, summarise, train
+from common import History, device, file, loss_picture, run, stdlib, summarise, train
 from torch import nn
 
 from fused_attn import viz
@@ -57,8 +60,7 @@ def fragments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
     return (torch.cat(parts[True]), torch.tensor(labels[True]), torch.cat(parts[False]), torch.tensor(labels[False]))
 
 
-def main() -> None:
-    options = arguments(__doc__.splitlines()[0], "masked")
+def main(options: argparse.Namespace) -> None:
     width, layers, steps, tuning, size = (64, 2, 400, 60, 16) if options.quick else (128, 4, 3000, 300, 32)
     learn, labels, test, truth = fragments()
     if options.quick:
@@ -82,8 +84,8 @@ def main() -> None:
         return learn[rows].to(device()), labels[rows].to(device())
 
     def tune(name: str, model: Encoder) -> History:
-        return train(name, model, lambda batch: F.cross_entropy(model.classify(batch[0]), batch[1]), labelled_at, tuning,
-                     options.out, lr=5e-4)
+        return train(f"masked-{name}", model, lambda batch: F.cross_entropy(model.classify(batch[0]), batch[1]), labelled_at,
+                     tuning, options.out, lr=5e-4)
 
     @torch.no_grad()
     def accuracy(model: Encoder) -> float:
@@ -93,7 +95,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     model = Encoder(width, layers).to(device())
-    histories = {"filling gaps": train("gaps", model, lambda batch: F.cross_entropy(
+    histories = {"filling gaps": train("masked-gaps", model, lambda batch: F.cross_entropy(
         model.name_hidden(batch[0]).flatten(0, 1), batch[1].flatten()), masked_at, steps, options.out, lr=2e-3)}
     inputs, hidden = masked_at(10**6)
     with torch.no_grad():
@@ -112,16 +114,16 @@ def main() -> None:
     }
     for name, value in results.items():
         print(f"{name:32} {value:.3f}")
-    loss_picture(histories, options.out / "loss.png", "encoder-only: filling gaps, then telling packages")
+    loss_picture(histories, file(options, "loss.png"), "encoder-only: filling gaps, then telling packages")
     piece = test[len(test) // 2, :48]
     with viz.record(model) as recorded, torch.no_grad():
         model(piece[None].to(device()))
     text = [chr(byte) if byte < 128 else "?" for byte in piece.tolist()]
-    viz.save(viz.layer_maps(recorded, text), options.out / "attention.png")
+    viz.save(viz.layer_maps(recorded, text), file(options, "attention.png"))
     flow = viz.rollout(list(recorded.values()))[0]
-    viz.save(viz.attention_map(flow, text, text, "attention rollout"), options.out / "rollout.png")
-    summarise(results, options.out)
+    viz.save(viz.attention_map(flow, text, text, "attention rollout"), file(options, "rollout.png"))
+    summarise(results, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(__doc__.splitlines()[0], "masked", ("gaps", "packages", "from-scratch"), main))

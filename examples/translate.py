@@ -9,11 +9,13 @@ additive alignment (Bahdanau et al. 2014), with dot-product scores (Luong et al.
     python examples/translate.py
 """
 
+import argparse
 import ast
 import bisect
 import io
 import keyword
 import random
+import sys
 import time
 import tokenize
 from collections import Counter
@@ -21,7 +23,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from common import History, arguments, device, loss_picture, stdlib, summarise, train
+from common import History, device, file, loss_picture, run, stdlib, summarise, train
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -237,6 +239,11 @@ MODELS = {
 # --- training, accuracy, pictures ---
 
 
+def training(model: str) -> str:
+    """The name of a model's training, of which its checkpoint is called."""
+    return model.replace(",", "").replace(" ", "-")
+
+
 def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     source, lengths, target = batch
     logits = model.teach(source, lengths, target[:, :-1])
@@ -275,8 +282,7 @@ def comparison(results: dict[str, dict], histories: dict[str, History], path) ->
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    options = arguments(__doc__.splitlines()[0], "translate")
+def main(options: argparse.Namespace) -> None:
     steps, batch, width, most = (600, 64, 64, 300) if options.quick else (4000, 64, 128, 3000)
     started = time.perf_counter()
     corpus = Corpus(options.seed, "*.py" if options.quick else "**/*.py")
@@ -287,7 +293,7 @@ def main() -> None:
     for name, build in MODELS.items():
         torch.manual_seed(options.seed)
         model = models[name] = build(len(corpus.words), width).to(device())
-        histories[name] = train(name.replace(",", "").replace(" ", "-"), model, lambda batch, model=model: loss(model, batch),
+        histories[name] = train(f"translate-{training(name)}", model, lambda batch, model=model: loss(model, batch),
                                 lambda step: corpus.batch_at(step, batch), steps, options.out,
                                 lr=1e-3 if name == "transformer" else 2e-3)
         results[name] = accuracy(model, corpus, most)
@@ -295,20 +301,20 @@ def main() -> None:
         sizes[name] = sum(x.numel() for x in model.parameters())
         print(f"{name}, {sizes[name]} parameters: {whole:.1%} translated without a mistake; "
               f"{histories[name].seconds:.0f} s of training")
-    comparison(results, histories, options.out / "comparison.png")
-    loss_picture(histories, options.out / "loss.png", "infix to postfix")
+    comparison(results, histories, file(options, "comparison.png"))
+    loss_picture(histories, file(options, "loss.png"), "infix to postfix")
     shown = next(pair for pair in corpus.test if 12 <= len(pair[0]) <= 18)
     source, lengths, target = corpus.batch([shown])
     words = [[corpus.words[t] for t in x] for x in (source[0].tolist(), target[0, 1:].tolist())]
     with torch.no_grad():
         maps = {name: model.maps(source, lengths, target[:, :-1])[0].cpu() for name, model in models.items() if name != "LSTM"}
-    viz.save(viz.side_by_side(maps, words[1], words[0]), options.out / "alignment.png")
+    viz.save(viz.side_by_side(maps, words[1], words[0]), file(options, "alignment.png"))
     found = {name: {"accuracy": {str(edge): part for edge, (part, _) in results[name].items()},
                     "seconds": histories[name].seconds, "last_loss": sum(histories[name].losses[-20:]) / 20,
                     "parameters": sizes[name]} for name in MODELS}
     summarise({"seconds": time.perf_counter() - started, "steps": steps, "pairs": len(corpus.train), "models": found},
-              options.out)
+              options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(__doc__.splitlines()[0], "translate", [training(name) for name in MODELS], main))

@@ -1,5 +1,9 @@
 """Fused attention in Triton, forward and backward, proven against a plain PyTorch reference."""
 
+from fused_attn import startup  # noqa: F401  # before what it prepares
+
+# isort: split
+from fused_attn import flops  # noqa: F401  # the ops, and what they cost, are there from here on
 from fused_attn.dispatch import Explanation
 from fused_attn.functional import (
     additive_attention,

@@ -1,4 +1,4 @@
-"""``python -m fused_attn``."""
+"""``python -m fused_attn``: the command ``fused-attn``."""
 
 from fused_attn.cli import main
 

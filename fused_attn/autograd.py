@@ -4,63 +4,89 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from fused_attn import ops, replay
-from fused_attn.execution import Needs
+from fused_attn import ops, replay, torch_private
 from fused_attn.kernels import launch
-from fused_attn.lowering import pack
+from fused_attn.schema import Needs, Saved
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
-
-# The arguments of Attention: q, k, v, the single companions, the fields of the packed spec, then the operands.
-_SINGLE = ops.N_COMPANIONS - 1
-_OPERANDS = 3 + _SINGLE + ops.N_SPEC
-_NEEDED = 5  # q, k, v, sinks, score weight: the first arguments, and those that may want gradients beside operands
-_TENSORS = 8  # of the backward: dout, dlse, q, k, v, out, residual, lse
 
 
 class Attention(torch.autograd.Function):
     """(out, lse) of fused attention, differentiable once in q, k, v, sinks, score weight and operands, through both."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        (q, k, v), single = arguments[:3], arguments[3 : 3 + _SINGLE]
-        spec, operands = arguments[3 + _SINGLE : _OPERANDS], arguments[_OPERANDS:]
-        out, lse, residual = ops.forward(q, k, v, Companions._make((*single, operands)), spec)
-        ctx.save_for_backward(q, k, v, out, residual, lse, *single, *operands)
+    def forward(ctx: Any, spec: AttentionSpec, *tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """``tensors``: q, k, v, then companions, flat."""
+        q, k, v, *companions = tensors
+        out, lse, residual = ops.forward(q, k, v, Companions.of(companions), spec)
+        ctx.save_for_backward(q, k, v, out, residual, lse, *companions)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return out, _rounded(lse)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, residual, lse, *companions = ctx.saved_tensors
-        if dout is None:
-            dout = out.new_zeros(()).expand_as(out)
-        needs = ctx.needs_input_grad
-        # With create_graph=True the gradients must not pass for constants: a second derivative raises.
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = AttentionBackward.apply if differentiable else run_backward
-        dq, dk, dv, dsinks, dscore_weight, *doperands = backward(
-            dout, dlse, q, k, v, out, residual, lse, *companions, *ctx.spec, *needs[:_NEEDED], *needs[_OPERANDS:])
-        grads = (dq, dk, dv, dsinks, dscore_weight, *(None for _ in range(_OPERANDS - _NEEDED)), *doperands)
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return _gradients(ctx, dout, dlse)
 
 
 def _rounded(lse: torch.Tensor) -> torch.Tensor:
-    """[B, H, Nq] of an LSE that may come with its rest (``execution.lse_like``)."""
+    """[B, H, Nq] of an LSE that may come with its rest (``layout.lse_like``)."""
     return lse if lse.dim() == 3 else lse[0]
 
 
-def run_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    """The backward op with its lists of operands taken apart, as a Function's arguments and outputs must be."""
-    n_operands = (len(arguments) - _TENSORS - _SINGLE - ops.N_SPEC - _NEEDED) // 2
-    spec_at = _TENSORS + _SINGLE + n_operands
-    single = arguments[_TENSORS : _TENSORS + _SINGLE]
-    companions = Companions._make((*single, arguments[_TENSORS + _SINGLE : spec_at]))
-    needs_at = spec_at + ops.N_SPEC
-    needs = Needs._make((*arguments[needs_at : needs_at + _NEEDED], arguments[needs_at + _NEEDED :]))
-    *grads, doperands = ops.backward(arguments[:_TENSORS], companions, arguments[spec_at:needs_at], needs)
+class TransformedAttention(torch.autograd.Function):
+    """``Attention`` as torch.func takes it: what it saves are outputs, the whole LSE and the residual, and told apart.
+
+    It costs the host four times as much, so calls outside of transforms do without.
+    """
+
+    @staticmethod
+    def forward(spec: AttentionSpec, *tensors: Any) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, *companions = tensors
+        return ops.forward(q, k, v, Companions.of(companions), spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        spec, q, k, v, *companions = inputs
+        out, lse, residual = output
+        if residual is not None:
+            ctx.mark_non_differentiable(residual)
+        ctx.spec = spec
+        ctx.save_for_backward(q, k, v, out, residual, lse, *companions)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
+        return _gradients(ctx, dout, None if dlse is None else _rounded(dlse))
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        ops.refuse_batches()
+
+
+def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The backward of ``Attention``: a gradient, or None, for each argument of its forward."""
+    q, k, v, out, residual, lse, *companions = ctx.saved_tensors
+    if dout is None:
+        dout = out.new_zeros(()).expand_as(out)
+    _, of_q, of_k, of_v, *of_companions = ctx.needs_input_grad
+    of: Any = Companions.of(of_companions)
+    needs = Needs(of_q, of_k, of_v, of.sinks, of.score_weight, of.operands)
+    # With create_graph=True the gradients must not pass for constants: a second derivative raises.
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    backward = AttentionBackward.apply if differentiable else run_backward
+    dq, dk, dv, dsinks, dscore_weight, *doperands = backward(
+        ctx.spec, needs, *Saved(dout, dlse, q, k, v, out, residual, lse), *companions)
+    grads = Companions(sinks=dsinks, score_weight=dscore_weight, operands=tuple(doperands)).flat()
+    return tuple(grad if need else None for grad, need in zip((None, dq, dk, dv, *grads), ctx.needs_input_grad, strict=True))
+
+
+def run_backward(spec: AttentionSpec, needs: Needs, *tensors: Any) -> tuple[torch.Tensor, ...]:
+    """The backward with its gradients of operands one by one, as a Function's outputs must be; ``tensors``: what is saved,
+    then companions, flat."""
+    rest = iter(tensors)
+    saved = Saved(*[next(rest) for _ in Saved._fields])
+    *grads, doperands = ops.backward(saved, Companions.of(rest), spec, needs)
     return *grads, *doperands
 
 
@@ -68,8 +94,16 @@ class AttentionBackward(torch.autograd.Function):
     """The backward as a node of its own, so that differentiating it again is a clear error."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
         return run_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass  # its own backward needs nothing
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        ops.refuse_batches()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -82,24 +116,23 @@ class AttentionBackward(torch.autograd.Function):
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
               companions: Companions = NO_COMPANIONS) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) by the kernels; the autograd graph is built only where a gradient is wanted."""
-    packed = pack(spec)
-    *single, operands = companions
-    sources = (q, k, v, companions.sinks, companions.score_weight, *operands)
+    sources = (q, k, v, *companions.flat())
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
-    # Forward AD and torch.func get torch's own clear errors from the Function, before the op's guard would raise.
-    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    if not wanted and not transformed:
-        out, lse, _ = ops.forward(q, k, v, companions, packed)
+    # Forward AD gets torch's own clear error from the Function, before the op's guard would raise.
+    transformed = torch_private.transforms_active()
+    if not wanted and not transformed and not torch_private.forward_mode():
+        out, lse, _ = ops.forward(q, k, v, companions, spec)
         return out, _rounded(lse)
+    if transformed and torch.compiler.is_compiling():  # which gives a Function of transforms a ctx that it does not take
+        raise NotImplementedError("fused_attn: torch.func within torch.compile is not built yet for backend 'triton'; take the "
+                                  "transform without torch.compile, or backend='reference'")
     # torch.compile cannot trace a Function that receives one tensor twice; a view is another tensor.
-    tensors: list[Any] = []
-    for x in (q, k, v, *single):
-        tensors.append(x.view_as(x) if x is not None and any(x is y for y in tensors) else x)
     distinct: list[Any] = []
-    for x in operands:
-        distinct.append(x.view_as(x) if any(x is y for y in (*tensors, *distinct)) else x)
-    out, lse = Attention.apply(*tensors, *packed, *distinct)
-    return out, lse
+    for x in sources:
+        distinct.append(x.view_as(x) if x is not None and any(x is y for y in distinct) else x)
+    function = TransformedAttention if transformed else Attention
+    out, lse, *_ = function.apply(spec, *distinct)
+    return out, _rounded(lse)
 
 
 def attention_to_repeat(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -128,10 +161,31 @@ class Rotary(torch.autograd.Function):
         return rotary(dout, cos, sin, interleaved, not back), None, None, None, None
 
 
+class TransformedRotary(torch.autograd.Function):
+    """``Rotary`` as torch.func takes it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+        return ops.rotary(x, cos, sin, interleaved, back)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, cos, sin, *turn = inputs
+        ctx.save_for_backward(cos, sin)
+        ctx.turn = turn
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return Rotary.backward(ctx, dout)
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False) -> torch.Tensor:
     """x [B, H, N, D] turned by the kernel, with cos and sin [B, N, pairs]."""
     if torch.is_grad_enabled() and x.requires_grad:
-        result: torch.Tensor = Rotary.apply(x, cos, sin, interleaved, back)
+        function = TransformedRotary if torch_private.transforms_active() else Rotary
+        result: torch.Tensor = function.apply(x, cos, sin, interleaved, back)
         return result
     return ops.rotary(x, cos, sin, interleaved, back)
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 import fused_attn
+from fused_attn import options
 from fused_attn.bench.oracle import max_r
 from fused_attn.dispatch import kernel_device
 from fused_attn.kernels import launch
@@ -49,11 +50,14 @@ def error_ratio(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def run() -> dict[str, Any]:
-    """Runs every case; returns a JSON-able summary whose ``passed`` also demands that our kernels ran."""
+    """Runs every case; returns a JSON-able summary whose ``passed`` also demands that our kernels ran. Ctrl-C ends it, and it
+    is not ``complete`` then."""
     device = kernel_device()
-    rows: list[dict[str, Any]] = []
-    with launch.counted() as launches:
-        rows += [_row(device, dtype, case) for dtype in DTYPES for case in CASES]
+    rows = []
+    with launch.counted() as launches, options.until_interrupted() as interrupted:
+        for dtype in DTYPES:
+            for case in CASES:
+                rows.append(_row(device, dtype, case))
     count = sum(launches.values())
     return {
         "backend": "triton",
@@ -63,7 +67,8 @@ def run() -> dict[str, Any]:
         "kernel_launches": count,
         "kernels": dict(launches),
         "rows": rows,
-        "passed": count > 0 and all(row["ok"] for row in rows),
+        "complete": not interrupted.is_set(),
+        "passed": not interrupted.is_set() and count > 0 and all(row["ok"] for row in rows),
     }
 
 
@@ -102,5 +107,5 @@ def show(result: dict[str, Any]) -> None:
                                 f"Triton {versions['triton']}; R = 1 is perfect rounding")
     launches = ", ".join(f"{name} {count}" for name, count in result["kernels"].items()) or "none"
     print(f"kernel launches: {launches}")
-    reason = "see the table" if result["kernel_launches"] else "no kernel of ours ran"
-    print("passed" if result["passed"] else f"FAILED: {reason}")
+    reason = "no kernel of ours ran" if not result["kernel_launches"] else "see the table"
+    print("interrupted" if not result["complete"] else "passed" if result["passed"] else f"FAILED: {reason}")

@@ -1,7 +1,7 @@
 """One call on the kernels: allocates what it returns, chooses tiles, launches. What ops and eager calls share."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -13,7 +13,9 @@ from fused_attn.kernels.launch import Call, with_lse
 from fused_attn.kernels.mask import list_tiles
 from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
-from fused_attn.lowering import lower, lse_stride
+from fused_attn.layout import accumulates, check_rotary, keeps_residual, like, lse_like, lse_stride, rows_like
+from fused_attn.lowering import lower
+from fused_attn.schema import Needs, Saved
 from fused_attn.spec import AttentionSpec, Companions, TileConfig
 from fused_attn.tuning import (
     FEW_QUERIES,
@@ -38,46 +40,6 @@ if settings.interpreted():
     interpreter.repair()
 
 
-class Needs(NamedTuple):
-    """Which gradients a backward is asked for."""
-
-    dq: bool
-    dk: bool
-    dv: bool
-    dsinks: bool
-    dscore_weight: bool
-    operands: tuple[bool, ...]
-
-
-def _accumulates(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Empty [B, H, N, head_dim] whose batch, heads and length lie in memory in the order they have in ``x``."""
-    contiguous = x.is_contiguous()
-    if contiguous and x.shape[3] == head_dim:
-        return torch.empty_like(x, dtype=dtype)
-    size, stride = (*x.shape[:3], head_dim), x.stride()[:3]
-    if contiguous or 0 in stride:
-        return x.new_empty(size, dtype=dtype)
-    order = sorted(range(3), key=lambda dim: stride[dim], reverse=True)
-    return torch.empty_permuted(size, (*order, 3), dtype=dtype or x.dtype, device=x.device)
-
-
-def rows_like(q: torch.Tensor, packed: bool, *leading: int) -> torch.Tensor:
-    """Empty [*leading, B, H, N], a number for every query, or of packed sequences [*leading, 1, H, T] that is -inf already."""
-    if not packed:
-        return q.new_empty((*leading, *q.shape[:3]), dtype=_accumulates(q))
-    rows = q.new_full((*leading, 1, q.shape[1], lse_stride(q)), float("-inf"), dtype=_accumulates(q))
-    return rows[..., : q.shape[2]]
-
-
-def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor:
-    """The empty LSE of a call: of ``rows_like``, or two of them, LSE and its rest, where a mod may give scores of any size."""
-    return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)
-
-
 def _as_rows(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
     """``x`` as ``rows_like`` lays it out: gradients, and saved tensors that a hook moved, may have other strides."""
     fits = x.stride()[-2:] == (lse_stride(q), 1) if packed else x.is_contiguous()
@@ -95,7 +57,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
         count = n_shares(q.shape[2], near_k.shape[2], near.n_queries, near.n_keys, q.shape[1] // k.shape[1])
         if count > 1:
             return *_forward_in_shares(q, near_k, near_v, spec, companions, near, count), None
-    out, lse = like(q, v.shape[3], _accumulates(q) if precise else None), lse_like(q, spec, packed)
+    out, lse = like(q, v.shape[3], accumulates(q) if precise else None), lse_like(q, spec, packed)
     if packed:  # rows of no sequence are no program's
         out.zero_()
     rung = rungs.rung("forward", q, k, v, spec, companions)
@@ -175,22 +137,10 @@ def _rung_config(rung: str, q: torch.Tensor, v: torch.Tensor, call: Call) -> Til
     return fit_operands(config, call.loaded_bytes, q.dtype) if call.loaded_bytes else config
 
 
-def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
-    """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact.
-
-    Additive scores always ask for it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
-    one for all keys, adds up there as it does under a large mean of K.
-    """
-    return (spec.precise or companions.score_weight is not None) and spec.dropout_p == 0
-
-
-def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companions, needs: Needs) -> tuple[Any, ...]:
-    """(dq, dk, dv, dsinks, dscore_weight, [of each operand]); ``tensors``: dout, dlse, q, k, v, out, residual, lse.
-
-    ``lse`` is as ``lse_like`` makes it. ``dlse`` and ``residual`` may be None, and so is every gradient that nobody asked for.
-    """
-    dout, dlse, q, k, v, out, residual, lse = tensors
-    dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+def backward(saved: Saved, spec: AttentionSpec, companions: Companions, needs: Needs) -> tuple[Any, ...]:
+    """(dq, dk, dv, dsinks, dscore_weight, [of each operand]), None for every gradient that nobody asked for."""
+    dout, dlse, q, k, v, out, residual, lse = saved
+    dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in ((q, needs.dq), (k, needs.dk), (v, needs.dv)))
     packed = companions.cu_q is not None
     if packed or companions.used_k is not None:  # rows that do not count are no program's
         for grad in (dq, dk, dv):
@@ -201,19 +151,19 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
 
     if (dq is not None and dk is not None and dv is not None
             and rungs.rung("backward", q, k, v, spec, companions) == "gluon"):
-        delta = _gluon_backward(tensors, lse, dq, dk, dv, call)
+        delta = _gluon_backward(saved, lse, dq, dk, dv, call)
         dsinks = _sinks_gradient(lse, delta, companions.sinks) if needs.dsinks else None
         return dq, dk, dv, dsinks, None, [None] * len(companions.operands)
     config = functools.partial(_config, q=q, v=v, call=call)
     delta, _ = with_lse(call, lse)  # where only dV is wanted delta is not read
     dsinks = dscore_weight = None
-    if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.operands):
+    if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.doperands):
         delta = _delta(dout, dlse, q, out, residual, lse, call, config("delta"))
         if needs.dsinks:
             dsinks = _sinks_gradient(lse, delta, companions.sinks)
     fused = _fused_config(q, v, spec, call, needs)
     if fused is not None:
-        total = like(q, q.shape[3], _accumulates(q)).zero_()
+        total = like(q, q.shape[3], accumulates(q)).zero_()
         launch_dkv(q, k, v, dout, lse, delta, dk, dv, (), call, dq=total, config=fused)
         dq = torch.mul(total, call.scale, out=dq)
         return dq, dk, dv, dsinks, None, [None] * len(companions.operands)
@@ -227,7 +177,7 @@ def backward(tensors: tuple[Any, ...], spec: AttentionSpec, companions: Companio
         tiles = list_tiles(call, q, k, config("dkv"), keys_first=True)
         launch_dkv(q, k, v, dout, lse, delta, dk, dv, tiles, call, config=config("dkv"))
     doperands: list[torch.Tensor | None] = []
-    for operand, role, need in zip(companions.operands, roles, needs.operands, strict=True):
+    for operand, role, need in zip(companions.operands, roles, needs.doperands, strict=True):
         if not need or role is None:
             doperands.append(None)
             continue
@@ -241,7 +191,7 @@ def _fused_config(q: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, call: C
     """The tiles that make all gradients in one kernel, where its atomics are allowed and registers have room for it."""
     if spec.deterministic or call.extras.mods or call.extras.keeps or call.extras.dropout or call.extras.additive:
         return None
-    config = choose_fused(q.shape[3], v.shape[3], q.dtype, arch_of(q.device)) if all(needs[:3]) else None
+    config = choose_fused(q.shape[3], v.shape[3], q.dtype, arch_of(q.device)) if needs.dq and needs.dk and needs.dv else None
     return None if config is None else tuned.instead(config, "fused", q, v)
 
 
@@ -264,14 +214,14 @@ def _sinks_gradient(lse: torch.Tensor, delta: torch.Tensor, sinks: torch.Tensor)
     return -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(sinks.dtype)
 
 
-def _gluon_backward(tensors: tuple[Any, ...], lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
+def _gluon_backward(saved: Saved, lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
                     call: Call) -> torch.Tensor:
-    """Fills dq, dk and dv by Hopper's Gluon kernel; returns delta [B, H, Nq]. Tensors as ``backward`` has them."""
+    """Fills dq, dk and dv by Hopper's Gluon kernel; returns delta [B, H, Nq]."""
     from fused_attn.kernels.hopper import backward as gluon  # here: Gluon is imported where it is asked for
     from fused_attn.kernels.hopper import workspace
     from fused_attn.kernels.hopper.problem import describable, tile_width
 
-    dout, dlse, q, k, v, out, *_ = tensors
+    dout, dlse, q, k, v, out, *_ = saved
     if not describable(dout):  # a sum's gradient is one expanded number
         dout = dout.clone(memory_format=torch.contiguous_format)
     config = choose_gluon_backward(q.shape[3], v.shape[3])
@@ -288,6 +238,7 @@ def _gluon_backward(tensors: tuple[Any, ...], lse: torch.Tensor, dq: torch.Tenso
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
     """x [B, H, N, D] turned, or turned back."""
+    check_rotary(x, cos, sin)
     out = like(x, x.shape[3])
     launch_rotary(x, cos, sin, out, interleaved, back, config=choose_rotary(x.shape[3]))
     return out

@@ -4,10 +4,12 @@ Under TRITON_INTERPRET=1 kernels run as NumPy code. Unrepaired, bfloat16 arithme
 truncate instead of rounding to nearest even, NumPy >= 2.4 breaks loops with run-time bounds on Triton 3.6, and a Python
 float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be converted inside it, and one that is not
 declared keeps digits that a GPU rounds away. NumPy also warns of infinities and NaN where a GPU computes on in silence (a
-padded row that is never stored may hold them). Two thirds of the time goes into work whose results nobody looks at.
+padded row that is never stored may hold them). Two thirds of the time goes into work whose results nobody looks at. While a
+kernel runs, triton.language itself is another one, for the whole process: two launches at once would leave it so for good.
 """
 
 import dataclasses
+import threading
 from typing import Any
 
 import numpy as np
@@ -121,8 +123,10 @@ def repair() -> None:
             return tl.tensor(handle(np.array([arg], dtype=np_type), dtype), dtype)
         return implicit_cvt(arg)
 
+    one_at_a_time = threading.RLock()
+
     def silent_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):
+        with one_at_a_time, np.errstate(all="ignore"):
             return call(self, *args, **kwargs)
 
     patch_lang = interpreter._patch_lang
@@ -133,8 +137,8 @@ def repair() -> None:
         if id(fn.__globals__) in patched:
             return None  # only the launch looks at what it gets, and it comes first
         first = not patched
-        patched.add(id(fn.__globals__))
         scope = patch_lang(fn)
+        patched.add(id(fn.__globals__))  # not before: what cannot be patched is not restored either
         if first:
             restore = scope.restore
 

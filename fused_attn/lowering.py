@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fused_attn import mods
 from fused_attn.kernels.dropout import Dropout
 from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
 from fused_attn.kernels.operand import Operand
 from fused_attn.kernels.product import Additive
 from fused_attn.kernels.score import MODS, Mod, before_mods, one
-from fused_attn.kernels.tiles import Sequences, packed_rows
-from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
+from fused_attn.kernels.tiles import Sequences
+from fused_attn.layout import packed_rows
+from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member
 from fused_attn.tuning import arch_of, has_tf32, has_tf32x3
 
 
@@ -23,32 +23,6 @@ class Lowered(NamedTuple):
 
     call: Call
     roles: tuple[tuple[int, int] | None, ...]
-
-
-def pack(spec: AttentionSpec) -> tuple[Any, ...]:
-    """A spec as the trailing arguments of the ops: numbers, and members as text."""
-    score_mods, mask_mods = _text(spec.score_mods), _text(spec.mask_mods)
-    return (spec.scale, *spec.window, spec.bottom_right, spec.softcap, score_mods, mask_mods, spec.dropout_p, spec.precise,
-            spec.fp32_precision, *(spec.longest or (None, None)), spec.deterministic, spec.rung)
-
-
-def _text(members: tuple[Member, ...]) -> str:
-    return ";".join(f"{x.key}:{','.join(x.args)}" for x in members) if members else ""
-
-
-def unpack(packed: tuple[Any, ...]) -> AttentionSpec:
-    """The spec that ``pack`` took apart."""
-    scale, left, right, bottom_right, softcap, score_mods, mask_mods, *rest = packed
-    dropout_p, precise, fp32_precision, longest_q, longest_k, deterministic, rung = rest
-    return AttentionSpec(scale, Window(left, right), bottom_right, softcap, _members(score_mods), _members(mask_mods),
-                         dropout_p, precise, fp32_precision, None if longest_q is None else (longest_q, longest_k),
-                         deterministic, rung)
-
-
-@functools.cache
-def _members(text: str) -> tuple[Member, ...]:
-    return tuple(Member(key, tuple(args.split(",")) if args else ())
-                 for key, _, args in (part.partition(":") for part in text.split(";") if part))
 
 
 def precision(q: torch.Tensor, asked: str | None) -> str:
@@ -65,8 +39,10 @@ def precision(q: torch.Tensor, asked: str | None) -> str:
 def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions) -> Lowered:
     """``spec`` and ``companions`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
     batch = q.shape[0] if companions.cu_q is None else companions.cu_q.shape[0] - 1
-    n_queries, n_keys = spec.longest or (q.shape[2], k.shape[2])
-    call = _call(spec, batch, n_queries, n_keys, q.dtype, precision(q, spec.fp32_precision))
+    n_queries, n_keys = spec.longest or Longest(q.shape[2], k.shape[2])
+    # Without its mods, which would live as long as the cache.
+    plain = spec._replace(score_mods=(), mask_mods=())
+    call = _call(plain, bool(spec.score_mods), batch, n_queries, n_keys, q.dtype, precision(q, spec.fp32_precision))
     additive = () if companions.score_weight is None else _additive(companions.score_weight)
     dense = companions.cu_q is None and companions.used_k is None
     if dense and not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0:
@@ -76,7 +52,7 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
     operands, element_size = list(companions.operands), q.element_size()
     roles: list[tuple[int, int] | None] = []
     for member in spec.score_mods:
-        mod = mods.registered(member.key)
+        mod = member.code
         function, slope, arg_slopes = MODS[mod.name] if mod.function is None else (mod.function, mod.slope, mod.arg_slopes)
         slope = one if slope is None or slope == 1.0 else slope
         arg_slopes = tuple(one if s is None else s for s in arg_slopes)
@@ -88,7 +64,7 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
     by_head = False
     keeps: tuple[Keep, ...] = ()
     for member in spec.mask_mods:
-        mod = mods.registered(member.key)
+        mod = member.code
         tensors = [operands[i] for i in range(sum(kind == TENSOR for kind in member.args))]
         by_batch = by_batch or mod.by_batch or any(x.shape[0] > 1 for x in tensors)
         by_head = by_head or mod.by_head or any(x.shape[1] > 1 for x in tensors)
@@ -103,11 +79,12 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
 
 
 @functools.lru_cache(1024)
-def _call(spec: AttentionSpec, batch: int, n_queries: int, n_keys: int, dtype: torch.dtype, precision: str) -> Call:
+def _call(spec: AttentionSpec, modded: bool, batch: int, n_queries: int, n_keys: int, dtype: torch.dtype,
+          precision: str) -> Call:
     """The part of a call that is in no tensor."""
     reach = n_queries + n_keys  # no bound beyond this changes anything, and with it 32 bits are enough
     left, right = (None if bound is None else min(bound, reach) for bound in spec.window)
-    score_mods = before_mods(spec.scale, spec.softcap, bool(spec.score_mods), dtype)
+    score_mods = before_mods(spec.scale, spec.softcap, modded, dtype)
     return Call(spec.scale, left, right, spec.offset(n_queries, n_keys), precision, batch, n_queries, n_keys,
                 Extras(score_mods) if score_mods else PLAIN)
 
@@ -151,11 +128,6 @@ def _sequences(companions: Companions, q: torch.Tensor, k: torch.Tensor) -> Sequ
     if companions.cu_q is None:
         return Sequences(cu_q, cu_k, used_q, used_k)
     return Sequences(cu_q, cu_k, used_q, used_k, packed_rows(q.shape[2]), packed_rows(k.shape[2]))
-
-
-def lse_stride(q: torch.Tensor) -> int:
-    """Distance of two heads in the LSE of packed sequences."""
-    return packed_rows(q.shape[2])[0]
 
 
 def _dropout(spec: AttentionSpec, companions: Companions) -> tuple[Any, ...]:

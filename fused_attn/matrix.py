@@ -1,19 +1,21 @@
 """``fused-attn compile``: one report a kernel, for one target or for all of them; with ``--profile`` the static profile."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_attn import offline, profile
-from fused_attn.report import print_table
+from fused_attn import files, offline, options, profile
+from fused_attn.report import print_table, track
 from fused_attn.settings import RUNGS
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
@@ -58,34 +60,60 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 def compile_one(arguments: argparse.Namespace) -> int:
-    """Compiles for one target and prints the reports; the status says whether ``--gate`` found a problem."""
+    """Compiles for one target, prints the reports and keeps them in ``--out``; the status says whether a kernel did not
+    compile, or ``--gate`` found a problem."""
     passes = ("forward", "backward") if arguments.which == "all" else (arguments.which,)
-    reports, rows = [], []
-    for dtype, head_dim, which in product(arguments.dtype, arguments.head_dim, passes):
-        for kernel in offline.kernels(which, arguments.feature, arguments.rung):
-            for report in offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
-                                                 feature=arguments.feature, rung=arguments.rung):
+    for dtype, head_dim in product(arguments.dtype, arguments.head_dim):
+        if reason := offline.refusal(arguments.target, head_dim, dtype, arguments.feature, arguments.rung):
+            raise options.BadInputError(reason)
+    work = [(*shape, kernel) for *shape, which in product(arguments.dtype, arguments.head_dim, passes)
+            for kernel in offline.kernels(which, arguments.feature, arguments.rung)]
+    reports, rows, failed = [], [], []
+    with options.until_interrupted() as interrupted:
+        for dtype, head_dim, kernel in work:
+            try:
+                found = offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
+                                               feature=arguments.feature, rung=arguments.rung)
+            except Exception as error:  # whatever the compiler or ptxas has against it
+                failed.append(f"{kernel} {dtype} D{head_dim}: {type(error).__name__}: {' '.join(str(error).split())[-300:]}")
+                continue
+            for report in found:
                 reports.append(report)
                 rows.append(dataclasses.asdict(profile.profile(report)) if arguments.profile else report.row())
                 if arguments.json:
                     print(json.dumps(rows[-1]), flush=True)
-    if not rows:
-        print(f"{arguments.target}: no configuration of {arguments.feature} for these head dims and types", file=sys.stderr)
-    elif not arguments.json:
-        window = "causal" if arguments.causal else "full"
-        title = f"{arguments.target}, {window}, {arguments.feature}, Triton {rows[0]['triton']}"
-        if arguments.profile:
-            for name, table in profile.tables(rows).items():
-                print_table(table, f"{title}: {name}")
-        else:
-            shown = ("kernel", "dtype", "head_dim", "config", "registers", "spill_bytes", "local_in_loops", "shared_bytes",
-                     "matrix", "loop_instructions", "warnings", "compile_seconds")
-            print_table([{**{key: row[key] for key in shown}, "matrix": sum(row["matrix"].values())} for row in rows], title)
+    if rows and not arguments.json:
+        _show(rows, arguments)
+    if rows and arguments.out is not None:
+        _keep(rows, arguments.out, arguments.profile)
     broken = {f"{report.kernel} {report.dtype} D{report.head_dim}": report.problems() for report in reports}
-    for name, found in broken.items():
-        if found:
-            print(f"{arguments.target} {name}: {'; '.join(found)}", file=sys.stderr)
-    return 1 if arguments.gate and any(broken.values()) else 0
+    for line in (*failed, *(f"{name}: {'; '.join(found)}" for name, found in broken.items() if found)):
+        print(f"{arguments.target} {line}", file=sys.stderr)
+    complete = not interrupted.is_set()
+    if complete and not rows and not failed:
+        raise options.BadInputError(f"{arguments.target} has no kernel of this pass, feature and rung at these sizes")
+    return options.status(complete, not failed and not (arguments.gate and any(broken.values())))
+
+
+def _show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    window = "causal" if arguments.causal else "full"
+    title = f"{arguments.target}, {window}, {arguments.feature}, Triton {rows[0]['triton']}"
+    if arguments.profile:
+        for name, table in profile.tables(rows).items():
+            print_table(table, f"{title}: {name}")
+    else:
+        shown = ("kernel", "dtype", "head_dim", "config", "registers", "spill_bytes", "local_in_loops", "shared_bytes",
+                 "matrix", "loop_instructions", "warnings", "compile_seconds")
+        print_table([{**{key: row[key] for key in shown}, "matrix": sum(row["matrix"].values())} for row in rows], title)
+
+
+def _keep(rows: list[dict[str, Any]], out: Path, static_profile: bool) -> None:
+    """Writes the rows, and of a profile a readable table beside them."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    files.write(out, f"[\n{lines}\n]\n")
+    if static_profile:
+        files.write(out.with_suffix(".md"), profile.markdown(rows))
+    print(f"{len(rows)} rows in {out}", file=sys.stderr)
 
 
 def jobs() -> Iterator[Job]:
@@ -137,43 +165,62 @@ def profiled() -> Iterator[Job]:
 
 def run(out: Path | None, static_profile: bool) -> int:
     """Compiles the whole matrix, or all that is profiled, a process a job, writes the rows, and of the profile a readable
-    table beside them; fails where a rule is broken."""
-    from rich.progress import Progress
-
+    table beside them; fails where a rule is broken. Ctrl-C ends the jobs at work, and what was done until then is kept."""
     work = list(profiled() if static_profile else jobs())
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress() as progress:
-        task = progress.add_task("compiling", total=len(work))
-        futures = {pool.submit(_subprocess, job, static_profile): job for job in work}
-        for future in as_completed(futures):
-            done, error = future.result()
+    futures: dict[Future[tuple[list[dict[str, Any]], str]], Job] = {}
+    with options.until_interrupted() as interrupted, _workers() as pool:
+        for job in work:
+            futures[pool.submit(_subprocess, job, static_profile)] = job
+        for future in track(as_completed(list(futures)), "compiling", len(work)):
+            job, (done, error) = futures.pop(future), future.result()
             rows += done
             if error:
-                failures.append(f"{futures[future]}: {error}")
-            progress.advance(task)
+                failures.append(f"{job}: {error}")
+    rows += [row for future in futures if not future.cancelled() for row in future.result()[0]]  # of jobs that were interrupted
     rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["feature"], row["rung"], row["causal"],
                                row["kernel"]))
     for row in () if static_profile else rows:
         if found := problems(row):
             failures.append(f"{row['target']} {row['kernel']} {row['dtype']} D{row['head_dim']} causal={row['causal']} "
                             f"{row['feature']} {row['rung']}: " + "; ".join(found))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        out.write_text(f"[\n{lines}\n]\n")
-        if static_profile:
-            out.with_suffix(".md").write_text(profile.markdown(rows))
-        print(f"{len(rows)} rows in {out}")
+    if rows and out is not None:
+        _keep(rows, out, static_profile)
     for failure in failures:
         print(failure, file=sys.stderr)
     print(f"{len(rows)} kernels compiled, {len(failures)} problems")
-    return 1 if failures else 0
+    return options.status(not interrupted.is_set(), not failures)
+
+
+_running: set[subprocess.Popen[str]] = set()
+_stopped = threading.Event()
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core; whatever ends what is within early ends the processes at work, and no other one goes on."""
+    _stopped.clear()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            yield pool
+        except BaseException:
+            _stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                process.kill()
+            raise
 
 
 def _subprocess(job: Job, static_profile: bool) -> tuple[list[dict[str, Any]], str]:
     """Rows of one job, in a process of its own: a compiler that crashes takes only its job along."""
     command = [sys.executable, "-m", "fused_attn", "compile", "--json", *job.arguments(), *["--profile"] * static_profile]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    return rows, "" if result.returncode == 0 else f"exit status {result.returncode}: {result.stderr[-400:]}"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          stdin=subprocess.DEVNULL) as process:
+        _running.add(process)
+        if _stopped.is_set():  # after it was added: who stops looks the other way round
+            process.kill()
+        output, errors = process.communicate()
+        _running.discard(process)
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+    return rows, "" if process.returncode == 0 else f"exit status {process.returncode}: {errors[-400:]}"

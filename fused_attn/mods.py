@@ -7,17 +7,20 @@ pointers in it, so the same few lines run on a tile of a kernel and on whole ten
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import math
 import numbers
+import uuid
+import weakref
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 Twin: TypeAlias = Callable[[Any, Any, Any, Any, Any, tuple[Any, ...]], torch.Tensor]
-_REGISTERED: dict[str, Any] = {}
 
 
 class RelativeBias(NamedTuple):
@@ -38,29 +41,81 @@ class Bound(NamedTuple):
     args: tuple[Any, ...]
 
 
-def _fingerprint(name: str, functions: tuple[Any, ...]) -> str:
-    """A name for a mod in op schemas and caches: other code, another name, in this process and in the next."""
-    if not functions:  # a twin alone never leaves the process
-        return name
-    texts = []
-    for function in functions:
-        key = getattr(function, "cache_key", None)  # of a compiled function, with all that it calls
-        source = inspect.getsource(function.fn) if hasattr(function, "fn") else repr(function)
-        texts.append(source if key is None else str(key))
-    return f"{name}_{hashlib.sha256('|'.join(texts).encode()).hexdigest()[:16]}"
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """What kernels know of a mod, which travels through an op schema, that takes no functions, as its ``key``.
+
+    The key says what the functions are: other code, or other values that it captures, another key, in this process and in
+    the next. Mods of one key share one Code, whatever their twins.
+    """
+
+    key: str
+    name: str = dataclasses.field(compare=False)
+    function: Any = dataclasses.field(default=None, compare=False)
+    slope: Any = dataclasses.field(default=None, compare=False)
+    arg_slopes: tuple[Any, ...] = dataclasses.field(default=(), compare=False)
+    by_batch: bool = dataclasses.field(default=False, compare=False)
+    by_head: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether kernels can run it: by its own function, or as one of those that ship, whose key is their name."""
+        return self.function is not None or self.key == self.name
+
+    def __deepcopy__(self, memo: Any) -> "Code":
+        return self
 
 
-def _register(mod: Any, functions: tuple[Any, ...]) -> None:
-    if not isinstance(mod.name, str) or not mod.name.isidentifier():
-        raise ValueError(f"name: expected a word of letters, digits and underscores; got {mod.name!r}")
-    key = first = _fingerprint(mod.name, functions)
-    settings = {field.name: getattr(mod, field.name) for field in dataclasses.fields(mod) if field.init}
-    copies = 1
-    while key in _REGISTERED and settings != {name: getattr(_REGISTERED[key], name, None) for name in settings}:
-        copies += 1  # the same code with another twin, or other flags
-        key = f"{first}_{copies}"
-    object.__setattr__(mod, "key", key)
-    _REGISTERED[key] = mod
+_ALIVE: "weakref.WeakValueDictionary[str, Code]" = weakref.WeakValueDictionary()
+
+
+def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_batch: bool, by_head: bool) -> Code:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name: expected a word of letters, digits and underscores; got {name!r}")
+    # A twin alone never leaves the process, and nothing but the mod itself tells what it is.
+    texts = [uuid.uuid4().hex] if function is None else [_content(x, []) for x in (function, slope, *arg_slopes)]
+    digest = hashlib.sha256("|".join((*texts, str(by_batch), str(by_head))).encode()).hexdigest()
+    code = Code(f"{name}_{digest[:16]}", name, function, slope, tuple(arg_slopes), by_batch, by_head)
+    return _ALIVE.setdefault(code.key, code)
+
+
+def _content(x: Any, within: list[Any]) -> str:
+    """A text that tells what ``x`` is, a function or something that one captures: equal texts, equal behaviour."""
+    if isinstance(x, (bool, int, float, str, torch.dtype, NoneType)):
+        return repr(x)
+    if inspect.ismodule(x):
+        return x.__name__
+    if isinstance(x, (tuple, list, dict)):
+        return f"[{','.join(_content(y, within) for y in (x.items() if isinstance(x, dict) else x))}]"
+    key = getattr(x, "cache_key", None)  # of a compiled function: its source, what that calls and the values it captures
+    if key is not None:
+        return str(key)
+    plain = getattr(x, "fn", x)  # of an interpreted function
+    if type(x).__name__ == "constexpr":  # not by its class: a mod may be made without Triton
+        return _content(x.value, within)
+    if inspect.isclass(x) or inspect.isbuiltin(x) or getattr(plain, "__module__", "").startswith("triton."):
+        return f"{plain.__module__}.{plain.__qualname__}" if hasattr(plain, "__qualname__") else repr(x)
+    if not inspect.isfunction(plain):
+        return uuid.uuid4().hex  # nobody knows: like nothing else
+    if plain in within:  # it calls itself
+        return plain.__qualname__
+    captured = inspect.getclosurevars(plain)
+    values = {**captured.globals, **captured.nonlocals, "": (plain.__defaults__, plain.__kwdefaults__)}
+    try:
+        source = inspect.getsource(plain)
+    except OSError:
+        source = uuid.uuid4().hex
+    return "|".join((source, *(f"{name}={_content(value, [*within, plain])}" for name, value in values.items())))
+
+
+@functools.lru_cache(1024)
+def named(key: str) -> Code:
+    """The code of a key. A graph knows a mod by its key alone, so the last that were asked for live on."""
+    code = _ALIVE.get(key)
+    if code is None:
+        raise LookupError(f"{key}: no ScoreMod or MaskMod of this code is alive; a program that was exported, or a graph that "
+                          "outlived its mod, needs it made again, of the same functions, and kept")
+    return code
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,10 +139,11 @@ class ScoreMod:
     slope: Any = None
     arg_slopes: tuple[Any, ...] = ()
     reference: Twin | None = None
-    key: str = dataclasses.field(init=False)
+    code: Code = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _register(self, (self.function, self.slope, *self.arg_slopes) if self.function is not None else ())
+        code = _code(self.name, self.function, self.slope, self.arg_slopes, False, False)
+        object.__setattr__(self, "code", code)
 
     def __call__(self, *args: Any) -> Bound:
         return Bound(self, args)
@@ -112,18 +168,14 @@ class MaskMod:
     reference: Callable[..., torch.Tensor] | None = None
     by_batch: bool = False
     by_head: bool = False
-    key: str = dataclasses.field(init=False)
+    code: Code = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _register(self, () if self.function is None else (self.function,))
+        code = _code(self.name, self.function, None, (), self.by_batch, self.by_head)
+        object.__setattr__(self, "code", code)
 
     def __call__(self, *args: Any) -> Bound:
         return Bound(self, args)
-
-
-def registered(key: str) -> Any:
-    """The mod of a key: how one passes through an op schema, which takes no functions."""
-    return _REGISTERED[key]
 
 
 def checked(name: str, mod: Any, args: tuple[Any, ...], kind: type) -> Bound | None:
@@ -158,7 +210,8 @@ DOCUMENT = MaskMod("document", reference=lambda q, k, h, b, args: args[0] == arg
 PREFIX_LM = MaskMod("prefix_lm", reference=lambda q, k, h, b, args: (k < args[0]) | (k <= q))
 TREE = MaskMod("tree", reference=lambda q, k, h, b, args: _is_ancestor(args))
 
-SHIPPED = (BIAS, ALIBI, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, TREE)
+for _mod in (BIAS, ALIBI, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, TREE):  # which the kernels know by name
+    object.__setattr__(_mod, "code", _ALIVE.setdefault(_mod.name, Code(_mod.name, _mod.name)))
 
 
 def _per_token(name: str, x: Any) -> torch.Tensor:
@@ -223,6 +276,16 @@ def soft_tree_mask(enter: torch.Tensor, leave: torch.Tensor, penalty: torch.Tens
     return SOFT_TREE(enter[:, None, :, None], enter[:, None, None, :], leave[:, None, None, :], penalty)
 
 
+def check_buckets(buckets: int, bidirectional: bool, max_distance: int, name: str = "table") -> None:
+    """Of T5's bias: single distances need a bucket at least, and ``max_distance`` must lie beyond them."""
+    exact = buckets // (4 if bidirectional else 2)
+    if exact < 1:
+        raise ValueError(f"{name}: expected at least {4 if bidirectional else 2} buckets"
+                         f"{' of two directions' if bidirectional else ''}; got {buckets}")
+    if isinstance(max_distance, bool) or not isinstance(max_distance, numbers.Integral) or max_distance <= exact:
+        raise ValueError(f"max_distance: expected an int above {exact}, the buckets of single distances; got {max_distance!r}")
+
+
 def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: bool = True,
             max_distance: int = 128) -> RelativeBias:
     """T5's relative position bias from its ``table`` [buckets, H], to which gradients flow.
@@ -234,6 +297,7 @@ def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: 
     """
     if not isinstance(table, torch.Tensor) or table.dim() != 2:
         raise TypeError(f"table: expected a tensor [buckets, H]; got {getattr(table, 'shape', table)!r}")
+    check_buckets(table.shape[0], bidirectional, max_distance)
     # values[..., j - i + Nq - 1] belongs to query i at position i + Nk - Nq.
     distance = torch.arange(max(n_queries + n_keys - 1, 0), device=table.device) - (n_keys - 1)
     buckets, bucket = table.shape[0], torch.zeros_like(distance)
@@ -244,7 +308,7 @@ def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: 
     else:
         distance = (-distance).clamp(min=0)
     exact = buckets // 2
-    ratio = torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact)
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     ranged = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
     bucket = bucket + torch.where(distance < exact, distance, ranged)
     return RelativeBias(table[bucket].T.contiguous()[None])

@@ -29,8 +29,11 @@ from fused_attn.kernels.rotary import launch_rotary
 from fused_attn.lowering import lower
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
 from fused_attn.tuning import (
+    KNOWN_TARGETS,
+    MAX_ADDITIVE,
     SHARED_LIMIT,
     Kernel,
+    against,
     choose,
     choose_additive,
     choose_combine,
@@ -40,6 +43,8 @@ from fused_attn.tuning import (
     choose_rung,
     choose_shares,
     fit_operands,
+    has_tf32,
+    has_tf32x3,
 )
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
@@ -49,7 +54,32 @@ FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
 
+# What the rungs of sm_90 beside pointers take of FEATURES.
+RUNG_FEATURES = {"descriptors": ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "packed"),
+                 "specialized": ("plain", "softcap", "sinks"), "gluon": ("plain", "softcap", "sinks", "packed")}
+
 _NO_PRODUCTS = ("delta", "list", "rotary", "combine", "statistics", "ordered")
+
+
+def refusal(target: str, head_dim: int, dtype: str, feature: str = "plain", rung: str = "pointers") -> str | None:
+    """Why no kernel is compiled for this, or None: what comes out could not run, or no call would launch it."""
+    if target not in KNOWN_TARGETS:
+        return f"target: expected one of {', '.join(KNOWN_TARGETS)}; got {target!r}"
+    if dtype.startswith("tf32") and not (has_tf32 if dtype == "tf32" else has_tf32x3)(target):
+        return f"{target} has no {dtype}"
+    if reason := against(head_dim, head_dim, DTYPES[dtype], target):
+        return reason
+    if feature == "additive" and head_dim > MAX_ADDITIVE:
+        return f"head dim {head_dim}: the kernels carry additive scores up to {MAX_ADDITIVE}"
+    if rung == "pointers":
+        return None
+    if target != "sm_90":
+        return f"rung {rung} is of sm_90; got target {target}"
+    if feature not in RUNG_FEATURES[rung]:
+        return f"rung {rung} takes {', '.join(RUNG_FEATURES[rung])}; got {feature}"
+    if dtype not in ("fp16", "bf16") or head_dim > 256 or head_dim % 8:
+        return f"rung {rung} takes fp16 and bf16, and head dims to 256 in steps of 8; got {dtype} and {head_dim}"
+    return None
 
 
 def kernels(which: str, feature: str, rung: str = "pointers") -> tuple[Kernel, ...]:
@@ -210,7 +240,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     delta = lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
     fields, companions = _feature(feature, length, heads, head_dim, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
-    if spec.score_mods:  # as ``execution.lse_like`` has it
+    if spec.score_mods:  # as ``layout.lse_like`` has it
         lse = torch.empty(2, *delta.shape, dtype=delta.dtype, device="meta")
     call, roles = lower(q, k, spec, companions)
     call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")

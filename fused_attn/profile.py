@@ -307,6 +307,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                     "spill bytes": row["spill_bytes"], "programs": f"{row['programs']} ({row['limited_by']})",
                     "instructions": loop["instructions"], "other per matrix": _shown(loop["other_per_matrix"]),
                     "cycles": ", ".join(f"{pipe} {value}" for pipe, value in loop["cycles"].items()), **_judged(loop)})
+        if not lines:  # kernels without a main loop
+            continue
         text += ["", f"## {target}", "", "| " + " | ".join(lines[0]) + " |", "|---" * len(lines[0]) + "|"]
         text += ["| " + " | ".join(str(value) for value in line.values()) + " |" for line in lines]
     return "\n".join(text) + "\n"

@@ -1,22 +1,49 @@
 """Fused attention in a model that exists: its torch modules become ours where they stand, and back again."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fused_attn import nn as fused
 
-_LAYERS: dict[type, type] = {
+_AFTER: dict[type, type] = {
+    nn.MultiheadAttention: fused.MultiheadAttention,
     nn.TransformerEncoderLayer: fused.TransformerEncoderLayer,
     nn.TransformerDecoderLayer: fused.TransformerDecoderLayer,
     nn.TransformerEncoder: fused.TransformerEncoder,
     nn.TransformerDecoder: fused.TransformerDecoder,
     nn.Transformer: fused.Transformer,
 }
-_KNOWN = (nn.MultiheadAttention, *_LAYERS)
-_OURS = (fused.MultiheadAttention, *_LAYERS.values())
+_KNOWN = tuple(_AFTER)
+_OURS = tuple(_AFTER.values())
 _DETOURS = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}  # attributes by which torch leaves its Python code
+
+
+class _Change(NamedTuple):
+    """One module's change: its class before and after, and the attributes set beside, as they were."""
+
+    name: str
+    module: nn.Module
+    before: type
+    after: type
+    attributes: dict[str, Any]
+
+    def make(self) -> None:
+        if self.after is fused.MultiheadAttention:
+            fused.MultiheadAttention.adopt(self.module)  # type: ignore[arg-type]
+        else:
+            self.module.__class__ = self.after
+        vars(self.module).update({key: _DETOURS[key] for key in self.attributes})
+
+    def undo(self) -> None:
+        """Also of a change that was only begun; an attribute that others have set since stays."""
+        if isinstance(self.module, fused.MultiheadAttention) and self.before is nn.MultiheadAttention:
+            self.module.release()
+        elif self.before is not self.after:
+            self.module.__class__ = self.before
+        ours = [key for key in self.attributes if vars(self.module).get(key) == _DETOURS[key]]
+        vars(self.module).update({key: self.attributes[key] for key in ours})
 
 
 @dataclasses.dataclass
@@ -31,17 +58,23 @@ class Replacement:
     model: nn.Module
     replaced: list[str] = dataclasses.field(default_factory=list)
     kept: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    _before: list[tuple[nn.Module, type, dict[str, Any]]] = dataclasses.field(default_factory=list, repr=False)
+    _changes: list[_Change] = dataclasses.field(default_factory=list, repr=False)
 
     def restore(self) -> nn.Module:
-        """torch's modules again, with the weights as they are now; returns the model."""
-        while self._before:
-            module, cls, attributes = self._before.pop()
-            if isinstance(module, fused.MultiheadAttention) and cls is nn.MultiheadAttention:
-                module.release()
-            module.__class__ = cls
-            vars(module).update(attributes)
-        self.replaced = []
+        """torch's modules again, with the weights as they are now; returns the model.
+
+        Raises:
+            RuntimeError: where something has given a module another class since, as ``fully_shard`` and parametrizations do;
+                it names the modules, and restores none.
+        """
+        others = [f"  {change.name or '(the model itself)'}: {type(change.module).__name__}" for change in self._changes
+                  if change.before is not change.after and type(change.module) not in (change.before, change.after)]
+        if others:
+            raise RuntimeError("restore: expected the classes that replace_attention gave; these have been "
+                               "changed since by something that must be undone first:\n" + "\n".join(others))
+        for change in reversed(self._changes):
+            change.undo()
+        self._changes, self.replaced = [], []
         return self.model
 
     def __enter__(self) -> "Replacement":
@@ -85,21 +118,24 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Replacement:
     if strict and report.kept:
         raise RuntimeError("strict: not everything would run fused\n"
                            + "\n".join(f"  {name or '(the model itself)'}: {reason}" for name, reason in report.kept))
-    for name, module in plain:
-        before = {key: value for key, value in vars(module).items() if key in _DETOURS}
-        report._before.append((module, type(module), before))
-        if type(module) is nn.MultiheadAttention:
-            fused.MultiheadAttention.adopt(module)
-        else:
-            module.__class__ = _LAYERS[type(module)]
-        vars(module).update({key: _DETOURS[key] for key in before})
-        report.replaced.append(name)
-    for _, module in found:  # torch's code in a class of one's own, around layers that are fused now
-        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and not isinstance(module, _OURS):
-            before = {key: value for key, value in vars(module).items() if key in _DETOURS and value != _DETOURS[key]}
-            report._before.append((module, type(module), before))
-            vars(module).update({key: _DETOURS[key] for key in before})
+    try:
+        for name, module in plain:
+            _make(report, name, module, _AFTER[type(module)])
+            report.replaced.append(name)
+        for name, module in found:  # torch's code in a class of one's own, around layers that are fused now
+            if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and not isinstance(module, _OURS):
+                _make(report, name, module, type(module))
+    except BaseException:  # all or nothing
+        report.restore()
+        raise
     return report
+
+
+def _make(report: Replacement, name: str, module: nn.Module, after: type) -> None:
+    attributes = {key: value for key, value in vars(module).items() if key in _DETOURS and value != _DETOURS[key]}
+    change = _Change(name, module, type(module), after, attributes)
+    report._changes.append(change)
+    change.make()
 
 
 def _against(module: nn.Module) -> str | None:
@@ -112,6 +148,12 @@ def _against(module: nn.Module) -> str | None:
     if isinstance(module, _KNOWN):
         base = next(base.__name__ for base in cls.__mro__ if base in _KNOWN)
         return f"{cls.__name__}, a subclass of torch's {base}, has code of its own"
-    if "attention" in cls.__name__.lower() or "attn" in cls.__name__.lower():
+    if _sounds_like_attention(module) and not any(
+            isinstance(inner, _KNOWN) or _sounds_like_attention(inner) for inner in module.modules() if inner is not module):
         return f"{cls.__name__} is not torch's; within patch_sdpa() its scaled_dot_product_attention runs fused"
     return ""
+
+
+def _sounds_like_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name

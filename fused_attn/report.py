@@ -5,7 +5,7 @@ import importlib.util
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,21 +42,25 @@ def git(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yields items behind a progress bar on stderr; a line each where rich is not installed."""
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yields items behind a progress bar on stderr; a line each without rich. ``total``: of items that have no length."""
+    total = len(items) if isinstance(items, Sized) else total
     try:
         from rich.console import Console
         from rich.progress import track as bar
     except ImportError:
         for i, item in enumerate(items):
-            print(f"{what}: {i + 1} of {len(items)}", file=sys.stderr, flush=True)
+            print(f"{what}: {i + 1} of {total}", file=sys.stderr, flush=True)
             yield item
     else:
-        yield from bar(items, what, console=Console(stderr=True))
+        yield from bar(items, what, total, console=Console(stderr=True))
 
 
 def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     """Prints rows as a table; the keys of the first are the columns. Plain where rich is not installed."""
+    if not rows:
+        print(f"{title}: none")
+        return
     columns = [column.replace("_", " ") for column in rows[0]]
     try:
         from rich.console import Console

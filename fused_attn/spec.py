@@ -1,7 +1,10 @@
 """The vocabulary in which a call is described once and carried everywhere: frozen, hashable, and free of Triton."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
 
 
 class Window(NamedTuple):
@@ -12,16 +15,25 @@ class Window(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A score mod or mask mod of a call: its key in ``mods``, and what its arguments are, in order.
+    """A score mod or mask mod of a call: its ``mods.Code``, what its arguments are, in order, and its plain PyTorch twin.
 
-    An argument is ``TENSOR`` or ``RELATIVE`` (the next of the call's operands) or the text of a number.
+    An argument is ``TENSOR`` or ``RELATIVE`` (the next of the call's operands) or the text of a number. Whatever holds a
+    member keeps its functions alive.
     """
 
-    key: str
+    code: Any
     args: tuple[str, ...]
+    reference: Any = None
 
 
 TENSOR, RELATIVE = "tensor", "relative"
+
+
+class Longest(NamedTuple):
+    """Queries and keys of the longest packed sequences."""
+
+    queries: int
+    keys: int
 
 
 class AttentionSpec(NamedTuple):
@@ -30,8 +42,8 @@ class AttentionSpec(NamedTuple):
     ``bottom_right`` aligns the last query with the last key (query i stands at position i + Nk - Nq); otherwise the first
     ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None. ``score_mods`` act in their order, after
     the softcap; a pair attends where every one of ``mask_mods`` keeps it. ``fp32_precision`` None follows torch. ``longest``
-    is (queries, keys) of the longest packed sequences, or None for a dense batch. Not ``deterministic``: dQ may be summed in
-    any order. ``rung``: the kernels asked for on sm_90 (``fused_attn.hopper``), of both passes.
+    is None for a dense batch. Not ``deterministic``: dQ may be summed in any order. ``rung``: the kernels asked for on sm_90
+    (``fused_attn.hopper``), of both passes. The ops take these fields as arguments (``schema``).
     """
 
     scale: float
@@ -43,13 +55,16 @@ class AttentionSpec(NamedTuple):
     dropout_p: float = 0.0
     precise: bool = False
     fp32_precision: str | None = None
-    longest: tuple[int, int] | None = None
+    longest: Longest | None = None
     deterministic: bool = True
     rung: str = "pointers"
 
     def offset(self, n_queries: int, n_keys: int) -> int:
         """Position of query 0 among the keys."""
         return n_keys - n_queries if self.bottom_right else 0
+
+
+MaybeTensor: TypeAlias = Any  # a tensor or None; code that reads one knows which
 
 
 class Companions(NamedTuple):
@@ -61,14 +76,25 @@ class Companions(NamedTuple):
     extents, or [B', H', Nq + Nk - 1] for values by k - q.
     """
 
-    sinks: Any = None
-    score_weight: Any = None
-    seed: Any = None
-    cu_q: Any = None
-    cu_k: Any = None
-    used_q: Any = None
-    used_k: Any = None
-    operands: tuple[Any, ...] = ()
+    sinks: MaybeTensor = None
+    score_weight: MaybeTensor = None
+    seed: MaybeTensor = None
+    cu_q: MaybeTensor = None
+    cu_k: MaybeTensor = None
+    used_q: MaybeTensor = None
+    used_k: MaybeTensor = None
+    operands: tuple[torch.Tensor, ...] = ()
+
+    def flat(self) -> tuple[Any, ...]:
+        """The single tensors, then the operands: as an autograd Function takes what it is to give gradients to."""
+        *single, operands = self
+        return (*single, *operands)
+
+    @classmethod
+    def of(cls, flat: Iterable[Any]) -> "Companions":
+        """What ``flat`` took apart; or what stands for each of them, such as its gradient."""
+        rest = iter(flat)
+        return cls(*[tuple(rest) if field == "operands" else next(rest) for field in cls._fields])
 
 
 NO_COMPANIONS = Companions()

@@ -15,21 +15,18 @@ from typing import Any
 
 import torch
 
-from fused_attn import report, settings, tuned
+from fused_attn import files, options, report, settings, tuned
 from fused_attn.bench.timing import measure
-from fused_attn.execution import like
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
+from fused_attn.layout import like
 from fused_attn.lowering import lower
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
-from fused_attn.tuning import SHARED_LIMIT, Kernel, arch_of, choose, choose_fused, served
+from fused_attn.tuned import STEPS
+from fused_attn.tuning import Kernel, arch_of, choose, served
 
 GAIN = 0.98  # of the time: less is noise
 MAX_DIFFERENCE = 0.02  # relative, of results in halves whose sums are taken in another order
-STEPS: dict[str, tuple[Any, ...]] = {
-    "block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4, 5),
-    "edge_stages": (None, 1), "disable_licm": (False, True),
-}
 
 Timer = Callable[[dict[str, Callable[[], Any]]], dict[str, float]]  # calls by name -> milliseconds
 
@@ -48,8 +45,7 @@ class Subject:
         self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_COMPANIONS).call
                       for right in (None, 0)]
         arch = arch_of(device)
-        shipped = (choose_fused(head_dim, head_dim, dtype, arch) if kernel == "fused"
-                   else choose(kernel, head_dim, head_dim, dtype, arch))
+        shipped = tuned.shipped(kernel, head_dim, dtype, arch)
         assert shipped is not None, f"{arch} has no fused backward at head dim {head_dim}"
         self.shipped: TileConfig = shipped
         self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # LSE and delta of each call
@@ -87,16 +83,8 @@ class Subject:
         return results
 
     def fits(self, config: TileConfig) -> bool:
-        """Whether a configuration may run at all: by shared memory, and by registers for the sums that every thread holds."""
-        rows = config.block_m if self.kernel in ("forward", "dq") else config.block_n
-        walked = config.block_n if self.kernel in ("forward", "dq") else config.block_m
-        n_sums = 1 if self.kernel in ("forward", "dq") else 2
-        sums = rows * (n_sums * self.head_dim + walked) if not config.split else rows * (self.head_dim + walked)
-        shared = 2 * self.head_dim * (rows + config.num_stages * walked)
-        arch = arch_of(self.device)
-        limit = SHARED_LIMIT.get(arch, 64 * 1024)
-        registers = 512 * 64 if arch.startswith("gfx9") else 255 * 32  # of a warp
-        return sums <= registers * config.num_warps and shared <= limit and rows * walked >= 4 * 32 * config.num_warps
+        """Whether a configuration may run at all."""
+        return tuned.fits(config, self.kernel, self.head_dim, arch_of(self.device))
 
 
 def neighbours(config: TileConfig) -> Iterator[TileConfig]:
@@ -118,11 +106,12 @@ class Search:
                  start: TileConfig | None = None) -> None:
         self.subject, self.timer, self.deadline, self.told = subject, timer, deadline, told
         self.tried: set[TileConfig] = {subject.shipped}
+        self.interrupted = False
         self.expected = subject.run(subject.shipped)
         self.best = subject.shipped if start is None or self._wrong(start) else start
 
     def run(self) -> dict[str, Any]:
-        """An entry of the file: the best configuration, its time and the shipped one's."""
+        """An entry of the file: the best configuration, its time and the shipped one's. Ctrl-C ends the walk where it is."""
         while (better := self._best_neighbour()) is not None:
             self.best = better
         times = self._times(self.subject.shipped, self.best)
@@ -134,17 +123,20 @@ class Search:
 
     def _best_neighbour(self) -> TileConfig | None:
         fastest, ratio = None, GAIN
-        for config in neighbours(self.best):
-            if config in self.tried or not self.subject.fits(config) or time.monotonic() > self.deadline:
-                continue
-            self.tried.add(config)
-            verdict = self._wrong(config)
-            if verdict is None:
-                best, new = self._times(self.best, config)
-                if new / best < ratio:
-                    fastest, ratio = config, new / best
-                verdict = f"{new / best:.3f} of the best's time"
-            self.told(config, verdict)
+        with options.until_interrupted() as interrupted:
+            for config in neighbours(self.best):
+                if config in self.tried or not self.subject.fits(config) or time.monotonic() > self.deadline:
+                    continue
+                self.tried.add(config)
+                verdict = self._wrong(config)
+                if verdict is None:
+                    best, new = self._times(self.best, config)
+                    if new / best < ratio:
+                        fastest, ratio = config, new / best
+                    verdict = f"{new / best:.3f} of the best's time"
+                self.told(config, verdict)
+        if interrupted.is_set():
+            self.interrupted, self.deadline = True, -float("inf")
         return fastest
 
     def _times(self, *configs: TileConfig) -> tuple[float, ...]:
@@ -182,7 +174,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = torch.device("cpu") if settings.interpreted() else torch.device("cuda", torch.cuda.current_device())
     file: Path = arguments.out or tuned.default_path(device)
-    content = _content(file, device)
+    if reason := files.against(file):
+        raise options.BadInputError(f"{str(file)!r} cannot be written: {reason}")
+    content, starts = _content(file, device)
     known = {(row["kernel"], row["head_dim"]): row for row in content["tiles"]}
     dtype = torch.float16 if arguments.dtype == "fp16" else torch.bfloat16
     # What is timed is the widest head dim that an entry of the tables serves: what launches there launches for all of them.
@@ -191,7 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     rows, console = [], Console()
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  TextColumn("{task.fields[last]}"), console=console) as progress:
+                  TextColumn("{task.fields[last]}"), console=console) as progress, options.until_interrupted() as interrupted:
         task = progress.add_task("tuning", total=len(work), last="")
 
         def told(config: TileConfig, verdict: str) -> None:
@@ -200,41 +194,48 @@ def run(arguments: argparse.Namespace) -> int:
         for kernel, head_dim in work:
             progress.update(task, description=f"{kernel} D{head_dim}")
             before = known.get((kernel, head_dim))
-            why = _against(kernel, head_dim, device, dtype, before is not None and before["complete"] and not arguments.again)
+            done = before is not None and before.get("complete") is True and not arguments.again
+            why = _against(kernel, head_dim, device, dtype, done)
             if time.monotonic() > deadline:
                 why = "no time is left"
             if why is None:
                 subject = Subject(kernel, head_dim, device, dtype, arguments.length)
-                start = tuned.config_of(before) if before is not None and not arguments.again else None
-                rows.append(Search(subject, _timer(device), deadline, told, start).run())
+                start = None if arguments.again else starts.get((kernel, head_dim))
+                search = Search(subject, _timer(device), deadline, told, start)
+                rows.append(search.run())
                 known[kernel, head_dim] = rows[-1]
                 tuned.write(file, {**content, "tiles": list(known.values())})
+                if search.interrupted:
+                    raise KeyboardInterrupt
             else:
                 console.print(f"{kernel} D{head_dim}: {why}")
             progress.advance(task)
     if rows:
         report.print_table([{"kernel": row["kernel"], "head dim": row["head_dim"], **_shown(row)} for row in rows],
                            f"{content['gpu']}, {arguments.dtype}: tiles in {file}")
-    return 0
+    return options.status(complete=not interrupted.is_set(), ok=True)
 
 
 def _against(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype, done: bool) -> str | None:
     """Why a kernel is not searched, if it is not."""
-    if kernel == "fused" and choose_fused(head_dim, head_dim, dtype, arch_of(device)) is None:
+    if tuned.shipped(kernel, head_dim, dtype, arch_of(device)) is None:
         return "there is none for this card"
     return "the file has it already; --again searches anew" if done else None
 
 
-def _content(file: Path, device: torch.device) -> dict[str, Any]:
-    """What the file holds of this card and Triton, else an empty one; another card's file is not written over."""
+def _content(file: Path, device: torch.device) -> tuple[dict[str, Any], tuned.Found]:
+    """What the file holds of this card and Triton with its configurations, else an empty one; another card's file is not
+    written over, nor anything else that is there."""
     here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": tuned.triton_name()}
-    if file.is_file():
-        content = tuned.read(file)
-        if content.get("arch") != here["arch"] or content.get("gpu") != here["gpu"]:
-            raise SystemExit(f"fused-attn tune: {file} holds tiles of {content.get('gpu')}; choose another --out")
-        if content.get("triton") == here["triton"]:
-            return content
-    return {**here, "conditions": report.conditions(), "tiles": []}
+    try:
+        content = tuned.read(file) if file.exists() else None
+        if content is not None and (content.get("arch") != here["arch"] or content.get("gpu") != here["gpu"]):
+            raise ValueError(f"{file} holds tiles of {content.get('gpu')!r:.80}")
+        if content is not None and content.get("triton") == here["triton"]:
+            return content, tuned.tiles(file, content)
+    except ValueError as error:
+        raise options.BadInputError(f"{error}; delete it, or choose another --out") from error
+    return {**here, "conditions": report.conditions(), "tiles": []}, {}
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Tiles that ``fused-attn tune`` found on a card: the file that keeps them, and which of them a launch takes.
 
 The file is JSON and can be given to others who have the same card: {"format": 1, "arch", "gpu", "triton", "torch",
-"fused_attn", "tiles": [{"kernel", "head_dim", "config": {fields of TileConfig}, "ms", "shipped_ms", ...}]}.
+"fused_attn", "tiles": [{"kernel", "head_dim", "config": {fields of TileConfig}, "ms", "shipped_ms", ...}]}. It is not trusted:
+an entry must be a configuration that the search itself would try on this card, so that a file may make a kernel slow, but
+never makes it wrong, and never tells the compiler anything that the shipped tables do not.
 """
 
 import dataclasses
@@ -15,11 +17,18 @@ from typing import Any
 
 import torch
 
-from fused_attn import settings
+from fused_attn import files, settings
 from fused_attn.spec import TileConfig
-from fused_attn.tuning import arch_of, served, triton_version
+from fused_attn.tuning import SHARED_LIMIT, Kernel, arch_of, choose, choose_fused, served, triton_version
 
 FORMAT = 1
+KERNELS: tuple[Kernel, ...] = ("forward", "dq", "dkv", "fused")
+WIDEST = 256  # head dim
+# What the search changes, and the values it tries; whatever else a configuration says stays as it is shipped.
+STEPS: dict[str, tuple[Any, ...]] = {
+    "block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4, 5),
+    "edge_stages": (None, 1), "disable_licm": (False, True),
+}
 Found = dict[tuple[str, int], TileConfig]  # (kernel, widest head dim it serves) -> configuration
 
 
@@ -52,30 +61,87 @@ def tuned(device: torch.device) -> Found:
         raise ValueError(f"FUSED_ATTN_TILES: expected a file of `fused-attn tune`, or none; got {str(file)!r}")
     try:
         content = read(file)
+        here = {"arch": arch_of(device), "triton": triton_name()}
+        other = [f"{name} {content.get(name)}, here {value}" for name, value in here.items() if content.get(name) != value]
+        if not other:
+            return tiles(file, content)
     except ValueError as error:
         if settings.TILES is not None:
             raise
         warnings.warn(f"fused_attn: {error}", RuntimeWarning, stacklevel=2)  # found by itself: no call may fail of it
         return {}
-    here = {"arch": arch_of(device), "triton": triton_name()}
-    other = [f"{name} {content.get(name)}, here {value}" for name, value in here.items() if content.get(name) != value]
-    if other:
-        warnings.warn(f"fused_attn: the tiles in {file} are not used: {'; '.join(other)}", RuntimeWarning, stacklevel=2)
-        return {}
-    return {(row["kernel"], row["head_dim"]): config_of(row) for row in content["tiles"]}
+    warnings.warn(f"fused_attn: the tiles in {file} are not used: {'; '.join(other)}", RuntimeWarning, stacklevel=2)
+    return {}
 
 
 def instead(config: TileConfig, kernel: str, q: torch.Tensor, v: torch.Tensor) -> TileConfig:
     """What was tuned for a kernel on the device of q, in place of the shipped configuration."""
     found = tuned(q.device)
-    if not found or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[3], v.shape[3]) > 256:
+    if not found or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[3], v.shape[3]) > WIDEST:
         return config
     return found.get((kernel, served(kernel, q.shape[3], v.shape[3], arch_of(q.device))), config)
 
 
+def shipped(kernel: Kernel, head_dim: int, dtype: torch.dtype, arch: str) -> TileConfig | None:
+    """Where the search for a kernel starts, or None where a card has no such kernel."""
+    if kernel == "fused":
+        return choose_fused(head_dim, head_dim, dtype, arch)
+    return choose(kernel, head_dim, head_dim, dtype, arch)
+
+
+def fits(config: TileConfig, kernel: Kernel, head_dim: int, arch: str) -> bool:
+    """Whether a configuration may run at all: by shared memory, and by registers for the sums that every thread holds."""
+    rows, walked = (config.block_m, config.block_n) if kernel in ("forward", "dq") else (config.block_n, config.block_m)
+    n_sums = 1 if kernel in ("forward", "dq") or config.split else 2
+    sums = rows * (n_sums * head_dim + walked)
+    shared = 2 * head_dim * (rows + config.num_stages * walked)
+    registers = 512 * 64 if arch.startswith("gfx9") else 255 * 32  # of a warp
+    return (sums <= registers * config.num_warps and shared <= SHARED_LIMIT.get(arch, 64 * 1024)
+            and rows * walked >= 4 * 32 * config.num_warps)
+
+
 def config_of(row: dict[str, Any]) -> TileConfig:
-    """The configuration of an entry."""
+    """The configuration of an entry that the search made."""
     return TileConfig(**{**row["config"], "options": tuple((name, value) for name, value in row["config"].get("options", ()))})
+
+
+def checked(row: dict[str, Any], arch: str) -> TileConfig:
+    """The configuration of an entry of a file. Raises ValueError for one that the search would not try on this card."""
+    kernel, head_dim, given = row["kernel"], row["head_dim"], row["config"]
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}; got {kernel!r:.80}")
+    if type(head_dim) is not int or not 1 <= head_dim <= WIDEST or served(kernel, head_dim, head_dim, arch) != head_dim:
+        raise ValueError(f"head_dim: expected the widest that an entry of {arch} serves, up to {WIDEST}; got {head_dim!r:.80}")
+    start = shipped(kernel, head_dim, torch.bfloat16, arch)
+    if start is None:
+        raise ValueError(f"kernel: {arch} has no {kernel} at head dim {head_dim}")
+    own = {field.name: getattr(start, field.name) for field in dataclasses.fields(TileConfig)}
+    if not isinstance(given, dict) or not given.keys() <= own.keys():
+        raise ValueError(f"config: expected {', '.join(own)}; got {given!r:.80}")
+    config = dataclasses.replace(start, **{name: _one_of(name, value, (own[name], *STEPS.get(name, ())))
+                                           for name, value in given.items()})
+    if config != start and not fits(config, kernel, head_dim, arch):
+        raise ValueError(f"config: tiles of {config.block_m}x{config.block_n} do not fit {arch} at head dim {head_dim}")
+    return config
+
+
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    """The one of ``known`` that JSON has as ``value``: what goes on is never what the file holds, only what it names."""
+    for own in known:
+        if json.dumps(own) == json.dumps(value):  # 1, 1.0, true and "1" are four things
+            return own
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, dict.fromkeys(known)))}; got {value!r:.80}")
+
+
+def tiles(file: Path, content: dict[str, Any]) -> Found:
+    """The configurations of a file that was read. Raises ValueError where one is none that the search would try."""
+    found = {}
+    for i, row in enumerate(content["tiles"]):
+        try:
+            found[row["kernel"], row["head_dim"]] = checked(row, content["arch"])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: expected tiles as `fused-attn tune` writes them; entry {i}: {error}") from None
+    return found
 
 
 def triton_name() -> str:
@@ -84,25 +150,24 @@ def triton_name() -> str:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A file of tiles. Raises ValueError for one that is none."""
+    """A file of tiles, of any card; ``tiles`` says what its entries are worth. Raises ValueError for another file."""
+    expected = f"{file}: expected tiles as `fused-attn tune` writes them"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        known = content["format"] == FORMAT and all({"kernel", "head_dim"} <= row.keys() for row in content["tiles"])
-        for row in content["tiles"] if known else ():
-            config_of(row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: expected tiles as `fused-attn tune` writes them; {error!r}") from error
-    if not known:
-        raise ValueError(f"{file}: expected tiles of format {FORMAT}; got format {content['format']!r}")
+        form, rows = content["format"], content["tiles"]
+        whole = isinstance(rows, list) and all({"kernel", "head_dim", "config"} <= row.keys() for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{expected}; {error!r:.200}") from error
+    if form != FORMAT:
+        raise ValueError(f"{file}: expected tiles of format {FORMAT}; got format {form!r:.80}")
+    if not whole:
+        raise ValueError(f"{expected}; an entry lacks its kernel, head_dim or config")
     return dict(content)
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
     """Replaces a file of tiles in one step: a run that is cut short leaves the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(file)
+    files.write(file, json.dumps(content, indent=1) + "\n")
 
 
 def row(kernel: str, head_dim: int, config: TileConfig, **figures: Any) -> dict[str, Any]:

@@ -95,6 +95,7 @@ MAX_HEAD_DIM = 576
 # Targets that share the table of another one.
 _SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
          "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100"}
+KNOWN_TARGETS = tuple(sorted((*_HALVES, *_SAME)))
 
 
 # Shared memory that one block may have, in bytes.

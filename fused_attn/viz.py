@@ -167,10 +167,16 @@ def side_by_side(maps: Mapping[str, torch.Tensor], rows: Sequence[str] | None = 
 
 
 def save(figure: Figure, path: str | Path, title: str = "attention") -> Path:
-    """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path."""
+    """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path.
+
+    Raises ValueError for a name with another ending, which would go to another file, and for a folder.
+    """
     path = Path(path)
+    known = (".html", *(f".{ending}" for ending in figure.canvas.get_supported_filetypes()))
+    if path.suffix.lower() not in known or path.is_dir():
+        raise ValueError(f"path: expected a file's name that ends in one of {', '.join(known)}; got {str(path)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix != ".html":
+    if path.suffix.lower() != ".html":
         figure.savefig(path, dpi=150)
         return path
     picture = io.BytesIO()

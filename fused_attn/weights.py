@@ -2,11 +2,11 @@
 
 import torch
 
-from fused_attn import ops  # noqa: F401  # repairs Triton's interpreter where that is what runs
+from fused_attn import execution  # noqa: F401  # repairs Triton's interpreter where that is what runs
 from fused_attn.describe import Described
-from fused_attn.execution import lse_like
 from fused_attn.kernels.inspection import launch_column_sums, launch_row_stats, launch_weights
 from fused_attn.kernels.launch import Call
+from fused_attn.layout import lse_like
 from fused_attn.lowering import lower
 from fused_attn.spec import TileConfig
 from fused_attn.tuning import arch_of, choose, choose_additive

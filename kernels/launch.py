@@ -82,21 +82,23 @@ def counted() -> Iterator[Counter[str]]:
         _counters[:] = [other for other in _counters if other is not counter]  # remove() would compare counts
 
 
-class _Recorder(threading.local):
-    launches: list[tuple[Any, int, tuple[Any, ...], TileConfig]] | None = None
+class _Recorders(threading.local):
+    def __init__(self) -> None:
+        self.lists: tuple[list[tuple[Any, int, tuple[Any, ...], TileConfig]], ...] = ()
 
 
-_recorder = _Recorder()
+_recorders = _Recorders()
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[Any, int, tuple[Any, ...], TileConfig]]]:
-    """Keeps the launches that this thread makes within it, in their order."""
-    _recorder.launches = []
+    """Keeps the launches that this thread makes within it, in their order; one within another keeps its own part."""
+    launches: list[tuple[Any, int, tuple[Any, ...], TileConfig]] = []
+    _recorders.lists = (*_recorders.lists, launches)
     try:
-        yield _recorder.launches
+        yield launches
     finally:
-        _recorder.launches = None
+        _recorders.lists = tuple([other for other in _recorders.lists if other is not launches])
 
 
 def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
@@ -105,8 +107,8 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
     here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
         counter[kernel.fn.__name__] += 1
-    if _recorder.launches is not None:
-        _recorder.launches.append((kernel, programs, args, config))
+    for launches in _recorders.lists:
+        launches.append((kernel, programs, args, config))
     if here:
         _launch(kernel, programs, args, config)
     else:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.launch import Launcher, accumulator, run
+from fused_attn.layout import check_rotary
 from fused_attn.spec import TileConfig
 
 HEADS = 4  # of one program: they share its cosines and sines
@@ -75,6 +76,7 @@ def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, D: tl.constex
 def launch_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool, back: bool, *,
                   config: TileConfig, launch: Launcher = run) -> None:
     """Fills ``out``: shapes as in ``rotary_kernel``, cos and sin possibly expanded along the batch."""
+    check_rotary(x, cos, sin)
     batch, heads, length, head_dim = x.shape
     if x.numel() == 0:
         return

@@ -18,7 +18,7 @@ class Sequences(NamedTuple):
     """Where the sequences of a batch lie, as kernels take it: every field () or (pointer,), the last two numbers.
 
     ``cu_q`` and ``cu_k`` [B + 1] hold the first rows of packed sequences, ``used_q`` and ``used_k`` [B] how many rows
-    count, ``total_q`` and ``total_k`` the rows of the packed tensors as ``packed_rows`` writes them; the first number of
+    count, ``total_q`` and ``total_k`` the rows of the packed tensors as ``layout.packed_rows`` writes them; the first number of
     ``total_q`` is the distance of two heads in a packed LSE as well. In a plain dense batch all are ().
     """
 
@@ -28,16 +28,6 @@ class Sequences(NamedTuple):
     used_k: Any = ()
     total_q: Any = ()
     total_k: Any = ()
-
-
-def packed_rows(n: int) -> tuple[int, int]:
-    """A number of rows as (n rounded up to a multiple of 16, 16 times what that added).
-
-    Triton compiles a kernel again for integers of a tuple that are multiples of 16, or 1: these two always are and never are,
-    so that no length compiles.
-    """
-    up = max(16, -(-n // 16) * 16)
-    return up, 16 * (up - n)
 
 
 class Place(NamedTuple):

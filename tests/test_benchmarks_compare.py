@@ -54,9 +54,10 @@ def test_a_slowdown_is_seen(checkout, tmp_path, capfd):
     assert len(git(checkout, "worktree", "list").splitlines()) == 1
 
 
-def test_what_cannot_be_compared_is_one_line(checkout):
-    with pytest.raises(SystemExit, match="rev-parse"):
-        compare.main(["nonsense", "--root", str(checkout)])
+def test_what_cannot_be_compared_is_one_line(checkout, capsys):
+    assert compare.main(["nonsense", "--root", str(checkout)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m benchmarks.compare: git rev-parse --verify nonsense")
     (checkout / "fused_attn" / "functional.py").write_text("raise RuntimeError('planted')\n")
     with pytest.raises(SystemExit, match="process ended"):
         compare.main(["HEAD", "--root", str(checkout), "--device", "cpu", "--only", "tiny"])

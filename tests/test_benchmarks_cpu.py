@@ -88,7 +88,7 @@ def test_imports_are_timed_in_fresh_processes():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_call():
-    rows = fresh.memory([2048])
+    rows = list(fresh.memory([2048]))
     assert [row["pass"] for row in rows] == ["forward", "backward"]
     scores = 4 * 2048**2 * 4 / 2**20
     for row in rows:
@@ -100,7 +100,7 @@ def test_memory_is_that_of_the_call():
 @pytest.mark.kernels
 def test_compile_times_are_of_every_kernel():
     pytest.importorskip("triton")
-    rows = fresh.compile_times(["sm_80"], [16])
+    rows = list(fresh.compile_times(["sm_80"], [16]))
     assert {row["pass"] for row in rows} == {"forward", "backward"}
     assert {row["kernel"] for row in rows} >= {"forward", "dq"}
     assert all(row["compile_s"] > 0 for row in rows)

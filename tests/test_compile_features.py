@@ -98,6 +98,51 @@ def test_packed_sequences_compile_whole():
     check_same(run(torch.compile(function, fullgraph=True, backend="aot_eager"), leaves), run(function, leaves))
 
 
+@pytest.mark.parametrize("budget", [0.1, 0.5, 1.0])
+def test_a_backward_that_computes_again_drops_the_same(budget):
+    x, w = torch.randn(2, N, 32, requires_grad=True), (torch.randn(32, 96) * 0.2).requires_grad_()
+
+    def function(x, w):
+        q, k, v = torch.relu(x @ w).view(2, N, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        out = fused_attn.attention(q, k, v, dropout_p=0.5, backend="triton").transpose(1, 2).reshape(2, N, 32)
+        return torch.relu(torch.relu(out @ w) @ w.T) @ w
+
+    def run(function):
+        torch.manual_seed(7)
+        out = function(x, w)
+        return out, *torch.autograd.grad(out.sum(), (x, w))
+
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        got = run(torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True))
+    torch.testing.assert_close(got, run(function), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["q is k is v", "q is k", "k is v", "none"])
+def test_compiled_jagged_tensors(which):
+    x = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5, 4)], layout=torch.jagged).requires_grad_()
+
+    def function(x):
+        x, y, z = x.transpose(1, 2), (x * 2).transpose(1, 2), x.sin().transpose(1, 2)
+        qkv = {"q is k is v": (x, x, x), "q is k": (x, x, y), "k is v": (x, y, y), "none": (x, y, z)}[which]
+        return fused_attn.attention(*qkv, causal=True, backend="triton").values()
+
+    torch._dynamo.reset()
+    results = []
+    for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        out = run(x)
+        results.append((out, torch.autograd.grad(out.sin().sum(), x)[0].values()))
+    torch.testing.assert_close(*results)
+
+
+def test_a_budget_of_nothing_warns_of_dropout():
+    q = torch.randn(1, 2, 9, 16, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: fused_attn.attention(q, q, q, dropout_p=0.5, backend="triton"), backend="aot_eager")
+    with torch._functorch.config.patch(activation_memory_budget=0), pytest.warns(RuntimeWarning, match="budget above 0 saves"):
+        compiled(q)
+
+
 def test_gradients_of_score_mods_need_their_slopes():
     q, k, v, x = normal(1, H, N, D), normal(1, 2, N, D), normal(1, 2, N, D), normal(1, H, 1, N)
     blunt = fused_attn.ScoreMod("blunt", stretched)
@@ -112,9 +157,9 @@ def test_gradients_of_score_mods_need_their_slopes():
 
 
 def test_mods_of_other_code_have_other_names():
-    assert fused_attn.ScoreMod("stretched", stretched, stretched_factor).key != STRETCHED.key
+    assert fused_attn.ScoreMod("stretched", stretched, stretched_factor).code != STRETCHED.code
     again = fused_attn.ScoreMod("stretched", stretched, stretched_slope, (stretched_factor,), reference=STRETCHED.reference)
-    assert again.key == STRETCHED.key
+    assert again.code is STRETCHED.code
 
 
 def test_shared_memory_that_a_card_has_not():

@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,17 +212,29 @@ def test_a_second_run_says_what_it_overwrites_and_leaves_the_rest(tiny, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"mine.txt"}
 
 
-def test_a_write_that_does_not_finish_keeps_the_old_file(tmp_path, monkeypatch):
-    pipeline = pytest.importorskip("fused_attn.demo.pipeline")
-    (tmp_path / "checkpoint.pt").write_bytes(b"old")
+def test_a_write_that_does_not_finish_keeps_the_old_file(tiny, tmp_path, monkeypatch):
+    (tmp_path / "attention.png").write_bytes(b"old")
 
-    def interrupted(source, target):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline._write(tmp_path / "checkpoint.pt", b"new")
-    assert (tmp_path / "checkpoint.pt").read_bytes() == b"old"
+        demo.run(tmp_path, quick=True, seed=0, check=checked)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("attention.png", b"old")]
+
+
+def test_an_interrupted_run_keeps_the_model(tiny, tmp_path, monkeypatch):
+    """Ctrl-C in the second training, which only compares."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fused_attn, "reference_attention", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path, quick=True, seed=0, check=checked)
+    assert {path.name for path in tmp_path.iterdir()} == {"attention.png", "sample.txt", "checkpoint.pt"}
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
 
 
 def test_a_failing_check_ends_the_run_and_keeps_earlier_results(tiny, tmp_path, capsys):

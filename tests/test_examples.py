@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def run(name: str, out: Path, *more: str) -> tuple[dict, str]:
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", "--out", str(out), *more]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=out.parent, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads((out / "summary.json").read_text()), result.stdout
+    return json.loads((out / f"{name}-summary.json").read_text()), result.stdout
 
 
 def is_png(path: Path) -> bool:
@@ -35,7 +36,7 @@ def test_gpt_learns_and_pre_training_helps(tmp_path):
     assert summary["sample"].startswith("The statement ")
     assert len(summary["sample"]) > 80
     assert summary["sample"] in printed  # written as it was drawn
-    assert all(is_png(tmp_path / "out" / f"{name}.png") for name in ("loss", "attention"))
+    assert all(is_png(tmp_path / "out" / f"gpt-{name}.png") for name in ("loss", "attention"))
 
 
 def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
@@ -78,6 +79,90 @@ def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path, capsys):
     assert len(losses(5, 4)) == 4  # other weights, which would not even load
     assert len(losses(5, 2)) == 2  # fewer steps than were done
     assert capsys.readouterr().out.count("of another training; starting over") == 2
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """runs(folder, *more): the exit status of a program, "tiny", with two trainings of a moment."""
+    common = pytest.importorskip("common")
+
+    def main(asked):
+        torch.manual_seed(asked.seed)
+        for name in ("first", "second"):
+            model = torch.nn.Linear(3, 1)
+            common.train(f"tiny-{name}", model, lambda x, model=model: model(x).square().mean(), lambda step: torch.ones(2, 3),
+                         3, asked.out)
+        common.summarise({}, asked)
+
+    def runs(folder, *more):
+        monkeypatch.setattr(sys, "argv", ["tiny.py", "--out", str(folder), *more])
+        return common.run("A program.", "tiny", ("first", "second"), main)
+
+    return runs
+
+
+def test_fresh_forgets_the_programs_own_checkpoints_alone(tiny, tmp_path, capsys):
+    assert tiny(tmp_path) == 0
+    others = ("model.pt", "tiny.pt", "tiny-third.pt", "first.pt", "gpt-first.pt", "tiny-first.tmp", "tiny-first.new",
+              "notes.txt")
+    for name in others:
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "link.pt").symlink_to("model.pt")
+    assert tiny(tmp_path, "--fresh") == 0
+    assert "were done before" not in capsys.readouterr().out
+    assert all((tmp_path / name).read_text() == "precious" for name in (*others, "link.pt"))
+    assert tiny(tmp_path) == 0
+    assert capsys.readouterr().out.count("3 of 3 steps were done before") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *others, "link.pt", "tiny-first.pt", "tiny-second.pt", "tiny-summary.json"}
+
+
+def test_programs_share_a_folder_and_no_file():
+    """By their source: every file is named after its program, and every training is one that --fresh knows."""
+    seen = set()
+    for name in ("gpt", "masked", "translate"):
+        text = (ROOT / "examples" / f"{name}.py").read_text()
+        assert "options.out /" not in text
+        files = {f"{name}-{written}" for written in re.findall(r'file\(options, "([^"]+)"\)', text)}
+        assert files
+        assert not files & seen
+        seen |= files
+    gpt, masked = ((ROOT / "examples" / f"{name}.py").read_text() for name in ("gpt", "masked"))
+    assert set(re.findall(r'fit\("([\w-]+)"', gpt)) == {"pre-train", "fine-tune", "from-scratch"}
+    assert {"masked-gaps", *(f"masked-{name}" for name in re.findall(r'tune\("([\w-]+)"', masked))} == {
+        "masked-gaps", "masked-packages", "masked-from-scratch"}
+    assert '("pre-train", "fine-tune", "from-scratch")' in gpt
+    assert '("gaps", "packages", "from-scratch")' in masked
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "garbled", "keys", "weights", "folder", "object"])
+def test_a_damaged_checkpoint_is_one_line_with_the_way_out(tiny, tmp_path, capsys, damage):
+    assert tiny(tmp_path) == 0
+    file = tmp_path / "tiny-first.pt"
+    whole, saved = file.read_bytes(), torch.load(file)
+    if damage in ("empty", "cut", "text", "garbled"):
+        half = len(whole) // 2
+        file.write_bytes({"empty": b"", "cut": whole[:half], "text": b"notes", "garbled": whole[:half] + bytes(half)}[damage])
+    elif damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        torch.save({"keys": {"run": saved["run"]}, "weights": {**saved, "model": {}}, "object": [1]}[damage], file)
+    capsys.readouterr()
+    assert tiny(tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tiny.py: {file} is damaged or no checkpoint of tiny-first (")
+    assert line.endswith("delete it, or train from the beginning with --fresh")
+    if damage != "folder":
+        assert tiny(tmp_path, "--fresh") == 0
+
+
+@pytest.mark.parametrize("more", [("--seed", "x"), ("--seed", "-1"), ("--seed", "1" * 30), ("--out", "/dev/null/x"),
+                                  ("--nonsense",)])
+def test_bad_input_is_one_line(tiny, tmp_path, capsys, more):
+    assert tiny(tmp_path / "new", *more) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_stack_order_of_expressions():
@@ -124,11 +209,11 @@ def test_translation_tells_its_story(tmp_path):
     losses = {name: found["last_loss"] for name, found in summary["models"].items()}
     assert losses["transformer"] < losses["LSTM"]
     assert max(losses.values()) < 3.5
-    assert all(is_png(tmp_path / "out" / f"{name}.png") for name in ("comparison", "alignment", "loss"))
+    assert all(is_png(tmp_path / "out" / f"translate-{name}.png") for name in ("comparison", "alignment", "loss"))
 
 
 @pytest.mark.slow
 def test_masked_encoder_learns(tmp_path):
     summary, _ = run("masked", tmp_path / "out")
     assert summary["gap loss"] < summary["gap loss without context"] - 0.1
-    assert all(is_png(tmp_path / "out" / f"{name}.png") for name in ("loss", "attention", "rollout"))
+    assert all(is_png(tmp_path / "out" / f"masked-{name}.png") for name in ("loss", "attention", "rollout"))

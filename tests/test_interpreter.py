@@ -1,6 +1,7 @@
 """The repairs of Triton's interpreter: with them it computes what a GPU computes, and without them it does not."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -277,3 +278,52 @@ def test_the_repair_is_still_needed():
         f"Triton {triton.__version__} computes {', '.join(fixed)} correctly by itself: "
         "take that repair out of fused_attn/interpreter.py, once the oldest supported Triton is as new as this one"
     )
+
+
+AT_ONCE = """
+from concurrent.futures import ThreadPoolExecutor
+
+import torch, triton, triton.language as tl, fused_attn
+
+torch.set_num_threads(1)
+
+@triton.jit
+def failing(x_ptr):
+    tl.load(x_ptr.nonsense)
+
+def launches(kernel):
+    try:
+        kernel[(1,)](torch.zeros(1))
+    except Exception as error:
+        return type(error).__name__
+
+def call(i):
+    generator = torch.Generator().manual_seed(i)
+    dtype = (torch.float32, torch.bfloat16)[i % 2]
+    q, k, v = (torch.randn(1, 1, 20 + i, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    found = []
+    for backend in ("triton", "reference"):
+        out = fused_attn.attention(q, k, v, causal=i % 3 == 0, softcap=[None, 5.0][i % 2], backend=backend)
+        found.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    for ours, reference in zip(*found):
+        torch.testing.assert_close(ours, reference, rtol=3e-2, atol=3e-2)
+
+call(0)
+before = [dict(vars(place)) for place in (tl, tl.tensor, tl.math)]
+with ThreadPoolExecutor(4) as pool:
+    done = [pool.submit(call, i) for i in range(6)]
+    failed = [pool.submit(launches, kernel) for kernel in [failing] * 4]
+for future in done:
+    future.result()
+print({future.result() for future in failed} - {"InterpreterError"})
+call(1)
+assert [dict(vars(place)) for place in (tl, tl.tensor, tl.math)] == before, "triton.language was left changed"
+"""
+
+
+def test_threads_at_once_and_kernels_that_fail_leave_it_whole(tmp_path):
+    """In a process of its own: what breaks, breaks for good."""
+    (tmp_path / "at_once.py").write_text(AT_ONCE)
+    done = subprocess.run([sys.executable, str(tmp_path / "at_once.py")], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"})
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stdout + done.stderr[-2000:]

@@ -1,5 +1,11 @@
 """Custom score and mask functions: their derivatives and arguments, and what is told where one lacks something."""
 
+import contextlib
+import copy
+import gc
+import types
+import weakref
+
 import pytest
 import torch
 import triton
@@ -7,7 +13,7 @@ import triton.language as tl
 from support.features import COMB, NEAR, comb, near
 
 import fused_attn
-from fused_attn import MaskMod, ScoreMod, attention
+from fused_attn import MaskMod, ScoreMod, attention, mods
 from fused_attn.kernels.score import one
 
 pytestmark = pytest.mark.kernels
@@ -156,6 +162,100 @@ def test_any_word_is_a_name():
         for kind, function in ((ScoreMod, near), (MaskMod, comb)):
             with pytest.raises(ValueError, match="name: expected a word"):
                 kind(name, function)
+
+
+# --- how long a mod lives, and what it is known by ---
+
+
+FACTOR = tl.constexpr(1.0)
+
+
+def times_factor(score, q_pos, k_idx, head, batch, args):
+    return score * FACTOR
+
+
+def factor_alone(score, modded, q_pos, k_idx, head, batch, args):
+    return score * 0 + FACTOR
+
+
+def scaled_by(factor, *, captured=None):
+    """A mod made anew, of functions with a FACTOR of their own and a twin that captures a tensor."""
+    own = {**globals(), "FACTOR": tl.constexpr(factor)}
+    functions = [triton.jit(types.FunctionType(f.__code__, own, f.__name__)) for f in (times_factor, factor_alone)]
+    return ScoreMod("scaled", *functions, reference=lambda s, q, k, h, b, args: s * (factor + 0 * captured.sum()))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_mod_made_for_a_call_goes_with_it(grad, backend):
+    q, k, v = (x.requires_grad_(grad) for x in qkv(9, 9))
+    captured = torch.zeros(1000, dtype=torch.float64)
+    mod = scaled_by(1.5, captured=captured)
+    alive = weakref.ref(mod), weakref.ref(captured)
+    out = attention(q, k, v, score_mod=mod, backend=backend)
+    del mod, captured
+    gc.collect()
+    if grad:  # the graph refers to it
+        want = torch.autograd.grad(attention(q, k, v, scale=0.25 * 1.5, backend="reference").sum(), q)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), q), want)
+    del out
+    gc.collect()
+    assert [x() for x in alive] == [None, None]
+
+
+def test_mods_made_for_every_call_leave_nothing():
+    q, k, v = qkv(4, 4)
+    before = len(mods._ALIVE)
+    for i in range(40):
+        attention(q, k, v, backend="reference", score_mod=ScoreMod("own", reference=lambda s, *_, i=i: s * i))
+        own = MaskMod("own", stripes, reference=lambda q, k, h, b, args, i=i: k >= i)
+        attention(q, k, v, backend="reference", mask_mod=own(2))
+    gc.collect()
+    assert len(mods._ALIVE) <= before + 1
+
+
+def test_what_a_function_is_names_it():
+    """Its code and what it captures, whenever it was made; nothing that it captures goes unseen."""
+    keys = [scaled_by(factor).code.key for factor in (1.5, 1.5, 2.5, 1.5)]
+    assert keys[0] == keys[1] == keys[3] != keys[2]
+    assert MaskMod("stripes", stripes).code != MaskMod("stripes", stripes, by_head=True).code
+    assert ScoreMod("near", near).code != ScoreMod("near", near, NEAR.slope).code
+    twins = [ScoreMod("twin", reference=lambda s, *_: s).code for _ in range(2)]
+    assert twins[0] != twins[1], "nothing tells what a twin computes"
+
+
+def test_functions_of_one_source_and_other_values_do_not_meet():
+    q, k, v = qkv(9, 9)
+    made = [scaled_by(factor, captured=torch.zeros(1)) for factor in (0.5, 3.0)]
+    for watched in (contextlib.nullcontext(), torch.profiler.profile()):  # past the ops, and through them
+        with watched:
+            for mod, factor in zip(made, (0.5, 3.0), strict=True):
+                want = attention(q, k, v, scale=0.25 * factor, backend="reference")
+                torch.testing.assert_close(attention(q, k, v, score_mod=mod, backend="triton"), want)
+
+
+def test_a_graph_that_knows_a_mod_by_name():
+    """As long as graphs are few; one that was never made here says what is missing."""
+    q, k, v = qkv(9, 9)
+    program = torch.export.export(Scaled(scaled_by(1.5, captured=torch.zeros(1))), (q, k, v))
+    gc.collect()
+    torch.testing.assert_close(program.module()(q, k, v), attention(q, k, v, scale=0.25 * 1.5, backend="reference"))
+    with pytest.raises(LookupError, match="near_0123456789abcdef: no ScoreMod or MaskMod of this code is alive"):
+        mods.named("near_0123456789abcdef")
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, mod):
+        super().__init__()
+        self.mod = mod
+
+    def forward(self, q, k, v):
+        return attention(q, k, v, score_mod=self.mod, backend="triton")
+
+
+def test_copies_of_mods_are_what_they_copy():
+    for bound in (fused_attn.document_mask(torch.arange(9)), scaled_by(2.0)()):
+        assert copy.deepcopy(bound).mod.code == bound.mod.code
 
 
 # --- what is missing is told ---

@@ -1,10 +1,14 @@
 """The ops of the kernels as torch sees them: schemas, FakeTensors, strides, devices, FLOP counts."""
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.features import COMB, NEAR
 from support.layouts import LAYOUTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
 from fused_attn import mods
-from fused_attn.lowering import pack, unpack
-from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
+from fused_attn.schema import BACKWARD, FORWARD, Inputs, Needs, Saved, Signature
+from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, TileConfig, Window
 
 pytestmark = pytest.mark.kernels
+ROOT = Path(__file__).parents[1]
 
 
 def attention(q, k, v, **arguments):
@@ -32,11 +37,11 @@ def qkv(n_queries=9, n_keys=9, *, heads=2, kv_heads=2, dim=8, dim_v=8, batch=1, 
 
 FULL, CAUSAL = AttentionSpec(0.3), AttentionSpec(0.3, Window(None, 0))
 CAPPED = AttentionSpec(0.3, Window(3, 1), bottom_right=False, softcap=1.5)
-BIASED = AttentionSpec(0.3, Window(None, 1), score_mods=(Member(mods.BIAS.key, (TENSOR,)), Member(mods.ALIBI.key, (TENSOR,))),
-                       mask_mods=(Member(mods.MASK.key, (TENSOR,)),), dropout_p=0.25)
-RELATED = AttentionSpec(0.3, score_mods=(Member(mods.BIAS.key, (RELATIVE,)),), precise=True, fp32_precision="ieee")
+BIASED = AttentionSpec(0.3, Window(None, 1), score_mods=(Member(mods.BIAS.code, (TENSOR,)), Member(mods.ALIBI.code, (TENSOR,))),
+                       mask_mods=(Member(mods.MASK.code, (TENSOR,)),), dropout_p=0.25)
+RELATED = AttentionSpec(0.3, score_mods=(Member(mods.BIAS.code, (RELATIVE,)),), precise=True, fp32_precision="ieee")
 ADDITIVE = AttentionSpec(1.0, Window(None, 0))
-PACKED = AttentionSpec(0.3, Window(None, 0), precise=True, longest=(5, 9))
+PACKED = AttentionSpec(0.3, Window(None, 0), precise=True, longest=Longest(5, 9))
 NEEDS = [(True, True, True), (False, True, False), (True, False, True)]
 
 
@@ -72,36 +77,54 @@ def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
     batch, n_queries, n_keys = (1, 10, 14) if spec == PACKED else (2, 5, 7)
     tensors = [LAYOUTS[layout](batch, heads, n, 8) for heads, n in ((4, n_queries), (2, n_keys), (2, n_keys))]
     tensors = [x if dtype == x.dtype else x.to(dtype) for x in tensors]
-    attention(*tensors)  # the ops exist from the first call on
     forward, backward = torch.ops.fused_attn.forward.default, torch.ops.fused_attn.backward.default
     companions = operands(spec)
-    arguments = (*companions, *pack(spec))
-    out, lse, residual = forward(*tensors, *arguments)
+    arguments = FORWARD.flat(Inputs(*tensors), companions, spec)
+    out, lse, residual = forward(*arguments)
     assert bool(residual.numel()) == (spec.precise or spec == ADDITIVE)
     dlse = torch.randn_like(lse) if all(needs) else None
-    given = (torch.randn_like(out), dlse, *tensors, out, residual if residual.numel() else None, lse)
-    wanted = (*needs, companions.sinks is not None, companions.score_weight is not None,
-              [x.is_floating_point() for x in companions.operands])
-    torch.library.opcheck(forward, (*tensors, *arguments))
-    torch.library.opcheck(backward, (*given, *arguments, *wanted))
+    saved = Saved(torch.randn_like(out), dlse, *tensors, out, residual if residual.numel() else None, lse)
+    wanted = Needs(*needs, companions.sinks is not None, companions.score_weight is not None,
+                   tuple(x.is_floating_point() for x in companions.operands))
+    given = BACKWARD.flat(saved, companions, spec, wanted)
+    torch.library.opcheck(forward, arguments)
+    torch.library.opcheck(backward, given)
 
     with FakeTensorMode() as mode:
         def fake(x):
             return mode.from_tensor(x) if isinstance(x, torch.Tensor) else tuple(map(fake, x)) if isinstance(x, tuple) else x
 
-        fakes, more = fake(given), fake(arguments)
-        found = tree_leaves((forward(*fakes[2:5], *more), backward(*fakes, *more, *wanted)))
-    real = tree_leaves(((out, lse, residual), backward(*given, *arguments, *wanted)))
+        found = tree_leaves((forward(*fake(arguments)), backward(*fake(given))))
+    real = tree_leaves(((out, lse, residual), backward(*given)))
     assert len(real) == 8 + len(companions.operands)
     for r, f in zip(real, found, strict=True):
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
 
 
 @pytest.mark.parametrize("spec", [FULL, CAUSAL, CAPPED, BIASED, RELATED, PACKED, FULL._replace(mask_mods=(
-    Member(mods.TREE.key, (TENSOR,) * 3), Member("own_0123456789abcdef", ("-1.5", "7", TENSOR, "1e-05")), Member("bare", ())))])
+    Member(mods.TREE.code, (TENSOR,) * 3), Member(NEAR.code, ("-1.5", "7", TENSOR, "1e-05")), Member(COMB.code, ())))])
 def test_a_spec_survives_its_flat_form(spec):
-    assert unpack(pack(spec)) == spec
-    assert all(x is None or isinstance(x, (str, bool, int, float)) for x in pack(spec))
+    signature = Signature(AttentionSpec)
+    flat = signature.flat(spec)
+    assert next(signature.records(flat)) == spec
+    assert all(x is None or isinstance(x, (str, bool, int, float)) for x in flat)
+
+
+@pytest.mark.parametrize("records", [(Inputs, Companions, AttentionSpec), (Saved, Companions, AttentionSpec, Needs)], ids=len)
+def test_arguments_have_the_order_and_names_of_fields(records):
+    given, expected = [], []
+    for record in records:
+        fields = {name: object() for name in record._fields}
+        fields |= {name: (object(),) for name in ("operands", "doperands") if name in fields}
+        if record is AttentionSpec:
+            fields |= {"window": Window(1, 2), "score_mods": (), "mask_mods": (), "longest": Longest(3, 4)}
+        given.append(record(**fields))
+        for value in given[-1]:
+            expected += [""] if value == () else value if isinstance(value, (Window, Longest)) else [value]
+    signature = Signature(*records)
+    assert signature.flat(*given) == tuple(expected)
+    assert list(signature.records(expected)) == given
+    assert len(expected) == len({argument.split()[1] for argument in signature.text.split(", ")})
 
 
 # --- who sees a call ---
@@ -184,6 +207,89 @@ def test_flops(arguments, pairs, grad, qk, pv):
             out.sum().backward()
     assert forward.get_total_flops() == 2 * 4 * pairs * 2 * (8 + 4)
     assert backward.get_total_flops() == 2 * 4 * pairs * 2 * (qk * 8 + pv * 4)
+
+
+# What a call adds changes no count, wherever it travels among the arguments. 3 sequences of 6, 2 and 0 queries, of 10, 4 and 3
+# keys: full 60 + 8, causal 45 + (3 + 4); a window keeps i + Nk - Nq - 2 ... + 1 of each: 23 + (4 + 3).
+MANY = {
+    "plain": {}, "dropout": {"dropout_p": 0.5}, "sinks": {"sinks": torch.zeros(4)}, "bias": {"bias": torch.zeros(6, 10)},
+    "alibi": {"alibi_slopes": torch.zeros(4)}, "mask": {"mask": torch.ones(6, 10, dtype=torch.bool)},
+    "additive": {"score_weight": torch.ones(8)}, "precise": {"precise": True}, "softcap": {"softcap": 2.0},
+    "document": {"mask_mod": mods.DOCUMENT(torch.zeros(1, 1, 6, 1), torch.zeros(1, 1, 1, 10))},
+    "dropout and sinks and bias": {"dropout_p": 0.1, "sinks": torch.zeros(4), "bias": torch.zeros(6, 10, requires_grad=True)},
+}
+STARTS = torch.tensor([[0, 6, 8, 8], [0, 10, 14, 17]], dtype=torch.int32)
+
+
+def flops_of(run):
+    with FlopCounterMode(display=False) as forward:
+        out = run()
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize(("arguments", "dense", "packed"),
+                         [({}, 60, 68), ({"causal": True}, 45, 52), ({"window": (2, 1)}, 23, 30)], ids=str)
+def test_flops_whatever_is_added(name, arguments, dense, packed):
+    q, k, v = qkv(6, 10, batch=2, heads=4, dim_v=4, dtype=torch.float32)
+    products = 2 * 4 * (8 + 4)  # of 4 heads, a pair
+    found = flops_of(lambda: attention(q, k, v, **arguments, **MANY[name]))
+    assert found == (2 * dense * products, 2 * dense * 2 * 4 * (3 * 8 + 2 * 4))
+    q, k, v = (torch.randn(n, 4, d, requires_grad=True) for n, d in ((8, 8), (17, 8), (17, 4)))
+    found = flops_of(lambda: fused_attn.attention_varlen(q, k, v, *STARTS, 6, 10, backend="triton", **arguments, **MANY[name]))
+    assert found == (packed * products, packed * 2 * 4 * (3 * 8 + 2 * 4))
+
+
+def test_flops_of_lengths_that_count():
+    q, k, v = qkv(6, 10, batch=2, heads=4, dim_v=4, dtype=torch.float32)
+    lengths = torch.tensor([10, 3])  # positions do not move: causal queries stand at 4 ... 9 and see 3 keys each
+    assert flops_of(lambda: attention(q, k, v, causal=True, key_lengths=lengths))[0] == (45 + 6 * 3) * 2 * 4 * (8 + 4)
+    q, k, v = (torch.randn(n, 4, d, requires_grad=True) for n, d in ((8, 8), (17, 8), (17, 4)))
+    used_q, used_k = torch.tensor([5, 2, 9]), torch.tensor([3, 4, 0])
+    found = flops_of(lambda: fused_attn.attention_varlen(q, k, v, *STARTS, 6, 10, seqused_q=used_q, seqused_k=used_k,
+                                                         backend="triton"))
+    assert found[0] == (5 * 3 + 2 * 4) * 2 * 4 * (8 + 4)
+
+
+def test_flops_of_lengths_that_cannot_be_read():
+    """As if every sequence were the longest."""
+    with FakeTensorMode():
+        q, k, v = (torch.randn(n, 4, d) for n, d in ((8, 8), (17, 8), (17, 4)))
+        starts = torch.zeros(4, dtype=torch.int32)
+        with FlopCounterMode(display=False) as counter:
+            fused_attn.attention_varlen(q, k, v, starts, starts, 6, 10, backend="triton", dropout_p=0.5)
+    assert counter.get_total_flops() == 3 * 60 * 2 * 4 * (8 + 4)
+
+
+FIRST = """
+{imports}
+import torch
+q, k, v = (torch.ones(2, 4, n, 8, requires_grad=True) for n in (6, 10, 10))
+with FlopCounterMode(display=False) as counter:
+    fused_attn.attention(q, k, v, dropout_p=0.5, backend="triton").sum().backward()
+assert counter.get_total_flops() == 2 * 4 * 60 * 2 * 7 * 8, counter.get_flop_counts()
+"""
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["we first", "the counter first"])
+def test_the_first_count_of_a_process(order):
+    imports = ("import fused_attn", "from torch.utils.flop_counter import FlopCounterMode")[::order]
+    subprocess.run([sys.executable, "-c", FIRST.format(imports="\n".join(imports))], check=True, cwd=ROOT)
+
+
+def test_the_ops_exist_without_triton():
+    code = ("import sys; sys.modules['triton'] = None; import fused_attn, torch, torch.utils.flop_counter as counter\n"
+            "for op in ('forward', 'backward', 'rotary'): getattr(torch.ops.fused_attn, op).default\n"
+            "assert torch.ops.fused_attn.forward in counter.flop_registry")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_import_brings_neither_triton_nor_dynamo():
+    heavy = ("triton", "torch._dynamo", "torch.utils.flop_counter")
+    code = f"import sys, fused_attn; found = [x for x in {heavy} if x in sys.modules]; sys.exit(str(found) if found else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # --- devices ---

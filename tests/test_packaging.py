@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -118,10 +119,58 @@ def test_import_needs_only_what_the_wheel_requires(wheel, tmp_path):
     python(f"import sys; sys.modules.update(dict.fromkeys({absent})); import fused_attn", cwd=tmp_path, path=[ROOT])
 
 
-def test_wheel_from_the_sdist_is_the_same(source, no_torch, wheel, tmp_path):
-    python(f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})", cwd=source, path=[no_torch])
-    pip_wheel(next(tmp_path.glob("*.tar.gz")), tmp_path, no_torch)
+@pytest.fixture(scope="module")
+def sdist(source, no_torch, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    python(f"import setuptools.build_meta as b; b.build_sdist({str(out)!r})", cwd=source, path=[no_torch])
+    return next(out.glob("*.tar.gz"))
+
+
+def test_wheel_from_the_sdist_is_the_same(sdist, no_torch, wheel, tmp_path):
+    pip_wheel(sdist, tmp_path, no_torch)
     assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
+
+
+def test_the_sdist_holds_what_its_tests_need_and_runs_them(sdist, source, tmp_path):
+    """Every file of the tree but the git's own; there are no symlinks in it, so its kernels are found without."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    missing = {path.relative_to(source).as_posix() for path in source.rglob("*")
+               if path.is_file() and not (root / path.relative_to(source)).is_file()}
+    assert {path for path in missing if not path.startswith((".", "build/")) and ".egg-info" not in path} == set()
+    assert not (root / "fused_attn" / "kernels").exists()
+    shown = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "counting", "tests/test_regressions.py",
+                cwd=root, path=[root], TRITON_INTERPRET="1")
+    assert "1 passed" in shown
+
+
+@pytest.mark.parametrize("left", ["text", "nothing"])
+def test_a_checkout_without_symlinks_runs_its_kernels(source, stand_in, tmp_path, left):
+    """Git on Windows leaves a text file in the place of the link, some archives leave nothing."""
+    root = shutil.copytree(source, tmp_path / "checkout", symlinks=True)
+    (root / "fused_attn" / "kernels").unlink()
+    if left == "text":
+        (root / "fused_attn" / "kernels").write_text("../kernels")
+    code = IMPORT_BOTH.format(with_triton=has_triton()) + """
+import os, torch
+import fused_attn.kernels.hopper.problem, importlib
+assert importlib.import_module("fused_attn.kernels.launch") is fused_attn.kernels.launch
+q = torch.randn(1, 1, 8, 16)
+print(fused_attn.attention(q, q, q, softcap=1.0, backend="triton").isfinite().all().item())
+"""
+    *files, finite = python(code, cwd=tmp_path, path=[root, stand_in], TRITON_INTERPRET="1").split()
+    assert all(Path(file).is_relative_to(root) for file in files), files
+    assert finite == "True"
+
+
+def test_nothing_is_made_up_where_there_are_no_kernels(source, tmp_path):
+    """Neither the link nor the folder, but another project's ``kernels`` beside the package."""
+    shutil.copytree(source / "fused_attn", tmp_path / "fused_attn", ignore=lambda *_: ["kernels"])
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    shown = python("import sys, fused_attn; print('fused_attn.kernels' in sys.modules)", cwd=tmp_path, path=[tmp_path])
+    assert shown == "False\n"
 
 
 def test_installed_wheel_lives_beside_another_kernels_package(wheel, stand_in, tmp_path):

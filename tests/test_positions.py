@@ -4,15 +4,14 @@ import cmath
 import copy
 import itertools
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
-from support.guard import memory_guard
-from support.layouts import LAYOUTS
-from support.oracle import EPS
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_attn import attention, ops  # noqa: F401  # repairs first
+from fused_attn.mods import t5_bias
 from fused_attn.nn import (
     LearnedPositions,
     MultiheadAttention,
@@ -21,7 +20,6 @@ from fused_attn.nn import (
     T5RelativeBias,
     alibi_slopes,
 )
-from fused_attn.rotary import apply_rotary
 
 FAR = 100_000
 BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.kernels)])
@@ -95,6 +93,16 @@ def test_learned_positions(positions):
 def test_learned_positions_end():
     module = LearnedPositions(5, 4)
     assert module(torch.zeros(1, 5, 4)).shape == (1, 5, 4)
+    with pytest.raises(ValueError, match="positions: expected 0 or more; got -1"):
+        module(torch.zeros(1, 2, 4), -1)
+    for bad in (torch.tensor([-1, 0]), torch.tensor([[0, 5]]), torch.tensor(-1), torch.tensor(4)):
+        with pytest.raises(ValueError, match="positions: expected 0 to 4; got"):
+            module(torch.zeros(1, 2, 4), bad)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)  # where nobody looks first, it is no other position
+    with pytest.raises(IndexError, match="out of"):
+        compiled(torch.zeros(1, 2, 4), torch.tensor([-1, 0]))
+    torch._dynamo.reset()
     for length, first in ((6, None), (3, 3), (1, 5)):
         with pytest.raises(ValueError, match="x: expected positions below 5; got a length that ends at 6"):
             module(torch.zeros(1, length, 4), first)
@@ -103,7 +111,38 @@ def test_learned_positions_end():
     assert list(module.state_dict()) == ["weight"]
 
 
+@pytest.mark.parametrize("make", [lambda: SinusoidalPositions(4), lambda: LearnedPositions(9, 4), lambda: RotaryEmbedding(4)],
+                         ids=["sinusoids", "learned", "rotary"])
+@pytest.mark.parametrize(("positions", "error"), [
+    (1.5, TypeError), (True, TypeError), ("3", TypeError), ([0, 1, 2], TypeError), (torch.tensor([0.0, 1.0, 2.0]), ValueError),
+    (torch.tensor([True, False, True]), ValueError), (torch.tensor([0, 1]), ValueError), (torch.zeros(3, 3).long(), ValueError),
+    (torch.zeros(1, 1, 3).long(), ValueError)], ids=str)
+def test_positions_are_integers_of_each_token(make, positions, error):
+    module, x = make(), normal(2, 3, 4)
+    call, x = (module.turn, x[:, None]) if isinstance(module, RotaryEmbedding) else (module, x)
+    with pytest.raises(error, match=r"^positions: expected an int, or integers \[3\] or \[2, 3\]; got"):
+        call(x, positions)
+
+
+@pytest.mark.parametrize("first", [np.int64(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)], ids=repr)
+@pytest.mark.parametrize("make", [lambda: SinusoidalPositions(4), lambda: LearnedPositions(9, 4)], ids=["sinusoids", "learned"])
+def test_a_first_position_may_be_a_tensor(make, first):
+    x, module = normal(2, 3, 4), make()
+    assert torch.equal(module(x, first), module(x, 3))
+
+
 # --- rotations ---
+
+
+@pytest.mark.parametrize("first", [-1, -100, -FAR])
+def test_negative_positions_turn_back(first):
+    """Before 0 there are positions too: none of them is another one's."""
+    x, rope, sinusoids = normal(2, 4, 5, 8), RotaryEmbedding(8, base=500.0), SinusoidalPositions(8)
+    at, frequencies = placed(first, 2, 5), [500.0 ** (-2 * i / 8) for i in range(4)]
+    close(rope(x, x, first)[0], turned(x, at, frequencies, False), 1e-10)
+    close(rope(x, x, first)[1], rope.turn(x, torch.tensor(at)))
+    close(sinusoids(x[:, 0], first), sinusoids(x[:, 0], torch.tensor(at)))
+    close(sinusoids(x[:, 0], first)[0, 0, 0] - x[0, 0, 0, 0], torch.tensor(math.sin(first), dtype=torch.float64))
 
 
 def turned(x, at, frequencies, interleaved):
@@ -141,8 +180,8 @@ def test_scores_depend_on_the_difference_alone(offset):
     assert not torch.allclose(q0 @ k0.mT, q0 @ k1.mT)
 
 
-def test_tables_are_no_part_of_the_module():
-    """Rounding the module, copying it, growing its tables: nothing changes the angles."""
+def test_angles_are_no_part_of_the_module():
+    """Rounding the module, copying it, calling it with other lengths: nothing changes the angles."""
     x = normal(1, 2, 900, 8, dtype=torch.float32)
     rope = RotaryEmbedding(8)
     short = rope(x[:, :, :5], x[:, :, :5])[0]
@@ -156,10 +195,27 @@ def test_tables_are_no_part_of_the_module():
     close(rope(x, x, positions)[0], expected, 1e-6)
 
 
+@pytest.mark.parametrize("move", [
+    lambda m: m.bfloat16(), lambda m: m.half().double(), lambda m: m.to("meta").to_empty(device="cpu"), copy.deepcopy,
+    lambda m: pickle.loads(pickle.dumps(m))], ids=["bfloat16", "half", "to_empty", "copied", "pickled"])
+def test_given_frequencies_keep_their_digits(move):
+    given, x = torch.tensor([0.3, 1 / 3000], dtype=torch.float64), normal(1, 1, 3, 4)
+    rope = RotaryEmbedding(4, frequencies=given)
+    expected = rope.turn(x, FAR)
+    assert torch.equal(move(rope).turn(x, FAR), expected)
+    assert list(rope.state_dict()) == []
+
+
 def test_frequencies_may_be_given():
     q, k = normal(1, 1, 3, 4), normal(1, 1, 3, 4)
     out = RotaryEmbedding(4, frequencies=torch.tensor([0.5, 0.25], requires_grad=True))(q, k)
     close(out[1], turned(k, [[0, 1, 2]], [0.5, 0.25], False))
+    for bad in ([0.5, 0.25], torch.ones(2, device="meta")):
+        with pytest.raises(TypeError, match="frequencies: expected a tensor with values, or None"):
+            RotaryEmbedding(4, frequencies=bad)
+    for bad in (0, -1.0, math.nan, math.inf, "10"):
+        with pytest.raises(ValueError, match="base: expected a positive finite number"):
+            RotaryEmbedding(4, base=bad)
     with pytest.raises(ValueError, match=r"frequencies: expected shape \(2,\); got \(4,\)"):
         RotaryEmbedding(4, frequencies=torch.ones(4))
     for bad in (0, 5):
@@ -232,6 +288,43 @@ def bucket(distance, buckets, longest, bidirectional):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
+def test_t5_buckets_that_leave_no_range_are_refused(bidirectional):
+    """At construction and in the call: at and below the single distances, and too few buckets for any."""
+    exact, least = (8, 4) if bidirectional else (16, 2)
+    for bad in (exact, exact - 1, 1, 0, -3, float(exact + 1), math.inf, math.nan, True, None):
+        for call in (lambda bad=bad: T5RelativeBias(3, 32, bad, bidirectional),
+                     lambda bad=bad: t5_bias(torch.zeros(32, 3), 4, 4, max_distance=bad, bidirectional=bidirectional)):
+            with pytest.raises(ValueError, match=f"^max_distance: expected an int above {exact}, .*; got {bad}"):
+                call()
+    for few in range(least):
+        with pytest.raises(ValueError, match=f"^num_buckets: expected at least {least} buckets.*; got {few}"):
+            T5RelativeBias(3, few, 128, bidirectional)
+        with pytest.raises(ValueError, match=f"^table: expected at least {least} buckets.*; got {few}"):
+            t5_bias(torch.zeros(few, 3), 4, 4, bidirectional=bidirectional)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("buckets", "longest"), [(32, 17), (32, 128), (4, 2), (4, 3), (9, 10), (5, 1000)])
+def test_t5_buckets_up_to_the_edge(buckets, longest, bidirectional):
+    """Where the range is one distance wide, and where it is all but everything; every bucket is one of the table's."""
+    longest = max(longest, buckets // (4 if bidirectional else 2) + 1)
+    table = torch.arange(float(buckets))[:, None]
+    values = t5_bias(table, 50, 60, bidirectional=bidirectional, max_distance=longest).values[0, 0].tolist()
+    exact = [bucket(d, buckets, longest, bidirectional) for d in range(-59, 50)]
+    assert values == exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_t5_buckets_are_the_same_whatever_the_default_dtype(dtype):
+    expected = t5_bias(torch.arange(32.0)[:, None], 500, 500).values
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(t5_bias(torch.arange(32.0, dtype=torch.float32)[:, None], 500, 500).values, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "longest"), [(32, 128), (12, 40)])
 @BACKENDS
 def test_t5_bias(backend, buckets, longest, bidirectional):
@@ -245,139 +338,3 @@ def test_t5_bias(backend, buckets, longest, bidirectional):
     out = attention(q, k, v, bias=module(n_queries, n_keys), scale=1.0, backend=backend)
     close(out, exact)
     close(*(torch.autograd.grad(x.sin().sum(), weight) for x, weight in ((out, module.weight), (exact, table))))
-
-
-# --- the kernel ---
-
-
-def drawn(batch, heads, length, dim, pairs, dtype=torch.float64, tables=3):
-    """x, and cos and sin [N, pairs], [1, N, pairs] or [B, N, pairs] by ``tables`` 2, 1 or 3."""
-    angles = normal(*{2: (), 1: (1,), 3: (batch,)}[tables], length, pairs) * 10
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return normal(batch, heads, length, dim, dtype=dtype), angles.cos().to(wide), angles.sin().to(wide)
-
-
-SIZES = [  # batch, heads, length, head dim, pairs: odd, one of each, more heads than a program takes, more rows than a tile
-    (2, 3, 7, 10, 5), (2, 3, 7, 11, 3), (1, 1, 1, 2, 1), (3, 9, 70, 16, 4), (1, 2, 130, 96, 48), (2, 5, 3, 300, 65),
-    (2, 2, 0, 8, 4)]
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, *(
-    pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16))], ids=str)
-@pytest.mark.parametrize(("size", "tables"), [*zip(SIZES, itertools.cycle((3, 2, 1)), strict=False)], ids=str)
-def test_kernel_is_its_plain_twin(size, tables, dtype, interleaved):
-    """Both round once: what is computed in fp64 from the same numbers, and then rounded."""
-    x, cos, sin = drawn(*size, dtype, tables)
-    with memory_guard() as guard:
-        out = apply_rotary(x, cos, sin, interleaved=interleaved, backend="triton")
-    assert guard.kernels == (["rotary_kernel"] if x.numel() else [])
-    exact = apply_rotary(x.double(), cos.double(), sin.double(), interleaved=interleaved, backend="reference")
-    terms = x.double().norm(dim=-1, keepdim=True)
-    for result in (out, apply_rotary(x, cos, sin, interleaved=interleaved)):
-        assert (result.dtype, result.shape) == (x.dtype, x.shape)
-        unit = 0.0 if dtype == torch.float64 else EPS[dtype]
-        assert ((result.double() - exact).abs() <= unit * exact.abs() * 1.01 + 4 * EPS[cos.dtype] * terms).all()
-    assert torch.equal(out[..., 2 * cos.shape[-1] :], x[..., 2 * cos.shape[-1] :])
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernel_takes_any_strides(layout):
-    x = LAYOUTS[layout](2, 3, 9, 12).double().requires_grad_()
-    cos, sin = (t.T for t in normal(2, 5, 9))  # transposed too
-    with memory_guard():
-        out = apply_rotary(x, cos, sin, backend="triton")
-        (grad,) = torch.autograd.grad(out.sin().sum(), x)
-    exact = apply_rotary(x, cos, sin, backend="reference")
-    close((out, grad), (exact, *torch.autograd.grad(exact.sin().sum(), x)))
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["batch", "heads", "length", "columns"])
-def test_kernel_addresses_beyond_31_bits(dim, address_space):
-    x, cos, sin = drawn(3, 5, 3, 6, 2, torch.float16)
-    strides = list(x.stride())
-    strides[dim] = 2**30 + 7
-    far = address_space(x, strides)
-    with memory_guard():
-        out = apply_rotary(far, cos, sin, backend="triton")
-    assert torch.equal(out, apply_rotary(x, cos, sin, backend="triton"))
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
-def test_kernel_has_derivatives_of_any_order(interleaved):
-    x, cos, sin = drawn(1, 2, 2, 5, 2)
-
-    def run(x):
-        return apply_rotary(x, cos, sin, interleaved=interleaved, backend="triton").sin()
-
-    torch.autograd.gradcheck(run, (x.requires_grad_(),))
-    torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
-
-
-@pytest.mark.kernels
-def test_kernel_compiles_once_for_all_lengths():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *x: apply_rotary(*x, backend="triton"), fullgraph=True, backend=counter)
-    for length in (6, 9, 17, 5):
-        x, cos, sin = drawn(2, 3, length, 8, 4)
-        x.requires_grad_()
-        found, exact = (f(x, cos, sin) for f in (compiled, apply_rotary))
-        close((found, *torch.autograd.grad(found.sin().sum(), x)), (exact, *torch.autograd.grad(exact.sin().sum(), x)))
-    assert counter.frame_count <= 2  # static, dynamic
-    torch._dynamo.reset()
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", torch.float64), ("length before heads", torch.bfloat16),
-                                               ("expanded heads", torch.float32), ("every second column", torch.float32)])
-def test_op_keeps_torchs_rules(layout, dtype):
-    x, tables = LAYOUTS[layout](2, 3, 5, 8).to(dtype), [t.expand(2, 5, 3) for t in normal(2, 5, 3, dtype=torch.float32)]
-    torch.library.opcheck(torch.ops.fused_attn.rotary.default, (x, *tables, True, False))
-    torch.library.opcheck(torch.ops.fused_attn.rotary.default, (x, *tables, False, True))
-
-
-@pytest.mark.kernels
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_kernel_under_transforms_is_an_error_or_right():
-    x, cos, sin = drawn(2, 1, 3, 4, 2)
-
-    def run(x):
-        return apply_rotary(x, cos, sin, backend="triton")
-
-    assert torch.equal(torch.func.vmap(run)(x[None])[0], run(x))
-    with pytest.raises(RuntimeError, match=r"carries no gradient.*forward AD"):
-        torch.func.jvp(run, (x,), (x,))
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: run(x).sum())(x)
-    with pytest.raises(RuntimeError, match="carries no gradient"):
-        torch.ops.fused_attn.rotary(x.requires_grad_(), cos, sin, False, False)
-
-
-X, COS = torch.zeros(2, 3, 5, 8), torch.ones(5, 4)
-BAD_CALLS = {  # what the error says, arguments
-    "x: expected a float tensor; got torch.int64": (X.long(), COS, COS), "x: expected a float tensor; got 3": (3, COS, COS),
-    "cos: expected a float tensor; got torch.int32": (X, COS.int(), COS), "sin: expected a float tensor": (X, COS, None),
-    "x: expected 4 dimensions": (X[0], COS, COS), "cos: expected .5, pairs.*at most 4": (X, torch.ones(5, 5), torch.ones(5, 5)),
-    "cos: expected.*got shape .4, 4.": (X, COS[1:], COS), "sin: expected.*got shape .5, 3.": (X, COS, COS[:, 1:]),
-    "cos: expected.*2, 5, pairs": (X, COS.expand(3, 5, 4), COS.expand(3, 5, 4)), "cos: expected.*got shape .5, 0.": (
-        X, COS[:, :0], COS[:, :0]), "cos: expected x's device cpu; got meta": (X, COS.to("meta"), COS),
-    "sin: expected no gradient": (X, COS, torch.ones(5, 4, requires_grad=True)),
-}
-
-
-@pytest.mark.parametrize("text", BAD_CALLS)
-def test_bad_calls_are_named(text):
-    with pytest.raises((TypeError, ValueError), match=f"^{text}"):
-        apply_rotary(*BAD_CALLS[text])
-
-
-def test_backends_are_named():
-    with pytest.raises(ValueError, match="backend: expected 'triton', 'reference' or None; got 'torch'"):
-        apply_rotary(X, COS, COS, backend="torch")
-    with pytest.raises(ValueError, match="backend: 'triton' cannot run this call: there are no kernels for device type 'meta'"):
-        apply_rotary(X.to("meta"), COS.to("meta"), COS.to("meta"), backend="triton")

@@ -289,13 +289,57 @@ def test_the_command_searches_writes_and_goes_on(tmp_path, monkeypatch, capsys, 
     assert launched()["forward_kernel"] == tuned.config_of(rows[0])
 
 
-def test_a_file_of_another_card_is_not_written_over(tmp_path):
+def test_a_file_of_another_card_is_not_written_over(tmp_path, capsys):
     file = saved(tmp_path, gpu="another card")
-    with pytest.raises(SystemExit, match="holds tiles of another card; choose another --out"):
-        cli.main(["tune", "--out", str(file)])
+    before = file.read_bytes()
+    assert cli.main(["tune", "--out", str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"fused-attn tune: {file} holds tiles of 'another card'; delete it, or choose another --out\n")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["my notes", "[]", '{"format": 1, "tiles": [{"kernel": "dq"}]}'])
+def test_a_file_of_something_else_is_not_written_over(tmp_path, capsys, text):
+    file = tmp_path / "notes.json"
+    file.write_text(text)
+    assert cli.main(["tune", "--out", str(file)]) == 2
+    assert f"{file}: expected tiles" in capsys.readouterr().err
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("after", [3, 12])
+def test_an_interrupted_search_is_kept(unlimited, tmp_path, monkeypatch, capsys, after):
+    """Ctrl-C in the first or second round of the first kernel: what it had found is in the file, and the next run goes on."""
+    file, best, times = tmp_path / "tiles.json", TileConfig(128, 128, 8, 3), []
+    honest = landscape(best)
+
+    def timer(calls):
+        times.append(1)
+        if len(times) == after:  # the shipped tiles have nine neighbours
+            raise KeyboardInterrupt
+        return honest(calls)
+
+    monkeypatch.setattr(tune, "_timer", lambda device: timer)
+    monkeypatch.setattr(tuned, "shipped", lambda *_: TileConfig(64, 32, 4, 2))
+    asked = ["tune", "--kernel", "forward", "dq", "--head-dim", "16", "--length", "64", "--out", str(file)]
+    assert cli.main(asked) == 130
+    (row,) = json.loads(file.read_text())["tiles"]
+    assert (row["kernel"], row["complete"]) == ("forward", False)
+    assert tuned.config_of(row) != TileConfig(64, 32, 4, 2)
+    assert row["shipped_ms"] > row["ms"]
+    assert "interrupted" in capsys.readouterr().err
+    assert cli.main(asked) == 0
+    rows = json.loads(file.read_text())["tiles"]
+    assert {row["kernel"]: tuned.config_of(row) for row in rows} == {"forward": best, "dq": best}
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-inf", "-1", "soon", ""])
+def test_minutes_end(minutes, capsys):
+    assert cli.main(["tune", f"--minutes={minutes}"]) == 2
+    assert "argument --minutes: expected a finite number of at least 0" in capsys.readouterr().err
 
 
 def test_without_a_card_the_command_says_so():
     done = subprocess.run([sys.executable, "-m", "fused_attn", "tune"], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""})
-    assert (done.returncode, done.stderr.strip()) == (1, "fused-attn tune: there is no GPU here that the kernels run on")
+    assert (done.returncode, done.stderr.strip()) == (2, "fused-attn tune: there is no GPU here that the kernels run on")

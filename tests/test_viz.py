@@ -144,6 +144,23 @@ def test_files(tmp_path, suffix):
         assert re.search(r'src="data:image/png;base64,iVBORw0KGgo[A-Za-z0-9+/=]{1000,}"', text)
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "new", "new/", "map.", "map.foo", ".png", "map.png.txt", "folder.png", "v1.5"])
+def test_what_is_no_picture_is_not_written_elsewhere(tmp_path, name):
+    """matplotlib would write folder.png for a folder, and new.png for new."""
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.parent.glob("**/*"))
+    with pytest.raises(ValueError, match=r"path: expected a file's name that ends in one of \.html"):
+        viz.save(viz.attention_map(torch.rand(3, 3)), f"{tmp_path}/{name}" if name else tmp_path)
+    assert sorted(tmp_path.parent.glob("**/*")) == before
+
+
+@pytest.mark.parametrize("name", ["MAP.PNG", "map.HTML", "a.b.svg"])
+def test_the_path_that_is_returned_is_the_file(tmp_path, name):
+    path = viz.save(viz.attention_map(torch.rand(3, 3)), tmp_path / name)
+    assert path.stat().st_size > 0
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def test_jagged_calls_leave_nothing_and_run():
     module = MultiheadAttention(E, H, batch_first=True)
     x = torch.nested.nested_tensor([torch.randn(n, E) for n in (2, 4)], layout=torch.jagged)

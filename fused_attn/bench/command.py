@@ -7,20 +7,21 @@ own kernel, so that what is seen is what a call adds to it. Each implementation 
 import argparse
 import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
+import fused_attn
+from fused_attn import files, options, settings
 from fused_attn.bench import contest, peers
 from fused_attn.bench.cases import DTYPES, Case, case, grid
 from fused_attn.bench.oracle import Row
 from fused_attn.report import conditions, git, print_table, track
 
+PASSES = ("forward", "backward")
 # What an argument is where it is not given: on a GPU, and on a CPU, where larger ones would take minutes.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"batch": 2, "heads": 16, "length": [1024, 4096], "head_dim": [128], "dtype": ["bf16"]},
@@ -28,60 +29,83 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command; those that take several values are timed in every combination."""
-    parser.add_argument("--preset", choices=("papers", "decode"), help="papers: H D = 2048 and B N = 16384, lengths 512 to "
-                        "16384, both masks; decode: one query over many keys. Shapes given beside it are not looked at")
-    parser.add_argument("--batch", type=int, metavar="B")
-    parser.add_argument("--heads", type=int, metavar="H")
-    parser.add_argument("--kv-heads", type=int, metavar="H", help="heads of keys and values, a divisor of --heads")
-    parser.add_argument("--length", type=int, nargs="+", metavar="N", help="queries, and keys unless --keys says otherwise")
-    parser.add_argument("--keys", type=int, metavar="N")
-    parser.add_argument("--head-dim", type=int, nargs="+", metavar="D")
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The options that describe a call; those that take several values stand for every combination."""
+    size = options.whole(*options.SIZES)
+    parser.add_argument("--batch", type=size, metavar="B")
+    parser.add_argument("--heads", type=size, metavar="H")
+    parser.add_argument("--kv-heads", type=size, metavar="H", help="heads of keys and values, a divisor of --heads")
+    parser.add_argument("--length", type=size, nargs="+", metavar="N", help="queries, and keys unless --keys says otherwise")
+    parser.add_argument("--keys", type=size, metavar="N")
+    parser.add_argument("--head-dim", type=size, nargs="+", metavar="D")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), nargs="+")
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys on either side; -1: all")
-    parser.add_argument("--softcap", type=float)
-    parser.add_argument("--pass", dest="which", choices=("forward", "backward"), nargs="+", default=["forward", "backward"])
-    parser.add_argument("--backend", choices=("triton", "torch", "reference"), help="of ours; by default what a call chooses")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="a GPU where there is one")
-    parser.add_argument("--rounds", type=int, help="timed calls of each; by default what fits 120 ms, 10 at least")
+    parser.add_argument("--window", type=options.whole(-1), nargs=2, metavar=("LEFT", "RIGHT"),
+                        help="keys on either side; -1: all")
+    parser.add_argument("--softcap", type=options.real(0, open_below=True))
+    parser.add_argument("--backend", choices=settings.BACKENDS, help="of ours; by default what a call chooses")
+    parser.add_argument("--device", choices=options.DEVICES, help="a GPU where there is one")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--preset", choices=("papers", "decode"), help="papers: H D = 2048 and B N = 16384, lengths 512 to "
+                        "16384, both masks; decode: one query over many keys. Shapes given beside it are not looked at")
+    add_shape(parser)
+    parser.add_argument("--pass", dest="which", choices=PASSES, nargs="+", default=PASSES)
+    parser.add_argument("--rounds", type=options.whole(1), help="timed calls of each; by default what fits 120 ms, 10 at least")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help="write rows and conditions to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw bars into this picture; needs matplotlib")
+    parser.add_argument("--out", type=options.file(), help="write rows and conditions to this JSON file")
+    parser.add_argument("--plot", type=options.file(*options.PICTURES), help="draw bars into this picture; needs matplotlib")
 
 
-def cases(options: argparse.Namespace, device: str) -> list[Case]:
-    """What the options ask for."""
-    if options.preset == "papers":
+def cases(asked: argparse.Namespace, device: str) -> list[Case]:
+    """The calls that the options describe."""
+    own = {name: default if (given := getattr(asked, name)) is None else given for name, default in DEFAULTS[device].items()}
+    window = None if asked.window is None else tuple(None if side < 0 else side for side in asked.window)
+    return [case(n, d, batch=own["batch"], heads=own["heads"], kv_heads=asked.kv_heads, n_keys=asked.keys, dtype=dtype,
+                 causal=asked.causal, window=window, softcap=asked.softcap, family="user", backend=asked.backend)
+            for n, d, dtype in product(own["length"], own["head_dim"], own["dtype"])]
+
+
+def _timed(asked: argparse.Namespace, device: str) -> list[Case]:
+    """What is timed: a preset, or what the options describe, in the passes that are asked for."""
+    dtypes, found = asked.dtype or ["bf16"], cases(asked, device)
+    if asked.preset == "papers":
         found = [grid(n, d, causal, dtype=dtype) for n in (4096, 16384, 1024, 8192, 2048, 512) for d in (128, 64, 256)
-                 for causal in (True, False) for dtype in options.dtype or ["bf16"]]
-    elif options.preset == "decode":
+                 for causal in (True, False) for dtype in dtypes]
+    elif asked.preset == "decode":
         found = [case(1, 128, batch=batch, heads=32, kv_heads=8, n_keys=n, dtype=dtype, passes=("forward",), family="decode")
-                 for batch, n in ((16, 8192), (1, 131072)) for dtype in options.dtype or ["bf16"]]
-    else:
-        own = {name: getattr(options, name) or default for name, default in DEFAULTS[device].items()}
-        window = None if options.window is None else tuple(None if side < 0 else side for side in options.window)
-        found = [case(n, d, batch=own["batch"], heads=own["heads"], kv_heads=options.kv_heads, n_keys=options.keys, dtype=dtype,
-                      causal=options.causal, window=window, softcap=options.softcap, family="user")
-                 for n, d, dtype in product(own["length"], own["head_dim"], own["dtype"])]
-    asked = tuple(which for which in ("forward", "backward") if which in options.which)
-    return [replace(subject, backend=options.backend, passes=tuple(which for which in subject.passes if which in asked))
-            for subject in found]
+                 for batch, n in ((16, 8192), (1, 131072)) for dtype in dtypes]
+    found = [replace(subject, backend=asked.backend, passes=tuple(which for which in subject.passes if which in asked.which))
+             for subject in found]
+    if not all(subject.passes for subject in found):
+        raise options.BadInputError("--pass: nothing is left; decoding has a forward alone")
+    return found
 
 
-def _check(subjects: list[Case], device: str) -> None:
-    """Refuses what attention() would refuse, before anything is timed."""
-    for subject in subjects:
-        sizes = (subject.batch, subject.heads, subject.kv_heads, subject.n_queries, subject.n_keys, subject.head_dim)
-        if min(sizes) < 1:
-            raise ValueError(f"{subject.name}: expected sizes of at least 1")
-        if not subject.passes:
-            raise ValueError(f"{subject.name}: nothing is left of it; decoding has a forward alone")
-        nothing = torch.zeros((), dtype=DTYPES[subject.dtype], device=device)
-        q, k, v = (nothing.expand(subject.batch, heads, length, subject.head_dim)
+# What a call may have besides, as arguments of attention() made from nothing but its shape.
+ADDED: dict[str, Callable[[Case, torch.Tensor], dict[str, Any]]] = {
+    "bias": lambda subject, zero: {"bias": zero.expand(1, subject.heads, subject.n_queries, subject.n_keys)},
+    "mask": lambda subject, zero: {"mask": zero.bool().expand(1, 1, subject.n_queries, subject.n_keys)},
+    "alibi": lambda subject, zero: {"alibi_slopes": zero.float().expand(subject.heads)},
+    "sinks": lambda subject, zero: {"sinks": zero.float().expand(subject.heads)},
+    "dropout": lambda subject, zero: {"dropout_p": 0.1},
+    "lse": lambda subject, zero: {"return_lse": True},
+    "precise": lambda subject, zero: {"precise": True},
+}
+
+
+def explanation(subject: Case, device: str, added: Sequence[str] = ()) -> fused_attn.Explanation:
+    """What ``explain`` says of a call. Raises BadInputError for one that attention() refuses."""
+    zero = torch.zeros((), dtype=DTYPES[subject.dtype], device=device)  # expanded: a shape that takes no memory
+    try:
+        q, k, v = (zero.expand(subject.batch, heads, length, subject.head_dim)
                    for heads, length in ((subject.heads, subject.n_queries), *[(subject.kv_heads, subject.n_keys)] * 2))
-        subject.answered_by(q, k, v)
+        arguments = {name: value for one in added for name, value in ADDED[one](subject, zero).items()}
+        return fused_attn.explain(q, k, v, **subject.arguments, backend=subject.backend, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise options.BadInputError(f"{subject.name}: {str(error).splitlines()[0]}") from error
 
 
 def _entrants(device: str) -> list[peers.Peer]:
@@ -108,41 +132,45 @@ def _rows(subject: Case, device: str, entrants: list[peers.Peer], rounds: int | 
         yield from contest.time_case(subject, device, entrants, rounds)
     except torch.OutOfMemoryError:
         yield {"pass": " and ".join(subject.passes), "ok": None, "error": "does not fit the GPU's memory"}
+    except RuntimeError as error:  # a CPU's memory has no error of its own
+        if "allocate" not in str(error):
+            raise
+        yield {"pass": " and ".join(subject.passes), "ok": None, "error": "does not fit the memory"}
 
 
-def run(options: argparse.Namespace) -> int:
-    """Times, prints, writes; the status is 1 where ours was wrong or raised."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    subjects = cases(options, device)
-    try:
-        _check(subjects, device)
-    except (TypeError, ValueError) as error:
-        print(f"fused-attn bench: {error}", file=sys.stderr)
-        return 2
+def run(asked: argparse.Namespace) -> int:
+    """Times, prints, writes; the status is 1 where ours was wrong or raised. Ctrl-C ends the timing and nothing else."""
+    device = options.device(asked.device)
+    if asked.plot is not None:
+        options.need("matplotlib", "bench")
+    subjects = _timed(asked, device)
+    for subject in subjects:
+        explanation(subject, device)
     found = {**conditions(), "commit": git("rev-parse", "HEAD"), "device": device, "cpu_count": os.cpu_count(),
              "threads": torch.get_num_threads()}
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     key = "/".join((where, f"torch {found['torch']}", f"triton {found['triton']}"))
-    rows = []
+    rows: list[Row] = []
     entrants = _entrants(device)
-    for subject in track(subjects, "timing"):
-        rows += [{"case": subject.name, **row, "commit": found["commit"], "conditions": key}
-                 for row in _rows(subject, device, entrants, options.rounds)]
+    with options.until_interrupted() as interrupted:
+        for subject in track(subjects, "timing"):
+            for row in _rows(subject, device, entrants, asked.rounds):
+                rows.append({"case": subject.name, **row, "commit": found["commit"], "conditions": key})
     title = f"attention() on {where}, torch {found['torch']}, Triton {found['triton']}; medians, 20th to 80th percentile"
     if device == "cpu":
         title += ". CPU times: they say nothing about a GPU"
-    text = json.dumps({"conditions": found, "rows": rows}, indent=1)
-    if options.json:
+    complete = not interrupted.is_set()
+    text = json.dumps({"conditions": found, "complete": complete, "rows": rows}, indent=1)
+    if asked.json:
         print(text)
     else:
         print_table([_shown(row) for row in rows], title)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    if asked.out is not None and (rows or complete):
+        files.write(asked.out, text + "\n")
     timed = [row for row in rows if "ms" in row]
-    if options.plot is not None and timed:
+    if asked.plot is not None and timed:
         from fused_attn.bench import plots
 
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(timed, title, str(options.plot))
-    return 0 if all(row["ok"] is not False for row in rows) else 1
+        asked.plot.parent.mkdir(parents=True, exist_ok=True)
+        plots.save(timed, title, str(asked.plot))
+    return options.status(complete, all(row["ok"] is not False for row in rows))

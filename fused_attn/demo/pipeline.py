@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import fused_attn
-from fused_attn import report
+from fused_attn import files, report
 from fused_attn.demo import data, plots, train
 from fused_attn.demo.model import GPT
 
@@ -47,15 +46,19 @@ def run(console: Console, out: Path, recipe: train.Recipe, seed: int, check: Cal
                   f"{len(corpus.validation):,} held out; attention() runs on backend {backend} ({device.type})")
     with _bar(console, f"attention ({backend})", recipe.steps) as advance:
         model, fused = train.train(corpus, recipe, seed, fused_attn.attention, device, advance)
-    with _bar(console, "reference_attention", recipe.steps) as advance:
-        _, reference = train.train(corpus, recipe, seed, fused_attn.reference_attention, device, advance)
     steps["train_fused"] = _training(backend, fused)
-    steps["train_reference"] = _training("reference", reference)
-
     (sample, steps["generate"]), seconds = _timed(lambda: _sample(model, recipe.sample_bytes, seed, device))
     steps["generate"]["seconds"] = seconds
     (picture, steps["attention_map"]), seconds = _timed(lambda: _attention_picture(model, corpus, device))
     steps["attention_map"]["seconds"] = seconds
+    weights = io.BytesIO()
+    torch.save({"config": asdict(recipe.model), "model": model.state_dict()}, weights)
+    for name, content in (("attention.png", picture), ("sample.txt", sample), ("checkpoint.pt", weights.getvalue())):
+        files.write(out / name, content)  # before the other training: an interruption leaves them
+
+    with _bar(console, "reference_attention", recipe.steps) as advance:
+        _, reference = train.train(corpus, recipe, seed, fused_attn.reference_attention, device, advance)
+    steps["train_reference"] = _training("reference", reference)
 
     comparison = train.compare(fused, reference)
     losses = {"validation_fused": fused.validation[-1][1], "validation_reference": reference.validation[-1][1],
@@ -76,13 +79,8 @@ def run(console: Console, out: Path, recipe: train.Recipe, seed: int, check: Cal
         "tokens_seen": recipe.steps * recipe.batch * recipe.model.context,
         "pictures": PICTURES,
     }
-    weights = io.BytesIO()
-    torch.save({"config": asdict(recipe.model), "model": model.state_dict()}, weights)
-    _write(out / "loss.png", plots.losses(fused, reference, backend, unigram))
-    _write(out / "attention.png", picture)
-    _write(out / "sample.txt", sample)
-    _write(out / "checkpoint.pt", weights.getvalue())
-    _write(out / "summary.json", json.dumps(summary, indent=2).encode())
+    files.write(out / "loss.png", plots.losses(fused, reference, backend, unigram))
+    files.write(out / "summary.json", json.dumps(summary, indent=2))
 
     console.print(f"validation loss {losses['validation_fused']:.3f} nats a byte, with the reference "
                   f"{losses['validation_reference']:.3f}; unigram entropy {unigram:.3f}")
@@ -151,10 +149,3 @@ def _conditions(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {**report.conditions(), "device": device.type, "device_name": name, "threads": torch.get_num_threads(),
             "dtype": "float32"}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

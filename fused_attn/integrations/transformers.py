@@ -6,68 +6,166 @@
 
 Grouped heads are not repeated; sliding windows, softcaps, sinks and T5's position bias run in the kernels, with their
 gradients; plain causal, sliding and padded batches need no mask of N x N. docs/integrations.md names the families that were
-compared with the eager implementation, and those that do not go through the interface.
+compared with the eager implementation; one that does not go through the interface is refused when a model of it is made.
 
-The mask says what attends, and its shape says how: None, keys that count [B, Nk], the same with a window as long as its last,
-expanded extent [B, Nk, w], or everything [B, 1, Nq or 1, Nk]. A layer's own word on causality is believed only beside the
-first three, and only in families whose layers transformers' own SDPA believes too.
+The mask alone says what attends, as in eager code, and its shape says how: None is everything, keys that count [B, Nk] are
+causal, the same with a window as long as their last, expanded extent [B, Nk, w], and [B, 1, Nq or 1, Nk] is the whole matter.
+What a layer says of its causality or window is not asked: not every layer says it truly.
 """
 
+import inspect
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import (
-    and_masks,
-    bidirectional_mask_function,
-    causal_mask_function,
-    packed_sequence_mask_function,
-    prepare_padding_mask,
-    remap_positions_for_packed_sequence,
-    sdpa_mask,
-    sliding_window_overlay,
-)
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from fused_attn.functional import attention, attention_varlen
 from fused_attn.inspection import attention_and_weights
 from fused_attn.mods import BIAS
 
+try:
+    from transformers.masking_utils import (
+        and_masks,
+        bidirectional_mask_function,
+        causal_mask_function,
+        eager_mask,
+        packed_sequence_mask_function,
+        prepare_padding_mask,
+        sdpa_mask,
+        sliding_window_overlay,
+    )
+except ImportError as error:
+    raise ImportError(f"transformers: expected 5.4 or later; got {transformers.__version__}") from error
+
 NAME = "fused_attn"
+OLDEST, UNTESTED = (5, 4), (5, 25)  # versions: the first that the plug works with, and the first that its tests have not seen
 _AND = and_masks().__code__
 _SLIDING = sliding_window_overlay(1).__code__
 _PACKED = packed_sequence_mask_function(torch.empty(0)).__code__
-_REMAPPED = remap_positions_for_packed_sequence(causal_mask_function, torch.empty(0)).__code__
+_remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # packed sequences count from 0 since 5.23
+_REMAPPED: Any = None if _remap is None else _remap(causal_mask_function, torch.empty(0)).__code__
+_names: dict[str, None] = {}  # what is registered, in order
 
 
 def register(name: str = NAME) -> None:
     """Makes ``attn_implementation=name`` known to transformers, for ``from_pretrained``, ``from_config`` and
-    ``model.set_attn_implementation``. Both the attention and its mask: without the second, transformers would pass no mask
-    at all, silently."""
+    ``model.set_attn_implementation``.
+
+    A model whose attention does not go through transformers' interface, or a paged variant (``"paged|" + name``, continuous
+    batching), raises ValueError when it is made. ``unregister`` undoes it.
+
+    Raises:
+        ValueError: of a name that transformers reads as something else, or that others have registered.
+        ImportError: of a transformers too old; a newer one than the tests have seen gives a RuntimeWarning.
+    """
+    _check_version(transformers.__version__)
+    _check_name(name)
     AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, attention_mask)
+    AttentionMaskInterface.register(name, attention_mask)  # without it transformers would pass no mask at all, silently
+    _names[name] = None
+    for method, (theirs, ours) in _CHECKS.items():
+        if getattr(PreTrainedModel, method) is theirs:
+            setattr(PreTrainedModel, method, ours)
 
 
-_FAMILIES: dict[type, tuple[bool, bool]] = {}
+def unregister(name: str = NAME) -> None:
+    """Undoes ``register``. Models that run under the name must be given another implementation first.
+
+    Raises:
+        KeyError: of a name that ``register`` was not called with.
+    """
+    if name not in _names:
+        raise KeyError(f"name: expected one that is registered ({', '.join(_names) or 'none is'}); got {name!r}")
+    del _names[name], AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+    if not _names:
+        for method, (theirs, ours) in _CHECKS.items():
+            if getattr(PreTrainedModel, method) is ours:  # unless others have put theirs around it
+                setattr(PreTrainedModel, method, theirs)
 
 
-def _family(config: type) -> tuple[bool, bool]:
-    """Whether a family's attention goes through the interface, and whether its layers know if they are causal."""
-    if config not in _FAMILIES:
-        _FAMILIES[config] = _look(config)
-    return _FAMILIES[config]
+def _check_version(version: str) -> None:
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if found < OLDEST:
+        raise ImportError(f"transformers: expected {OLDEST[0]}.{OLDEST[1]} or later; got {version}")
+    if found >= UNTESTED:
+        warnings.warn(f"fused_attn was tested with transformers up to {UNTESTED[0]}.{UNTESTED[1] - 1}; this is {version}",
+                      RuntimeWarning, stacklevel=3)
 
 
-def _look(config: type) -> tuple[bool, bool]:
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name: expected a name; got {name!r}")
+    taken = {"eager", *AttentionInterface._global_mapping, *AttentionMaskInterface._global_mapping} - set(_names)
+    read = [part for part in ("flash", "sdpa", "flex_attention", "/", "|", ":", "@") if part in name]
+    if name in taken or read:
+        why = f"{read[0]!r} in it means something else to transformers" if read else "it is taken"
+        raise ValueError(f"name: expected one of your own, such as {NAME!r}; got {name!r}: {why}")
+
+
+def _refuse_paged(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+    """Before a model is made: transformers takes ``paged|`` off a name, and would run the rest without its pages."""
+    if isinstance(attn_implementation, str) and attn_implementation.removeprefix("paged|") in _names.keys() - {
+            attn_implementation}:
+        raise ValueError(f"attn_implementation: expected no paged variant of {attn_implementation[6:]!r}, which does not read "
+                         f"paged caches; got {attn_implementation!r}")
+    result: str = _CHECKS["_check_and_adjust_attn_implementation"][0](self, attn_implementation, *args, **kwargs)
+    return result
+
+
+def _refuse_family(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+    """Before a model is made, or given another implementation."""
+    if requested_attention in _names and (reason := _against(type(self))):
+        raise ValueError(f"attn_implementation: expected one that {type(self).__name__} can use, such as 'eager'; got "
+                         f"{requested_attention!r}, but it {reason}")
+    result: str = _CHECKS["get_correct_attn_implementation"][0](self, requested_attention, *args, **kwargs)
+    return result
+
+
+_CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # methods of PreTrainedModel: theirs, and ours around it
+    "_check_and_adjust_attn_implementation": (PreTrainedModel._check_and_adjust_attn_implementation, _refuse_paged),
+    "get_correct_attn_implementation": (PreTrainedModel.get_correct_attn_implementation, _refuse_family),
+}
+
+
+def _against(model: type[PreTrainedModel]) -> str | None:
+    """Why a model cannot run here, None if it can."""
+    names = vars(sys.modules[model.__module__]) if model.__module__ in sys.modules else {}
+    tables = [x for x in names.values() if isinstance(x, dict) and isinstance(x.get("eager"), type)]
+    if tables or not model._can_set_attn_implementation():
+        return "computes attention in code of its own, past transformers' interface"
+    eager = [x for name, x in names.items() if name.endswith("eager_attention_forward") and inspect.isfunction(x)]
+    named = [(name, parameter) for x in eager for name, parameter in [*inspect.signature(x).parameters.items()][5:]]
+    unknown = {name for name, parameter in named if parameter.kind is not inspect.Parameter.VAR_KEYWORD} - _KNOWN
+    return f"gives attention {', '.join(sorted(unknown))}, which is not known here" if unknown else None
+
+
+_MASKS: dict[type, str] = {}
+_SLICED = re.compile(r"mask.*\[:, :, [^\]]*, ?:|\[:, :, [^\]]*, ?:.*mask")  # all four dimensions of a mask, in a family's code
+
+
+def _masks_of(config: Any) -> str:
+    """What the models of a config can be given for a mask: "opaque" only pass it on, as flash attention's have no one shape;
+    "sdpa" expect what torch's function takes, bool [B, 1, Nq, Nk]; "eager" want additive ones."""
+    kind = type(config)
+    if kind not in _MASKS:
+        _MASKS[kind] = _look(kind)
+    return _MASKS[kind]
+
+
+def _look(config: type) -> str:
     module = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
     found = () if module is None else tuple(vars(module).values())
     models = [x for x in found if isinstance(x, type) and issubclass(x, PreTrainedModel) and x is not PreTrainedModel]
-    if not models:
-        return True, True
-    known = any(x._supports_sdpa or x._supports_flash_attn or x._supports_flex_attn for x in models)
-    return any(x._can_set_attn_implementation() for x in models), known
+    models = [x for x in models if x.config_class is config] or models
+    if all(x._supports_flash_attn for x in models):
+        return "sdpa" if module is not None and _SLICED.search(inspect.getsource(module)) else "opaque"
+    return "sdpa" if all(x._supports_sdpa for x in models) else "eager"
 
 
 def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
@@ -76,15 +174,19 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
                    allow_is_bidirectional_skip: bool = False, **more: Any) -> torch.Tensor | None:
     """What ``attention_forward`` needs to know of who attends to whom, in as little memory as that takes.
 
-    None where the layer's causality says everything; bool [B, Nk], True for keys that count, where some are padding; the same
-    expanded to [B, Nk, window] under a sliding window that reaches somewhere; bool [B, 1, 1, Nk] for padding in both
-    directions; bool [B, 1, Nq, Nk] for every other pattern, for static caches, of which only a part counts, and for models
-    that ask for a mask to look at.
+    None where everything attends to everything; for causal attention bool [B, Nk], True for keys that count, of stride
+    0 along them where they all do; the same expanded to [B, Nk, window] under a sliding window that reaches somewhere; bool
+    [B, 1, 1, Nk] for padding in both directions; bool [B, 1, Nq, Nk] for every other pattern, for static caches, of which
+    only a part counts, and for models that ask for a mask to look at. Families that work on their masks get those that
+    transformers makes for its own SDPA, or for eager code where it refuses SDPA.
     """
-    through, known = (True, True) if more.get("config") is None else _family(more["config"].__class__)
-    if not through:
-        raise ValueError(f"attn_implementation: {type(more['config']).__name__} computes attention in code of its own, past "
-                         "transformers' interface; fused_attn cannot run there")
+    kind = "opaque" if more.get("config") is None else _masks_of(more["config"])
+    if kind != "opaque":
+        make = eager_mask if kind == "eager" else sdpa_mask
+        mask: torch.Tensor | None = make(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size=local_size,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=allow_is_bidirectional_skip, **more)
+        return mask
     if mask_function is bidirectional_mask_function:
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
@@ -92,7 +194,7 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
             if not allow_is_bidirectional_skip or is_tracing(padding) or not bool(padding.all()):
                 rows = q_length if not allow_is_bidirectional_skip else 1
                 return padding[:, None, None, :].expand(-1, 1, rows, -1)
-        if known and allow_is_bidirectional_skip:
+        if allow_is_bidirectional_skip:
             return None
         device = more.get("device", "cpu") if padding is None else padding.device
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(batch_size, 1, q_length, kv_length)
@@ -100,8 +202,8 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
         return attention_mask
     window = _window(mask_function, local_size)
     at_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if window is None or not at_end or not allow_is_causal_skip or not known:
-        mask: torch.Tensor | None = sdpa_mask(
+    if window is None or not at_end or not allow_is_causal_skip:
+        mask = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **more)
         packed = _packed_window(mask_function, local_size)
@@ -110,14 +212,14 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
         return mask
     keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if keys is not None:
-        keys = keys[:, kv_offset : kv_offset + kv_length]
+        keys = keys[:, kv_offset : kv_offset + kv_length].contiguous()
         # One look for the whole model, as transformers' own masks take, saves every layer the mask.
         if not is_tracing(keys) and bool(keys.all()):
             keys = None
-    if not window or window >= kv_length:  # every key is within reach
-        return keys
     if keys is None:
         keys = torch.ones(1, 1, dtype=torch.bool, device=more.get("device", "cpu")).expand(batch_size, kv_length)
+    if not window or window >= kv_length:  # every key is within reach
+        return keys
     return keys[:, :, None].expand(-1, -1, window)
 
 
@@ -145,17 +247,18 @@ def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | 
 def _packed_window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
     """``_window`` of what holds inside each sequence of a packed batch, None where it is not packed."""
     parts = _parts(mask_function)
-    if [getattr(part, "__code__", None) for part in parts] != [_PACKED, _REMAPPED]:
+    inner = [part for part in parts if getattr(part, "__code__", None) is not _PACKED]
+    if len(parts) != 2 or len(inner) != 1:
         return None
-    inner = dict(zip(_REMAPPED.co_freevars, parts[1].__closure__, strict=True))["mask_function"].cell_contents
-    return _window(inner, local_size)
+    if _REMAPPED is not None and inner[0].__code__ is _REMAPPED:
+        inner = [dict(zip(_REMAPPED.co_freevars, inner[0].__closure__, strict=True))["mask_function"].cell_contents]
+    return _window(inner[0], local_size)
 
 
 def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                       attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-                      is_causal: bool | None = None, sliding_window: int | None = None, softcap: float | None = None,
-                      s_aux: torch.Tensor | None = None, position_bias: torch.Tensor | None = None,
-                      **more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+                      softcap: float | None = None, s_aux: torch.Tensor | None = None,
+                      position_bias: torch.Tensor | None = None, **more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One attention of a model, as transformers calls it.
 
     query [B, H, Nq, D], key and value [B, Hkv, Nk, D] and Dv; masks as ``attention_mask`` above gives them, or an additive
@@ -165,44 +268,45 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: torch.T
         query = query.expand(key.shape[0], -1, -1, -1)
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout,
                                  "bias": position_bias}
-    packed = 0 if attention_mask is None else getattr(attention_mask, "fused_attn_packed", None)
-    if attention_mask is not None and attention_mask.dim() == 3:
-        packed = attention_mask.shape[2]
-    by_ends = more.get("cu_seq_lens_q") is not None and query.shape[0] == 1 and not more.get("output_attentions")
-    if by_ends and packed is not None:
-        return _by_ends(query, key, value, {**arguments, "window": (packed - 1 if packed else None, 0)}, more), None
+    if more.get("cu_seq_lens_q") is not None and query.shape[0] == 1 and not more.get("output_attentions"):
+        window, whole = _within_sequences(attention_mask)
+        if whole:
+            return _by_ends(query, key, value, {**arguments, "window": window}, more), None
+    if attention_mask is not None and attention_mask.dim() < 4:
+        arguments["window"], keys = _reach(attention_mask)
+        attention_mask = None if keys.stride(1) == 0 else keys[:, None, None, :]
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        arguments["bias" if position_bias is None else "score_mod"] = (
+            attention_mask if position_bias is None else BIAS(attention_mask))
+    elif attention_mask is not None:
+        arguments["mask"] = attention_mask
     if more.get("indices") is not None:  # the keys that a model chose for each query, [B, Nq, chosen]
         chosen = torch.zeros(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         chosen = chosen.scatter(-1, more["indices"][:, None].long(), True)
-        attention_mask = chosen if attention_mask is None else attention_mask & chosen
-    if attention_mask is None or attention_mask.dim() < 4:
-        arguments["window"] = _reach(module, is_causal, sliding_window, attention_mask)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        keys = attention_mask[:, :, 0] if attention_mask.dim() == 3 else attention_mask
-        if attention_mask.dim() == 4:
-            arguments["mask"] = attention_mask
-        elif keys.stride() != (0, 0):
-            arguments["mask"] = keys[:, None, None, :]
-    elif attention_mask is not None:
-        arguments["bias" if position_bias is None else "score_mod"] = (
-            attention_mask if position_bias is None else BIAS(attention_mask))
+        arguments["mask"] = chosen & arguments["mask"] if "mask" in arguments else chosen
     if more.get("output_attentions"):
         out, weights = attention_and_weights(query, key, value, **arguments)
         return out.transpose(1, 2).contiguous(), weights
     return attention(query, key, value, **arguments).transpose(1, 2).contiguous(), None
 
 
-def _reach(module: torch.nn.Module, is_causal: bool | None, sliding_window: int | None,
-           attention_mask: torch.Tensor | None) -> tuple[int | None, int] | None:
-    """The window of a layer whose mask leaves causality to it."""
-    if attention_mask is not None and attention_mask.dim() == 3:
-        return attention_mask.shape[2] - 1, 0
-    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    if causal is None:
-        raise ValueError(f"{type(module).__name__}: expected is_causal of the layer or the call, as no mask says it")
-    if not causal:
-        return None
-    return None if sliding_window is None else sliding_window - 1, 0
+_KNOWN = {*inspect.signature(attention_forward).parameters, "is_causal", "sliding_window"}  # the mask says the last two
+
+
+def _reach(mask: torch.Tensor) -> tuple[tuple[int | None, int], torch.Tensor]:
+    """The window that a mask of less than four dimensions says by its shape, and the keys that count in it, [B, Nk]."""
+    return ((mask.shape[2] - 1, 0), mask[:, :, 0]) if mask.dim() == 3 else ((None, 0), mask)
+
+
+def _within_sequences(mask: torch.Tensor | None) -> tuple[tuple[int | None, int] | None, bool]:
+    """The window inside each sequence of a packed batch, and whether that, with their ends, is all that the mask says."""
+    if mask is None:
+        return None, True
+    if mask.dim() < 4:
+        window, keys = _reach(mask)
+        return window, keys.stride(1) == 0
+    packed = getattr(mask, "fused_attn_packed", None)
+    return (packed - 1 if packed else None, 0), packed is not None
 
 
 def _by_ends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any],

@@ -1,10 +1,11 @@
 """Drop-in transformer layers: torch's names, signatures, weights and state dicts, on fused attention."""
 
 from fused_attn.nn.attention import MultiheadAttention
-from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache
+from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache, all_or_nothing
 from fused_attn.nn.generation import generate, sample, stream
 from fused_attn.nn.positions import (
     LearnedPositions,
+    PositionEmbeddings,
     RotaryEmbedding,
     SinusoidalPositions,
     T5RelativeBias,
@@ -24,6 +25,7 @@ __all__ = [
     "LearnedPositions",
     "MemoryCache",
     "MultiheadAttention",
+    "PositionEmbeddings",
     "RotaryEmbedding",
     "SinusoidalPositions",
     "T5RelativeBias",
@@ -33,6 +35,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "alibi_slopes",
+    "all_or_nothing",
     "generate",
     "sample",
     "stream",

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_attn import describe, inspection
-from fused_attn.functional import attention, attention_varlen
-from fused_attn.nn.cache import KVCache, MemoryCache
+from fused_attn import describe, inspection, torch_private
+from fused_attn.functional import attention
+from fused_attn.nn.cache import KVCache, MemoryCache, all_or_nothing
+from fused_attn.nn.jagged import attend_jagged, jagged_positions
 from fused_attn.nn.masks import causal_bias, check_new_padding, mask_arguments
-from fused_attn.nn.positions import RotaryEmbedding, Slopes
+from fused_attn.nn.positions import PositionEmbeddings, RotaryEmbedding, alibi_slopes
+from fused_attn.rotary import apply_rotary
 
 
 class Options(NamedTuple):
@@ -84,8 +86,6 @@ class MultiheadAttention(nn.MultiheadAttention):
                              "they append have no position")
         if num_kv_heads is not None and num_kv_heads != self.num_heads:
             self._group(num_kv_heads)
-        if alibi:
-            self._alibi = Slopes(self.num_heads)
         if sinks:
             self.sinks = nn.Parameter(torch.zeros_like(self.out_proj.weight[0, : self.num_heads]))
         if rope is not None:
@@ -100,15 +100,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         ``options`` are those of the constructor beyond torch's.
         """
         module.__class__ = cls
-        module.register_forward_pre_hook(stay_in_python)
         assert isinstance(module, MultiheadAttention)
+        module.__dict__["_adopted"] = module.register_forward_pre_hook(stay_in_python).id
         if options:
             module._extend(**options)
         return module
 
     def release(self) -> nn.MultiheadAttention:
         """Undoes ``adopt``."""
-        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is stay_in_python]:
+        key = self.__dict__.pop("_adopted", None)  # of the one hook; the same one may be the user's, too
+        if self._forward_pre_hooks.get(key) is stay_in_python:
             del self._forward_pre_hooks[key]
         self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
         return self
@@ -141,14 +142,47 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def alibi_slopes(self, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """fp32 [H] where the module has them: no buffer, which ``bfloat16()`` would round and a checkpoint would miss."""
-        slopes = self.__dict__.get("_alibi")
-        return None if slopes is None else slopes(torch.device(device))
+        return alibi_slopes(self.num_heads, device) if self.options.alibi else None
+
+    def position_embeddings(self, x: torch.Tensor, cache: KVCache | None = None) -> PositionEmbeddings | None:
+        """Rotations and slopes of self-attention over x, beside its ``cache``: for this module and all with these options.
+
+        A model that stacks layers by itself may compute them once and hand them to each, as the containers here do.
+        """
+        positions: torch.Tensor | int | None = None
+        if x.is_nested:
+            if x.layout != torch.jagged:  # of which every layer makes jagged ones
+                return None
+            positions = jagged_positions(x.values(), x.offsets())  # type: ignore[attr-defined]
+            x = x.values()
+        elif x.dim() == 3 and not self.batch_first:
+            x = x.transpose(0, 1)
+        if cache is not None:
+            positions = cache.positions(x.shape[-2], x.shape[0])
+        return self._embeddings(x, positions)
+
+    def _embeddings(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> PositionEmbeddings | None:
+        """Those of the rows of x [..., N, D]."""
+        rope: RotaryEmbedding | None = getattr(self, "rope", None)
+        if rope is None and not self.options.alibi:
+            return None
+        return PositionEmbeddings(None if rope is None else rope.angles(x, positions), self.alibi_slopes(x.device))
+
+    @property
+    def position_kind(self) -> tuple[Any, ...]:
+        """What modules have in common whose ``position_embeddings`` are the same."""
+        rope: RotaryEmbedding | None = getattr(self, "rope", None)
+        return None if rope is None else rope.kind, self.num_heads if self.options.alibi else None
 
     @property
     def num_kv_heads(self) -> int:
         """Heads of keys and values."""
         grouped: int = self.__dict__.get("_num_kv_heads", self.num_heads)
         return grouped
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError("torch.jit.script: fused_attn's layers are no TorchScript; torch.export.export and "
+                                  "torch.compile take them, and torch's own layers load their state dict")
 
     def extra_repr(self) -> str:
         options = [f"{name}={value}" for name, value in self.options._asdict().items() if value]
@@ -161,8 +195,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 key_padding_mask: torch.Tensor | None = None, need_weights: bool = True,
                 attn_mask: torch.Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
-                cache: KVCache | MemoryCache | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """torch's arguments and results; and ``cache``.
+                cache: KVCache | MemoryCache | None = None,
+                position_embeddings: PositionEmbeddings | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """torch's arguments and results; and ``cache`` and ``position_embeddings``.
 
         Jagged nested tensors [B, j, E] are taken as they are, with ``need_weights=False`` and without masks.
 
@@ -171,14 +206,21 @@ class MultiheadAttention(nn.MultiheadAttention):
                 on the right if at all, with their ``key_padding_mask``; the module must be causal, or the call
                 ``is_causal``. A ``MemoryCache`` keeps the projections of ``key`` and ``value`` of cross-attention from its
                 first call; it goes with no option about positions.
+            position_embeddings: what the method of that name gives for ``query``, where it is computed once for many layers.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            return self._jagged(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache), None
+            return attend_jagged(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache,
+                                 position_embeddings), None
+        if cache is not None and not isinstance(cache, (KVCache, MemoryCache)):
+            raise TypeError(f"cache: expected a KVCache, a MemoryCache or None; got {type(cache).__name__}")
         batched = query.dim() == 3
         if isinstance(cache, KVCache):
-            result = self._cached(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache)
+            with all_or_nothing(cache):
+                result = self._cached(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache,
+                                      position_embeddings)
             return result, None
-        q, k, v, arguments = self.heads(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache)
+        q, k, v, arguments = self.heads(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache,
+                                        position_embeddings)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -191,11 +233,10 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None = None,
               attn_mask: torch.Tensor | None = None, is_causal: bool = False, need_weights: bool = False,
-              cache: MemoryCache | None = None) -> Heads:
+              cache: MemoryCache | None = None, position_embeddings: PositionEmbeddings | None = None) -> Heads:
         """What ``forward`` gives to ``attention``, dropout apart."""
         hint, attn_mask = causal_bias(attn_mask, query, key, self.batch_first)
-        batched = F._mha_shape_check(  # type: ignore[attr-defined]
-            query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        batched = torch_private.mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None and not hint and not self.options.causal:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                                "`generate_square_subsequent_mask` to create this mask, or construct fused_attn.nn's modules "
@@ -217,6 +258,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
             (q,) = self._project(query, None, None)
             sizes = key.shape[:2] if batch_first else key.shape[1::-1]
+            cache.claim(self)
             k, v = cache.get(sizes[0], sizes[1] + (self.bias_k is not None) + bool(self.add_zero_attn), project)
         else:
             q, k, v = self._project(query, key, value)
@@ -234,17 +276,29 @@ class MultiheadAttention(nn.MultiheadAttention):
         arguments = mask_arguments(None if hinted else attn_mask, key_padding_mask, q, n_keys, appended)
         if hinted or options.causal:
             arguments["causal"] = True
-        arguments.update(self._variant(q.device))
-        if rope is not None and q.shape[2] == k.shape[2]:
-            q, k = rope(q, k)
-        elif rope is not None:  # the last query stands at the last key
-            q, k = rope.turn(q, torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)), rope.turn(k)
-        return Heads(q, k, v, arguments)
+        if rope is not None and q.shape[2] != k.shape[2]:  # the last query stands at the last key
+            q, k = rope.turn(q, k.shape[2] - q.shape[2]), rope.turn(k)
+            position_embeddings = PositionEmbeddings(None, self.alibi_slopes(q.device))
+        else:
+            position_embeddings = self._embeddings(q) if position_embeddings is None else position_embeddings
+            q, k = self._turned(q, k, position_embeddings)
+        return Heads(q, k, v, {**arguments, **self._variant(position_embeddings)})
 
-    def _variant(self, device: torch.device) -> dict[str, Any]:
+    def _turned(self, q: torch.Tensor, k: torch.Tensor, given: PositionEmbeddings | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k [B, H, N, D] of the same tokens, rotated where the module has ``rope``."""
+        rope: RotaryEmbedding | None = getattr(self, "rope", None)
+        if rope is None:
+            return q, k
+        if given is None or given.rotation is None:
+            raise ValueError("position_embeddings: expected those of a module with rope, as this one; got none of a rotation")
+        cos, sin = given.rotation
+        return (apply_rotary(q, cos, sin, interleaved=rope.interleaved),
+                apply_rotary(k, cos, sin, interleaved=rope.interleaved))
+
+    def _variant(self, given: PositionEmbeddings | None) -> dict[str, Any]:
         """The arguments of ``attention`` that the options make, apart from ``causal``."""
         found = {"window": self.options.window, "softcap": self.options.softcap, "sinks": getattr(self, "sinks", None),
-                 "alibi_slopes": self.alibi_slopes(device)}
+                 "alibi_slopes": given.slopes if given is not None and self.options.alibi else None}
         return {name: value for name, value in found.items() if value is not None}
 
     def _batched_together(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -302,7 +356,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(out.permute(order).flatten(2))
 
     def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None,
-                need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool, cache: KVCache) -> torch.Tensor:
+                need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool, cache: KVCache,
+                position_embeddings: PositionEmbeddings | None) -> torch.Tensor:
         """Self-attention of new tokens to themselves and to all before them."""
         if query is not key or key is not value or query.dim() != 3:
             raise ValueError("cache: expected batched self-attention with a KVCache; cross-attention takes a MemoryCache")
@@ -317,57 +372,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         q = _split_heads(q, self.num_heads, self.batch_first)
         k, v = self._keys(k, v, self.batch_first)
-        rope = getattr(self, "rope", None)
-        if rope is not None:
-            q, k = rope(q, k, cache.positions(q.shape[2]))
+        cache.claim(self)
+        if position_embeddings is None:
+            position_embeddings = self._embeddings(q, cache.positions(q.shape[2], q.shape[0]))
+        q, k = self._turned(q, k, position_embeddings)
         cache.append(k, v, None if key_padding_mask is None else (~key_padding_mask).sum(1))
-        return self._merge(cache.attend(q, **self._variant(q.device)), True)
-
-    def _jagged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None,
-                need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool, cache: Any) -> torch.Tensor:
-        """Nested tensors [B, j, E]: packed sequences, without padding from end to end."""
-        if query.is_nested and query.layout == torch.strided:  # as torch's own encoder makes of padding
-            q = torch.nested.nested_tensor(list(query.unbind()), layout=torch.jagged)
-            k = q if key is query else torch.nested.nested_tensor(list(key.unbind()), layout=torch.jagged)
-            v = k if value is key else torch.nested.nested_tensor(list(value.unbind()), layout=torch.jagged)
-            out = self._jagged(q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, cache)
-            strided: torch.Tensor = torch.nested.as_nested_tensor(list(out.unbind()), layout=torch.strided)
-            return strided
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if not x.is_nested or x.layout != torch.jagged or x.dim() != 3 or not x.is_contiguous():
-                raise ValueError(f"{name}: expected a contiguous jagged nested tensor [batch, j, features], as one of the "
-                                 f"three is nested; got {'nested ' if x.is_nested else ''}{x.layout} of {x.dim()} dimensions")
-        given = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "cache": cache, "bias_k": self.bias_k,
-                 "need_weights=True": need_weights or None, "add_zero_attn=True": self.add_zero_attn or None}
-        if found := [name for name, x in given.items() if x is not None]:
-            raise ValueError(f"{found[0]}: not taken with nested tensors, which have no padding")
-        tokens: Any = query.values()
-        key_tokens: Any = tokens if key is query else key.values()
-        value_tokens: Any = key_tokens if value is key else value.values()
-        q, k, v = self._project(tokens, key_tokens, value_tokens)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        offsets_q, offsets_k, offsets_v = (x.offsets() for x in (query, key, value))  # type: ignore[attr-defined]
-        if len(offsets_k) != len(offsets_q):
-            raise ValueError(f"key: expected query's batch {len(offsets_q) - 1}; got {len(offsets_k) - 1}")
-        if offsets_v is not offsets_k and not (offsets_v.shape == offsets_k.shape and bool((offsets_v == offsets_k).all())):
-            raise ValueError(f"value: expected key's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
-        rope = getattr(self, "rope", None)
-        if rope is not None:
-            at = _jagged_positions(k, offsets_k)
-            q_at = at if query is key else _jagged_positions(q, offsets_q, offsets_k)
-            q, k = (rope.turn(x.transpose(0, 1)[None], x_at)[0].transpose(0, 1) for x, x_at in ((q, q_at), (k, at)))
-        out = attention_varlen(
-            q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), query._get_max_seqlen(),  # type: ignore[attr-defined]
-            key._get_max_seqlen(), causal=self.options.causal or is_causal,  # type: ignore[attr-defined]
-            dropout_p=self.dropout if self.training else 0.0, **self._variant(q.device))
-        nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(self.out_proj(out.flatten(1)), offsets_q)
-        return nested
-
-
-def _jagged_positions(x: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-    """int [T]: each token's position in its own sequence, or with the offsets of ``keys`` among those: last at last."""
-    shift = -offsets[:-1] if keys is None else keys.diff() - offsets.diff() - offsets[:-1]
-    return torch.arange(x.shape[0], device=x.device) + torch.repeat_interleave(shift, offsets.diff(), output_size=x.shape[0])
+        return self._merge(cache.attend(q, **self._variant(position_embeddings)), True)
 
 
 def _split_heads(x: torch.Tensor, heads: int, batch_first: bool) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """Token by token: sampling, and the loop that feeds a decoder its own words."""
 
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from fused_attn.nn.cache import all_or_nothing
+from fused_attn.nn.masks import readable
 
 Step = Callable[..., torch.Tensor]
 
@@ -20,24 +24,44 @@ def sample(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int | None 
 
     Source of the nucleus: Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration".
     """
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number from 0 on; got {temperature!r}")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k: expected a positive int or None; got {top_k!r}")
-    if top_p is not None and (not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
-        raise ValueError(f"top_p: expected a number above 0 and at most 1, or None; got {top_p!r}")
+    _check_drawing(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, whatever the temperature
+    logits = _tempered(logits if logits.dtype == torch.float64 else logits.float(), temperature)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float("-inf"))
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # what more likely tokens hold together
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        past = before >= top_p
+        past[..., 0] = False  # whatever fp32 makes of top_p
+        dropped = torch.zeros_like(past).scatter(-1, order, past)
         logits = logits.masked_fill(dropped, float("-inf"))
     return logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+
+
+def _check_drawing(temperature: Any, top_k: Any, top_p: Any, **_: Any) -> None:
+    if not _real(temperature) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number from 0 on; got {temperature!r}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1):
+        raise ValueError(f"top_k: expected a positive int or None; got {top_k!r}")
+    if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected a number above 0 and at most 1, or None; got {top_p!r}")
+
+
+def _real(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(logits - their maximum) / temperature, for any temperature that a Python number can be.
+
+    The largest logits stay 0 and those of -inf stay so where 1 / temperature is inf or 0 in their dtype; halves, so that the
+    difference of two numbers of this dtype is one of them.
+    """
+    below = logits / 2 - logits.amax(-1, keepdim=True) / 2
+    scaled = below * (2 / temperature)
+    return scaled.masked_fill(below == 0, 0.0).masked_fill(below == float("-inf"), float("-inf"))
 
 
 def stream(model: Step, prompt: torch.Tensor, max_new_tokens: int, *, lengths: torch.Tensor | None = None, cache: Any = None,
@@ -61,7 +85,7 @@ def stream(model: Step, prompt: torch.Tensor, max_new_tokens: int, *, lengths: t
         raise ValueError(f"prompt: expected tokens [batch, at least 1]; got shape {tuple(prompt.shape)}")
     if lengths is not None and lengths.shape != prompt.shape[:1]:
         raise ValueError(f"lengths: expected shape ({prompt.shape[0]},); got {tuple(lengths.shape)}")
-    if lengths is not None and lengths.device.type == "cpu" and not bool(((lengths > 0) & (lengths <= prompt.shape[1])).all()):
+    if lengths is not None and readable(lengths) and not bool(((lengths > 0) & (lengths <= prompt.shape[1])).all()):
         raise ValueError(f"lengths: expected 1 to {prompt.shape[1]}; got {lengths.tolist()}")
     if cache is None:
         new_cache = getattr(model, "new_cache", None)
@@ -69,6 +93,7 @@ def stream(model: Step, prompt: torch.Tensor, max_new_tokens: int, *, lengths: t
             raise TypeError("cache: expected one, as the model has no new_cache()")
         cache = new_cache()
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    _check_drawing(**drawing)
     return _stream(model, prompt, max_new_tokens, lengths, cache, eos, drawing)
 
 
@@ -80,7 +105,8 @@ def _stream(model: Step, tokens: torch.Tensor, count: int, lengths: torch.Tensor
         last = (lengths - 1).clamp(min=0)
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(count):
-        with torch.no_grad():  # not around the yield: what runs in between is the caller's
+        # Not around the yield: what runs in between is the caller's.
+        with torch.no_grad(), all_or_nothing(cache):
             logits = model(tokens, cache=cache, padding=padding)
             rows = torch.arange(tokens.shape[0], device=tokens.device)
             drawn = sample(logits[:, -1] if last is None else logits[rows, last], **drawing)

@@ -9,6 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from fused_attn.mods import BIAS, HIDE
+from fused_attn.replay import watched
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether looking at a tensor's values costs nothing and is seen by nobody: on a CPU, without a tracer or a mode."""
+    return x.device.type == "cpu" and not watched((x,))
 
 
 def check_new_padding(padding: torch.Tensor, shape: Sequence[int]) -> None:
@@ -17,7 +23,7 @@ def check_new_padding(padding: torch.Tensor, shape: Sequence[int]) -> None:
         raise TypeError(f"key_padding_mask: expected bool beside a cache; got {padding.dtype}")
     if padding.shape != tuple(shape):
         raise ValueError(f"key_padding_mask: expected {tuple(shape)}, of the new tokens alone; got {tuple(padding.shape)}")
-    if padding.device.type == "cpu" and not torch.compiler.is_compiling() and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+    if readable(padding) and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         raise ValueError("key_padding_mask: expected padding on the right of the new tokens; got tokens after padding")
 
 

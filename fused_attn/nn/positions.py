@@ -1,26 +1,90 @@
-"""Where a token stands: sinusoids, learned vectors, rotations, slopes and buckets."""
+"""Where a token stands: sinusoids, learned vectors, rotations, slopes and buckets.
+
+Nothing here is kept from call to call: angles and slopes are computed in the graph that uses them, on its device, for the
+positions of that call. So they are right in whatever traces, exports or fakes a module, for any length, whatever a module was
+rounded to; and since a stack computes them once for all of its layers (``PositionEmbeddings``), they cost next to nothing.
+"""
 
 import math
+import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from fused_attn.mods import RelativeBias, t5_bias
+from fused_attn.mods import RelativeBias, check_buckets, t5_bias
+from fused_attn.nn.masks import readable
 from fused_attn.rotary import apply_rotary
 
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: [N, pairs] or [B, N, pairs]
 
-def _placed(positions: torch.Tensor | int | None, length: int, device: torch.device) -> torch.Tensor:
-    """int [N] or [B, N]: ``positions`` as they are, or counted from one (0 by default)."""
+
+class PositionEmbeddings:
+    """What rotations and slopes are in one forward pass, for all layers of a stack that have the same ones.
+
+    Made by ``MultiheadAttention.position_embeddings``. No tuple, since wrappers that cast the inputs of a layer, such as FSDP's
+    mixed precision, would round the tensors in it.
+
+    Attributes:
+        rotation: (cos, sin), as ``RotaryEmbedding.angles`` gives them, or None.
+        slopes: fp32 [H] of ALiBi, or None.
+    """
+
+    def __init__(self, rotation: Rotation | None, slopes: torch.Tensor | None) -> None:
+        self.rotation, self.slopes = rotation, slopes
+
+
+def _checked(positions: Any, x: torch.Tensor, dim: int) -> torch.Tensor | int:
+    """``positions`` of the N rows along ``dim`` of x: integers [N] or [B, N], or the position of the first, 0 by default."""
+    if positions is None:
+        return 0
+    length = x.shape[dim]
     if isinstance(positions, torch.Tensor):
-        return positions
-    first = positions or 0
-    return torch.arange(first, first + length, device=device)
+        whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+        if whole and (positions.dim() == 0 or (positions.dim() == 1 and positions.shape[0] == length)):
+            return positions
+        if whole and positions.dim() == 2 and x.dim() > 2 and positions.shape[1] == length and positions.shape[0] in (
+                1, x.shape[0]):
+            return positions
+        came = f"{positions.dtype} of shape {tuple(positions.shape)}"
+    elif isinstance(positions, (numbers.Integral, torch.SymInt)) and not isinstance(positions, bool):
+        return positions  # type: ignore[return-value]
+    else:
+        came = repr(positions)
+    batches = f" or [{x.shape[0]}, {length}]" if x.dim() > 2 else ""
+    raise (ValueError if isinstance(positions, torch.Tensor) else TypeError)(
+        f"positions: expected an int, or integers [{length}]{batches}; got {came}")
+
+
+def _in_fp64(device: torch.device) -> torch.device:
+    """Where fp64 is computed for a device: there, unless it has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _geometric(base: float, dim: int, device: torch.device) -> torch.Tensor:
+    """Frequencies base^(-2i / dim), fp64 [dim / 2]."""
+    return base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / -dim)
+
+
+def _angles(positions: torch.Tensor | int, length: int, frequencies: torch.Tensor, like: torch.Tensor) -> Rotation:
+    """(cos, sin) of position times frequency, each [N, pairs] or [B, N, pairs], in fp32, or fp64 beside fp64.
+
+    The angle is fp64: in fp32 position 100000 would be off by 0.004.
+    """
+    if isinstance(positions, torch.Tensor) and positions.dim():
+        at = positions.to(frequencies.device, torch.float64)
+    else:
+        at = torch.arange(length, dtype=torch.float64, device=frequencies.device) + positions
+    angles = at[..., None] * frequencies
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)
 
 
 class SinusoidalPositions(nn.Module):
     """Adds the paper's sinusoids: sin(p / 10000^(2i / d)) in column 2i, the cosine in column 2i + 1.
 
-    No parameters, no longest length: the table grows. Source: Vaswani et al. 2017, "Attention Is All You Need", 3.5.
+    No parameters, no longest length. Source: Vaswani et al. 2017, "Attention Is All You Need", 3.5.
 
     Args:
         embed_dim: d, even.
@@ -29,16 +93,13 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if embed_dim < 2 or embed_dim % 2:
-            raise ValueError(f"embed_dim: expected a positive even int; got {embed_dim!r}")
-        self.embed_dim = embed_dim
+        self.embed_dim = _even("embed_dim", embed_dim)
         self.dropout = nn.Dropout(dropout)
-        steps = torch.arange(0, embed_dim, 2, dtype=torch.float64, device="cpu")
-        self._angles = _Angles(10000.0 ** (-steps / embed_dim))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
         """x [B, N, d] with its positions added: those of ``positions`` [N] or [B, N], or counted from that int on (0)."""
-        cos, sin = self._angles(positions, x.shape[-2], x.device, x.dtype)
+        frequencies = _geometric(10000.0, self.embed_dim, _in_fp64(x.device))
+        cos, sin = _angles(_checked(positions, x, -2), x.shape[-2], frequencies, x)
         result: torch.Tensor = self.dropout(x + torch.stack((sin, cos), -1).flatten(-2).to(x.dtype))
         return result
 
@@ -66,58 +127,31 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
-        """x [B, N, d] with its positions added, as in ``SinusoidalPositions``."""
-        last = x.shape[-2] + positions if isinstance(positions, int) else x.shape[-2]
-        if not isinstance(positions, torch.Tensor) and last > self.max_length:
-            raise ValueError(f"x: expected positions below {self.max_length}; got a length that ends at {last}")
-        result: torch.Tensor = x + self.weight[_placed(positions, x.shape[-2], x.device)]
+        """x [B, N, d] with its positions added, as in ``SinusoidalPositions``; from 0 to below ``max_length``."""
+        positions = _checked(positions, x, -2)
+        given = isinstance(positions, torch.Tensor)
+        if not given and positions < 0:
+            raise ValueError(f"positions: expected 0 or more; got {positions}")
+        if not given and x.shape[-2] + positions > self.max_length:
+            raise ValueError(f"x: expected positions below {self.max_length}; "
+                             f"got a length that ends at {x.shape[-2] + positions}")
+        if not isinstance(positions, torch.Tensor) or not positions.dim():
+            positions = torch.arange(x.shape[-2], device=x.device) + positions
+        if given and readable(positions) and bool(((positions < 0) | (positions >= self.max_length)).any()):
+            raise ValueError(f"positions: expected 0 to {self.max_length - 1}; got {positions.min()} to {positions.max()}")
+        if given:  # negative ones would count from the end: beyond the table they are an error on every device, compiled or not
+            positions = torch.where(positions < 0, self.max_length, positions)
+        result: torch.Tensor = x + self.weight[positions]
         return result
 
     def extra_repr(self) -> str:
         return f"{self.max_length}, {self.weight.shape[1]}"
 
 
-class _Angles:
-    """Cosine and sine of position times frequency, [positions, pairs], computed in fp64 and kept for each device.
-
-    No buffer of a module, since ``module.bfloat16()`` would round it, and position 1000 would stand elsewhere.
-    """
-
-    def __init__(self, frequencies: torch.Tensor) -> None:
-        self.frequencies = frequencies
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._moved: dict[torch.device, torch.Tensor] = {}
-
-    def __call__(self, positions: torch.Tensor | int | None, length: int, device: torch.device,
-                 like: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [N, pairs] or [B, N, pairs], in fp32, or fp64 beside fp64."""
-        dtype = torch.float64 if like == torch.float64 else torch.float32
-        if isinstance(positions, torch.Tensor):  # no look at how large they are
-            angles = positions.to(torch.float64)[..., None] * self._on(device)
-            return angles.cos().to(dtype), angles.sin().to(dtype)
-        first = positions or 0
-        stop = first + length
-        table = self._tables.get((device, dtype))
-        if table is None or table[0].shape[0] < stop:
-            rows = max(stop, 2 * (0 if table is None else table[0].shape[0]), 256)
-            with torch.inference_mode(False):  # a table outlives the call that made it
-                angles = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * self.frequencies
-                table = (angles.cos().to(device, dtype), angles.sin().to(device, dtype))
-            self._tables[device, dtype] = table
-        return table[0][first:stop], table[1][first:stop]
-
-    def _on(self, device: torch.device) -> torch.Tensor:
-        """The frequencies on a device, moved there once: a CUDA graph may be recording."""
-        if device not in self._moved:
-            with torch.inference_mode(False):
-                self._moved[device] = self.frequencies.to(device)
-        return self._moved[device]
-
-    def __deepcopy__(self, memo: object) -> "_Angles":
-        return self  # copies of a layer share their tables
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"frequencies": self.frequencies, "_tables": {}, "_moved": {}}
+def _even(name: str, size: Any) -> int:
+    if not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 2 or size % 2:
+        raise ValueError(f"{name}: expected a positive even int; got {size!r}")
+    return int(size)
 
 
 class RotaryEmbedding(nn.Module):
@@ -132,65 +166,79 @@ class RotaryEmbedding(nn.Module):
     Source: Su et al. 2021, "RoFormer".
     """
 
+    _given: torch.Tensor | None
+
     def __init__(self, dim: int, base: float = 10000.0, interleaved: bool = False,
                  frequencies: torch.Tensor | None = None) -> None:
         super().__init__()
-        if dim < 2 or dim % 2:
-            raise ValueError(f"dim: expected a positive even int; got {dim!r}")
-        if frequencies is None:
-            frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        if frequencies.shape != (dim // 2,):
+        self.dim, self.base, self.interleaved = _even("dim", dim), base, interleaved
+        if not isinstance(base, numbers.Real) or not 0 < base < math.inf:
+            raise ValueError(f"base: expected a positive finite number; got {base!r}")
+        if frequencies is not None and (not isinstance(frequencies, torch.Tensor) or frequencies.is_meta):
+            raise TypeError(f"frequencies: expected a tensor with values, or None; got {frequencies!r}")
+        if frequencies is not None and frequencies.shape != (dim // 2,):
             raise ValueError(f"frequencies: expected shape ({dim // 2},); got {tuple(frequencies.shape)}")
-        self.dim, self.base, self.interleaved = dim, base, interleaved
-        self._angles = _Angles(frequencies.detach().to("cpu", torch.float64))
+        self.frequencies: tuple[float, ...] | None = None if frequencies is None else tuple(frequencies.tolist())
+        self._keep(torch.device("cpu"))
+
+    def _keep(self, device: torch.device) -> None:
+        """Given frequencies as a buffer: where the module is, so that a CUDA graph may record it, and in no checkpoint."""
+        given = None if self.frequencies is None else torch.tensor(self.frequencies, dtype=torch.float64, device=device)
+        self.register_buffer("_given", given, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RotaryEmbedding":
+        """Moves with the module, and keeps what ``bfloat16()`` would round and ``to_empty()`` lose."""
+        super()._apply(fn, recurse)
+        if self._given is not None:
+            self._keep(self._given.device)
+        return self
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What embeddings have in common whose angles are the same."""
+        return self.dim, self.base, self.frequencies
+
+    def angles(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> Rotation:
+        """(cos, sin) of the N rows of x [..., N, D], as ``apply_rotary`` takes them; ``positions`` as in ``forward``.
+
+        They may be computed once and given to every layer. fp32 whatever x is, or fp64 beside fp64.
+        """
+        device = _in_fp64(x.device)
+        frequencies = _geometric(self.base, self.dim, device) if self._given is None else self._given.to(device)
+        return _angles(_checked(positions, x, -2), x.shape[-2], frequencies, x)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor,
                 positions: torch.Tensor | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B, H, N, D] and k [B, Hkv, N, D], turned; ``positions`` [N] or [B, N], or counted from that int on (0)."""
-        cos, sin = self._angles(positions, q.shape[2], q.device, q.dtype)
+        cos, sin = self.angles(q, positions)
         return (apply_rotary(q, cos, sin, interleaved=self.interleaved),
                 apply_rotary(k, cos, sin, interleaved=self.interleaved))
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
         """One of the two, where they stand elsewhere."""
-        cos, sin = self._angles(positions, x.shape[2], x.device, x.dtype)
-        return apply_rotary(x, cos, sin, interleaved=self.interleaved)
+        return apply_rotary(x, *self.angles(x, positions), interleaved=self.interleaved)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base:g}{', interleaved=True' if self.interleaved else ''}"
 
 
-def alibi_slopes(heads: int) -> torch.Tensor:
+def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """fp32 [heads]: a geometric sequence from 2^(-8 / heads); between powers of two, every other of the next one's.
 
     Source: Press et al. 2021, "Train Short, Test Long".
     """
-    if heads < 1:
+    if not isinstance(heads, numbers.Integral) or isinstance(heads, bool) or heads < 1:
         raise ValueError(f"heads: expected at least 1; got {heads!r}")
-    whole = 2 ** int(math.log2(heads))
-    slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]
-    slopes += [2.0 ** (-4 * (i + 1) / whole) for i in range(0, 2 * (heads - whole), 2)]
-    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
+    device = torch.device(device)
+    whole = 1 << int(heads).bit_length() - 1
 
+    def steps(stop: int, step: int, by: float) -> torch.Tensor:
+        return torch.arange(1, stop, step, dtype=torch.float64, device=_in_fp64(device)) * by
 
-class Slopes:
-    """``alibi_slopes`` of a number of heads, kept for each device."""
-
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
-        self._tables: dict[torch.device, torch.Tensor] = {}
-
-    def __call__(self, device: torch.device) -> torch.Tensor:
-        if device not in self._tables:
-            with torch.inference_mode(False):  # they outlive the call that made them
-                self._tables[device] = alibi_slopes(self.heads).to(device)
-        return self._tables[device]
-
-    def __deepcopy__(self, memo: object) -> "Slopes":
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"heads": self.heads, "_tables": {}}
+    exponents = steps(whole + 1, 1, -8 / whole)
+    if heads > whole:
+        exponents = torch.cat((exponents, steps(2 * (heads - whole), 2, -4 / whole)))
+    return exponents.exp2().to(device, torch.float32)
 
 
 class T5RelativeBias(nn.Module):
@@ -208,6 +256,7 @@ class T5RelativeBias(nn.Module):
     def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_buckets(num_buckets, bidirectional, max_distance, "num_buckets")
         self.max_distance, self.bidirectional = max_distance, bidirectional
         self.weight = nn.Parameter(torch.empty(num_buckets, heads, device=device, dtype=dtype))
         self.reset_parameters()

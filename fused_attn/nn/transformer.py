@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attn.nn.attention import MultiheadAttention
-from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache
+from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache, all_or_nothing, caches_in
+from fused_attn.nn.masks import readable
+from fused_attn.nn.positions import PositionEmbeddings
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
 _SELF_ONLY = ("causal", "window", "alibi", "rope")  # options that speak of positions: of no use between two sequences
@@ -37,11 +39,19 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def forward(self, src: torch.Tensor, src_mask: torch.Tensor | None = None,
                 src_key_padding_mask: torch.Tensor | None = None, is_causal: bool = False, *,
-                cache: KVCache | None = None) -> torch.Tensor:
-        """torch's arguments; ``cache`` as in ``MultiheadAttention.forward``."""
+                cache: KVCache | None = None, position_embeddings: PositionEmbeddings | None = None) -> torch.Tensor:
+        """torch's arguments; ``cache`` and ``position_embeddings`` as in ``MultiheadAttention.forward``."""
         _check_types(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
-        attend = self._sa_block if cache is None else _self_attend_with(cache, self.self_attn, self.dropout1)
-        x = src
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(f"cache: expected a KVCache or None; got {type(cache).__name__}")
+        attend = self._sa_block
+        if cache is not None or position_embeddings is not None:
+            attend = _self_attend(self.self_attn, self.dropout1, cache, position_embeddings)
+        with all_or_nothing(cache):
+            return self._forward(src, attend, src_mask, src_key_padding_mask, is_causal)
+
+    def _forward(self, x: torch.Tensor, attend: Callable[..., torch.Tensor], src_mask: torch.Tensor | None,
+                 src_key_padding_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
         if self.norm_first:
             x = x + attend(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
             return x + self._ff_block(self.norm2(x))
@@ -56,14 +66,14 @@ def _check_types(**masks: torch.Tensor | None) -> None:
             raise AssertionError(f"only bool and floating types of {name} are supported")
 
 
-def _self_attend_with(cache: KVCache, module: nn.Module, dropout: nn.Module,
-                      causal: bool = False) -> Callable[..., torch.Tensor]:
-    """A layer's self-attention block that remembers; ``causal`` whatever the call says."""
+def _self_attend(module: nn.Module, dropout: nn.Module, cache: KVCache | None,
+                 position_embeddings: PositionEmbeddings | None, causal: bool = False) -> Callable[..., torch.Tensor]:
+    """A layer's self-attention block that remembers, or is told its rotations; ``causal`` whatever the call says."""
 
     def attend(x: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None,
                is_causal: bool) -> torch.Tensor:
-        is_causal = is_causal or causal
-        out, _ = module(x, x, x, key_padding_mask, False, attn_mask, is_causal=is_causal, cache=cache)
+        out, _ = module(x, x, x, key_padding_mask, False, attn_mask, is_causal=is_causal or causal, cache=cache,
+                        position_embeddings=position_embeddings)
         result: torch.Tensor = dropout(out)
         return result
 
@@ -91,19 +101,32 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     def forward(self, tgt: torch.Tensor, memory: torch.Tensor, tgt_mask: torch.Tensor | None = None,
                 memory_mask: torch.Tensor | None = None, tgt_key_padding_mask: torch.Tensor | None = None,
                 memory_key_padding_mask: torch.Tensor | None = None, tgt_is_causal: bool = False,
-                memory_is_causal: bool = False, *, cache: DecoderCache | None = None) -> torch.Tensor:
-        """torch's arguments; ``cache`` makes self-attention causal and remembers, and projects ``memory`` once."""
+                memory_is_causal: bool = False, *, cache: DecoderCache | None = None,
+                position_embeddings: PositionEmbeddings | None = None) -> torch.Tensor:
+        """torch's arguments; ``cache`` makes self-attention causal and remembers, and projects ``memory`` once.
+
+        ``position_embeddings``, of the self-attention, as in ``MultiheadAttention.forward``.
+        """
+        if cache is not None and not isinstance(cache, DecoderCache):
+            raise TypeError(f"cache: expected a DecoderCache or None; got {type(cache).__name__}")
         self_attend, cross_attend = self._sa_block, self._mha_block
+        if cache is not None or position_embeddings is not None:
+            self_attend = _self_attend(self.self_attn, self.dropout1, None if cache is None else cache.own,
+                                       position_embeddings, causal=cache is not None)
         if cache is not None:
-            self_attend = _self_attend_with(cache.own, self.self_attn, self.dropout1, causal=True)
             cross_attend = self._cross_attend_with(cache.memory)
-        x = tgt
+        with all_or_nothing(cache):
+            return self._forward(tgt, memory, self_attend, cross_attend, (tgt_mask, tgt_key_padding_mask, tgt_is_causal),
+                                 (memory_mask, memory_key_padding_mask, memory_is_causal))
+
+    def _forward(self, x: torch.Tensor, memory: torch.Tensor, self_attend: Callable[..., torch.Tensor],
+                 cross_attend: Callable[..., torch.Tensor], own: tuple[Any, ...], across: tuple[Any, ...]) -> torch.Tensor:
         if self.norm_first:
-            x = x + self_attend(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-            x = x + cross_attend(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+            x = x + self_attend(self.norm1(x), *own)
+            x = x + cross_attend(self.norm2(x), memory, *across)
             return x + self._ff_block(self.norm3(x))
-        x = self.norm1(x + self_attend(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
-        x = self.norm2(x + cross_attend(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
+        x = self.norm1(x + self_attend(x, *own))
+        x = self.norm2(x + cross_attend(x, memory, *across))
         normed: torch.Tensor = self.norm3(x + self._ff_block(x))
         return normed
 
@@ -137,9 +160,11 @@ class TransformerEncoder(nn.TransformerEncoder):
         """torch's arguments; ``cache``, from ``new_cache()``, as in ``MultiheadAttention.forward``."""
         _check_types(mask=mask, src_key_padding_mask=src_key_padding_mask)
         output = src
-        for layer, more in zip(self.layers, _caches(cache, self.num_layers), strict=True):
-            output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal), **more)
-        return output if self.norm is None else self.norm(output)
+        with all_or_nothing(cache):
+            for layer, more in zip(self.layers, _given(self.layers, src, cache), strict=True):
+                output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal),
+                               **more)
+            return output if self.norm is None else self.norm(output)
 
     def new_cache(self, capacity: int | None = None) -> list[KVCache]:
         """An empty cache for each layer; ``capacity`` as in ``KVCache``."""
@@ -155,24 +180,58 @@ class TransformerDecoder(nn.TransformerDecoder):
                 memory_is_causal: bool = False, *, cache: Sequence[DecoderCache] | None = None) -> torch.Tensor:
         """torch's arguments; ``cache``, from ``new_cache()``, as in ``TransformerDecoderLayer.forward``."""
         output = tgt
-        for layer, more in zip(self.layers, _caches(cache, self.num_layers), strict=True):
-            output = layer(output, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
-                           tgt_key_padding_mask=tgt_key_padding_mask, memory_key_padding_mask=memory_key_padding_mask,
-                           tgt_is_causal=bool(tgt_is_causal), memory_is_causal=memory_is_causal, **more)
-        return output if self.norm is None else self.norm(output)
+        with all_or_nothing(cache):
+            for layer, more in zip(self.layers, _given(self.layers, tgt, cache), strict=True):
+                output = layer(output, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+                               tgt_key_padding_mask=tgt_key_padding_mask, memory_key_padding_mask=memory_key_padding_mask,
+                               tgt_is_causal=bool(tgt_is_causal), memory_is_causal=memory_is_causal, **more)
+            return output if self.norm is None else self.norm(output)
 
     def new_cache(self, capacity: int | None = None) -> list[DecoderCache]:
         """An empty cache for each layer; ``capacity``, of the self-attention, as in ``KVCache``."""
         return [DecoderCache(KVCache(capacity), MemoryCache()) for _ in range(self.num_layers)]
 
 
-def _caches(cache: Sequence[Any] | None, num_layers: int) -> list[dict[str, Any]]:
-    """What each layer is given beyond torch's arguments: nothing, so that layers of other code run too, or its cache."""
+def _given(layers: Any, x: torch.Tensor, cache: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """What each layer is given beyond torch's arguments: nothing, so that layers of other code run too; its cache; and
+    position embeddings, which layers of one kind share."""
+    caches = _checked(cache, len(layers))
+    given: list[dict[str, Any]] = []
+    made: dict[Any, PositionEmbeddings | None] = {}
+    for layer, one in zip(layers, caches, strict=True):
+        more = {} if one is None else {"cache": one}
+        if _takes_embeddings(layer):
+            kind = layer.self_attn.position_kind
+            if kind not in made:
+                made[kind] = layer.self_attn.position_embeddings(x, one.own if isinstance(one, DecoderCache) else one)
+            if made[kind] is not None:
+                more["position_embeddings"] = made[kind]
+        given.append(more)
+    return given
+
+
+def _takes_embeddings(layer: nn.Module) -> bool:
+    """Whether a layer's forward is one of this module's: another one, or a wrapper's, may not know the argument."""
+    own = any(isinstance(layer, cls) and type(layer).forward is cls.forward and type(layer)._sa_block is cls._sa_block
+              for cls in (TransformerEncoderLayer, TransformerDecoderLayer))
+    return own and isinstance(layer.self_attn, MultiheadAttention)
+
+
+def _checked(cache: Sequence[Any] | None, num_layers: int) -> Sequence[Any]:
+    """A cache for each layer, all of the same tokens, or None for each."""
     if cache is None:
-        return [{}] * num_layers
+        return [None] * num_layers
     if len(cache) != num_layers:
         raise ValueError(f"cache: expected one for each of {num_layers} layers; got {len(cache)}")
-    return [{"cache": one} for one in cache]
+    every = list(caches_in(cache))
+    if any(one is other for i, one in enumerate(every) for other in every[:i]):
+        raise ValueError("cache: expected a cache of its own for each layer; got one of them twice")
+    own = [one for one in every if isinstance(one, KVCache)]
+    seen = [one.lengths for one in own if not one.even and one.lengths is not None and readable(one.lengths)]
+    if any(one.length != own[0].length for one in own) or any(not torch.equal(x, seen[0]) for x in seen[1:]):
+        raise ValueError(f"cache: expected caches that hold the same tokens; got lengths {[one.length for one in own]}: if a "
+                         "step failed half way, truncate() them to what all hold")
+    return cache
 
 
 class Transformer(nn.Transformer):

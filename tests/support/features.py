@@ -3,6 +3,7 @@
 Tests draw their calls from it and the support matrix is printed from it, so a feature that is not here is neither.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -353,7 +354,9 @@ class Inputs:
             arguments |= build(*(leaves[name] for name in names))
         return arguments
 
-    def _cu(self) -> list[torch.Tensor]:
+    @functools.cached_property
+    def cu(self) -> list[torch.Tensor]:
+        """Where packed sequences start: of queries, of keys."""
         return [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in self.call.shape.lengths()]
 
     def described(self, leaves: Leaves) -> Described:
@@ -365,23 +368,24 @@ class Inputs:
         if shape.layout == "dense":
             return describe.seeded(describe.describe(*tensors, **arguments))
         used = [arguments.pop(name, None) for name in ("seqused_q", "seqused_k")]
-        packed = describe.describe_packed(*tensors, *self._cu(), shape.n_queries, shape.n_keys, *used, **arguments)
+        packed = describe.describe_packed(*tensors, *self.cu, shape.n_queries, shape.n_keys, *used, **arguments)
         return describe.seeded(packed)
 
-    def attention(self, leaves: Leaves, backend: str | None, *, return_lse: bool = True) -> tuple[torch.Tensor, ...]:
-        """(out, lse) or (out,); of nested tensors their values."""
-        arguments = self.arguments(leaves) | {"return_lse": return_lse, "backend": backend}
-        tensors, shape = [leaves[name] for name in "qkv"], self.call.shape
+    def attention(self, leaves: Leaves, backend: str | None, **others: Any) -> Any:
+        """(out, lse), or out with ``return_lse=False``; of nested tensors their values."""
+        arguments, shape = self.arguments(leaves), self.call.shape
+        tensors = [leaves[name] for name in "qkv"]
+        arguments |= {"return_lse": True, "backend": backend, **others}
         if shape.layout == "dense":
-            results = fused_attn.attention(*tensors, **arguments)
-        elif shape.layout == "packed":
-            results = fused_attn.attention_varlen(*tensors, *self._cu(), shape.n_queries, shape.n_keys, **arguments)
-        else:
-            cu_q, cu_k = (x.long() for x in self._cu())
-            nested = [torch.nested.nested_tensor_from_jagged(x, cu) for x, cu in zip(tensors, (cu_q, cu_k, cu_k), strict=True)]
-            results = fused_attn.attention(*(x.transpose(1, 2) for x in nested), **arguments)
-        results = results if return_lse else (results,)
-        return results if shape.layout != "nested" else tuple(x.transpose(1, 2).values() for x in results)
+            return fused_attn.attention(*tensors, **arguments)
+        if shape.layout == "packed":
+            return fused_attn.attention_varlen(*tensors, *self.cu, shape.n_queries, shape.n_keys, **arguments)
+        cu_q, cu_k = (x.long() for x in self.cu)
+        nested = [torch.nested.nested_tensor_from_jagged(x, cu) for x, cu in zip(tensors, (cu_q, cu_k, cu_k), strict=True)]
+        result = fused_attn.attention(*(x.transpose(1, 2) for x in nested), **arguments)
+        if not arguments["return_lse"]:
+            return result.transpose(1, 2).values()
+        return tuple(x.transpose(1, 2).values() for x in result)
 
     def run(self, backend: str | None, *, with_lse: bool = True, return_lse: bool = True,
             through: Callable[..., Any] = lambda call: call) -> Leaves:
@@ -392,6 +396,7 @@ class Inputs:
         leaves = {name: x.detach().requires_grad_() for name, x in self.leaves.items()}
         torch.manual_seed(1)  # dropout draws one seed a call
         results = through(partial(self.attention, backend=backend, return_lse=return_lse))(leaves)
+        results = results if return_lse else (results,)
         wanted = [(results[0], self.dout)] if "lse" not in self.call.features else []
         wanted += [(results[1], self.dlse)] if return_lse and (with_lse or not wanted) else []
         outputs, grads = zip(*wanted, strict=True)

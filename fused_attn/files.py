@@ -1,0 +1,56 @@
+"""Files that results go to: found to be writable before the work that fills them, and replaced whole or not at all."""
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+
+def _unused(folder: Path) -> Path:
+    """A name in a folder that nobody can have taken before."""
+    return folder / f".{secrets.token_hex(8)}.new"
+
+
+def _against_kind(path: Path) -> str | None:
+    """Why what lies at ``path``, if anything, is not to be replaced by a file: a folder, a device, a pipe."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    return None if stat.S_ISREG(mode) else "it is a folder" if stat.S_ISDIR(mode) else "it is no ordinary file"
+
+
+def against(path: Path) -> str | None:
+    """Why a file cannot be written at ``path``, or None: tried with an empty one beside it, which does not stay."""
+    try:
+        reason = _against_kind(path)
+        if reason is None:
+            folder = path.parent
+            while not folder.exists():  # what is missing is made when there is something to write
+                folder = folder.parent
+            trial = _unused(folder)
+            trial.touch(exist_ok=False)
+            trial.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return reason
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Makes ``content`` the whole of the file at ``path``, in one step: a run that is cut short leaves the old file or the new.
+
+    It is written to a new file beside it, so that writers do not meet, and no link is followed: one at ``path`` itself gives
+    way to the file. Text is UTF-8. Raises OSError where that cannot be, as for a device or a folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if reason := _against_kind(path):
+        raise OSError(f"{path}: {reason}")
+    fresh = _unused(path.parent)
+    with fresh.open("xb") as file:  # which fails where the name exists, as a link too
+        try:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            fresh.replace(path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,88 @@
+"""What the ops cost, for torch.utils.flop_counter: matrix products over the pairs that windows and lengths keep.
+
+Masks count as if they kept everything, and so do lengths that cannot be read, of FakeTensors.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fused_attn import ops  # noqa: F401  # which are counted
+from fused_attn.schema import BACKWARD, FORWARD
+from fused_attn.spec import AttentionSpec, Companions, Longest, MaybeTensor, attention_flops, kept_pairs
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _pairs(q: torch.Tensor, k: torch.Tensor, companions: Companions, spec: AttentionSpec) -> int:
+    """Pairs of a query and a key that a head keeps, in all sequences together."""
+    packed = companions.cu_q is not None
+    batch = companions.cu_q.shape[0] - 1 if packed else q.shape[0]
+    longest = spec.longest or Longest(q.shape[2], k.shape[2])
+    queries = _lengths(companions.cu_q, companions.used_q, batch, longest.queries)
+    keys = _lengths(companions.cu_k, companions.used_k, batch, longest.keys)
+    # Packed sequences align their own ends; in a dense batch positions do not move with the length.
+    offsets = (spec.offset(*(pair if packed else longest)) for pair in zip(queries, keys, strict=True))
+    return sum(kept_pairs(n, m, spec.window, offset) for n, m, offset in zip(queries, keys, offsets, strict=True))
+
+
+def _lengths(cu: MaybeTensor, used: MaybeTensor, batch: int, longest: int) -> list[int]:
+    lengths = [longest] * batch
+    for limits in (None if cu is None else cu.diff(), used):
+        if type(limits) is torch.Tensor and not limits.is_meta:
+            lengths = [max(0, min(n, limit)) for n, limit in zip(lengths, limits.tolist(), strict=True)]
+    return lengths
+
+
+def _forward(*arguments: Any, **_: Any) -> int:
+    (q, k, v), companions, spec = FORWARD.records(arguments)
+    pairs = _pairs(q, k, companions, spec)
+    return attention_flops(1, q.shape[1], pairs, q.shape[3], v.shape[3], products_qk=1, products_v=1)
+
+
+def _backward(*arguments: Any, **_: Any) -> int:
+    saved, companions, spec, needs = BACKWARD.records(arguments)
+    pairs = _pairs(saved.q, saved.k, companions, spec)
+    products_qk = 1 + needs.dq + needs.dk
+    products_v = int(needs.dq or needs.dk) + needs.dv
+    heads, head_dim, head_dim_v = saved.q.shape[1], saved.q.shape[3], saved.v.shape[3]
+    return attention_flops(1, heads, pairs, head_dim, head_dim_v, products_qk=products_qk, products_v=products_v)
+
+
+def _register(counter: ModuleType) -> None:
+    for op, formula in ((torch.ops.fused_attn.forward, _forward), (torch.ops.fused_attn.backward, _backward)):
+        counter.register_flop_formula(op, get_raw=True)(formula)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Has the counter learn the formulas as soon as it is imported.
+
+    It looks at the registry when it is made, so the formulas must be there before; importing it for them would import Triton,
+    half a second that ``import fused_attn`` need not take.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _COUNTER in sys.modules:
+    _register(sys.modules[_COUNTER])
+else:
+    sys.meta_path.insert(0, _Finder())

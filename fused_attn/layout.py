@@ -1,0 +1,72 @@
+"""How what a call returns lies in memory: for the kernels, and for FakeTensors that stand for their results. Free of Triton."""
+
+import torch
+
+from fused_attn.spec import AttentionSpec, Companions
+
+
+def accumulates(q: torch.Tensor) -> torch.dtype:
+    """Type of sums and of the LSE of a call."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Empty [B, H, N, head_dim] whose batch, heads and length lie in memory in the order they have in ``x``."""
+    contiguous = x.is_contiguous()
+    if contiguous and x.shape[3] == head_dim:
+        return torch.empty_like(x, dtype=dtype)
+    size, stride = (*x.shape[:3], head_dim), x.stride()[:3]
+    if contiguous or 0 in stride:
+        return x.new_empty(size, dtype=dtype)
+    order = sorted(range(3), key=lambda dim: stride[dim], reverse=True)
+    return torch.empty_permuted(size, (*order, 3), dtype=dtype or x.dtype, device=x.device)
+
+
+def packed_rows(n: int) -> tuple[int, int]:
+    """A number of rows as (n rounded up to a multiple of 16, 16 times what that added).
+
+    Triton compiles a kernel again for integers of a tuple that are multiples of 16, or 1: these two always are and never are,
+    so that no length compiles.
+    """
+    up = max(16, -(-n // 16) * 16)
+    return up, 16 * (up - n)
+
+
+def lse_stride(q: torch.Tensor) -> int:
+    """Distance of two heads in the LSE of packed sequences."""
+    return packed_rows(q.shape[2])[0]
+
+
+def rows_like(q: torch.Tensor, packed: bool, *leading: int) -> torch.Tensor:
+    """Empty [*leading, B, H, N], a number for every query, or of packed sequences [*leading, 1, H, T] that is -inf already."""
+    if not packed:
+        return q.new_empty((*leading, *q.shape[:3]), dtype=accumulates(q))
+    rows = q.new_full((*leading, 1, q.shape[1], lse_stride(q)), float("-inf"), dtype=accumulates(q))
+    return rows[..., : q.shape[2]]
+
+
+def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor:
+    """The empty LSE of a call: of ``rows_like``, or two of them, LSE and its rest, where a mod may give scores of any size."""
+    return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)
+
+
+def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
+    """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact.
+
+    Additive scores always ask for it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
+    one for all keys, adds up there as it does under a large mean of K.
+    """
+    return (spec.precise or companions.score_weight is not None) and spec.dropout_p == 0
+
+
+def check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """What the kernel trusts: the tables have a row for every row of x, and no more pairs than x has columns for."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x: expected floats [batch, heads, length, head_dim]; got {x.dtype} of shape {tuple(x.shape)}")
+    batch, _, length, head_dim = x.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        fits = (table.dim() == 3 and table.shape[0] == batch and table.shape[1] == length
+                and table.shape[2] == cos.shape[2] and 0 < 2 * table.shape[2] <= head_dim)
+        if not fits or not table.is_floating_point() or table.device != x.device:
+            raise ValueError(f"{name}: expected floats [{batch}, {length}, pairs] on {x.device} with at most {head_dim // 2} "
+                             f"pairs, cos and sin alike; got {table.dtype} of shape {tuple(table.shape)} on {table.device}")

@@ -1,0 +1,142 @@
+"""What every command of the project shares: options with ranges, and one line where one cannot do what it was asked.
+
+Bad input ends a command with status 2 before it does any work, Ctrl-C with 130. By argparse, as some of the commands run on
+machines where nothing but torch and Triton is installed.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fused_attn import files
+
+PICTURES = (".png", ".svg", ".pdf")
+SIZES = (1, 2**31 - 1)  # of what a tensor has: batches, heads, rows
+SEEDS = (0, 2**63 - 1)
+DEVICES = ("cuda", "cpu")
+
+
+class BadInputError(Exception):
+    """What a command was asked makes no sense, or needs what is not here."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, of a command or of its subcommands, whose errors are one line; how to call it is in ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option: a whole number within a range."""
+
+    def value(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (number := int(text)) >= least and (most is None or number <= most):
+                return number
+        span = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise argparse.ArgumentTypeError(f"expected a whole number {span}; got {text!r:.80}")
+
+    return value
+
+
+def real(least: float, *, open_below: bool = False) -> Callable[[str], float]:
+    """The type of an option: a finite number from ``least`` on, or beyond it."""
+
+    def value(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            number = float(text)
+            if math.isfinite(number) and (number > least or (number == least and not open_below)):
+                return number
+        raise argparse.ArgumentTypeError(
+            f"expected a finite number {'above' if open_below else 'of at least'} {least:g}; got {text!r:.80}")
+
+    return value
+
+
+def file(*suffixes: str) -> Callable[[str], Path]:
+    """The type of an option: a file that can be written here and now, with one of these endings if any are given."""
+
+    def value(text: str) -> Path:
+        path = Path(text)
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(suffixes)}; got {text!r}")
+        if reason := files.against(path):
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {reason}")
+        return path
+
+    return value
+
+
+def folder(text: str) -> Path:
+    """The type of an option: a folder that files can be written to, made where it is missing."""
+    path = Path(text)
+    if reason := files.against(path / "file"):
+        raise argparse.ArgumentTypeError(f"no files can be written to {text!r}: {reason}")
+    return path
+
+
+def device(asked: str | None) -> str:
+    """The one of ``DEVICES`` that was asked for, else a GPU where there is one. Raises BadInputError where there is none."""
+    found = torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise BadInputError("--device cuda: torch finds no GPU here")
+    return asked or ("cuda" if found else "cpu")
+
+
+def need(module: str, extra: str) -> None:
+    """Raises BadInputError where a package of an extra is not installed."""
+    with contextlib.suppress(ImportError, ValueError):
+        if importlib.util.find_spec(module) is not None:
+            return
+    raise BadInputError(f"needs {module}: pip install 'fused-attn[{extra}]'")
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[threading.Event]:
+    """Ctrl-C ends what is within, and sets the event that is given; what comes after shows and keeps what there is by then."""
+    interrupted = threading.Event()
+    try:
+        yield interrupted
+    except KeyboardInterrupt:
+        interrupted.set()
+
+
+def status(complete: bool, ok: bool) -> int:
+    """The exit status of a command that has shown and kept what it had; goes on with an interruption that came before."""
+    if not complete:
+        raise KeyboardInterrupt
+    return 0 if ok else 1
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
+    """The exit status of a command, called with what it was asked; whatever ends it early is one line on stderr."""
+    program = parser.prog
+    try:
+        asked = parser.parse_args(argv)
+        program = " ".join(filter(None, (parser.prog, getattr(asked, "command", None))))
+        done = command(asked)
+        sys.stdout.flush()
+    except SystemExit as stopped:  # of the parser: its errors, --help and --version
+        if not isinstance(stopped.code, int):
+            raise
+        return stopped.code
+    except BadInputError as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who reads the output has seen enough; what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return done

@@ -1,0 +1,115 @@
+"""Calls as ops take them: the records of a call, field after field, as one flat list of arguments, and back.
+
+Schema, arguments and what is read from them are made from the fields of the records, in their order: a field that is added
+needs no line here unless its type is a new one.
+"""
+
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_attn import mods
+from fused_attn.spec import AttentionSpec, Companions, MaybeTensor, Member
+
+
+class Inputs(NamedTuple):
+    """What a forward is given beside companions and spec."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class Saved(NamedTuple):
+    """What a backward is given beside companions, spec and needs; ``dlse`` and ``residual`` may be None."""
+
+    dout: torch.Tensor
+    dlse: MaybeTensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    residual: MaybeTensor
+    lse: torch.Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward is asked for."""
+
+    dq: bool
+    dk: bool
+    dv: bool
+    dsinks: bool
+    dscore_weight: bool
+    doperands: tuple[bool, ...]
+
+
+_TYPES = {
+    torch.Tensor: "Tensor", MaybeTensor: "Tensor?", tuple[torch.Tensor, ...]: "Tensor[]",
+    bool: "bool", tuple[bool, ...]: "bool[]", int | None: "SymInt?", float: "float", float | None: "float?",
+    str: "str", str | None: "str?",
+}
+
+
+class _Field(NamedTuple):
+    """One field of a record: its arguments in the schema, its value as these, and the value of these."""
+
+    arguments: tuple[str, ...]
+    flat: Callable[[Any], tuple[Any, ...]]
+    whole: Callable[..., Any]
+
+
+def _fields(record: type, prefix: str = "", optional: bool = False) -> tuple[_Field, ...]:
+    hints = typing.get_type_hints(record)
+    return tuple(_field(f"{prefix}{name}", hint | None if optional else hint) for name, hint in hints.items())
+
+
+def _field(name: str, hint: Any) -> _Field:
+    if hint in _TYPES:
+        return _Field((f"{_TYPES[hint]} {name}",), lambda x: (x,), tuple if _TYPES[hint].endswith("[]") else lambda x: x)
+    if hint == tuple[Member, ...]:
+        return _Field((f"str {name}",), lambda members: (_text(members),), _members)
+    optional = isinstance(hint, types.UnionType)  # a record within the record, or None
+    record = next(x for x in typing.get_args(hint) if x is not types.NoneType) if optional else hint
+    fields = _fields(record, f"{name}_", optional)
+    nothing = (None,) * len(fields)
+    return _Field(tuple(argument for field in fields for argument in field.arguments),
+                  lambda x: nothing if x is None else tuple(x),
+                  lambda *values: None if optional and values == nothing else record(*values))
+
+
+def _text(members: tuple[Member, ...]) -> str:
+    return ";".join(f"{x.code.key}:{','.join(x.args)}" for x in members) if members else ""
+
+
+def _members(text: str) -> tuple[Member, ...]:
+    return tuple(Member(mods.named(key), tuple(args.split(",")) if args else ())
+                 for key, _, args in (part.partition(":") for part in text.split(";") if part))
+
+
+class Signature:
+    """The arguments of an op: those of one record after the other."""
+
+    def __init__(self, *records: type) -> None:
+        # Names must differ, and gradients that are asked for are named as those that are returned.
+        self._records = tuple((record, _fields(record, "need_" if record is Needs else "")) for record in records)
+        self.text = ", ".join(argument for _, fields in self._records for field in fields for argument in field.arguments)
+
+    def flat(self, *records: Any) -> tuple[Any, ...]:
+        """The arguments of an op with these records."""
+        return tuple([argument for values, (_, fields) in zip(records, self._records, strict=True)
+                      for value, field in zip(values, fields, strict=True) for argument in field.flat(value)])
+
+    def records(self, arguments: Iterable[Any]) -> Iterator[Any]:
+        """The records of an op's arguments."""
+        rest = iter(arguments)
+        for record, fields in self._records:
+            yield record(*[field.whole(*islice(rest, len(field.arguments))) for field in fields])
+
+
+FORWARD = Signature(Inputs, Companions, AttentionSpec)
+BACKWARD = Signature(Saved, Companions, AttentionSpec, Needs)

@@ -1,0 +1,126 @@
+"""torch.func, batched gradients and exported programs: first derivatives are right, what is missing says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_attn.nn
+from fused_attn import attention
+
+pytestmark = pytest.mark.kernels
+ROOT = Path(__file__).parents[1]
+CALLS = {
+    "plain": {"causal": True}, "dropout": {"dropout_p": 0.4, "sinks": torch.rand(2)}, "precise": {"precise": True},
+    "bias": {"bias": torch.randn(5, 7, dtype=torch.float64), "mask": torch.rand(5, 7) < 0.8},
+    "additive": {"score_weight": torch.rand(8, dtype=torch.float64)},
+}
+
+
+def qkv():
+    return tuple(torch.randn(1, 2, n, 8, dtype=torch.float64) for n in (5, 7, 7))
+
+
+def loss(q, k, v, arguments, backend="triton"):
+    torch.manual_seed(3)
+    out, lse = attention(q, k, v, return_lse=True, backend=backend, **arguments)
+    return out.sin().sum() + lse.square().sum()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_first_derivatives_of_torch_func(name):
+    inputs = qkv()
+    tensors = {key: x for key, x in CALLS[name].items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    others = {key: x for key, x in CALLS[name].items() if key not in tensors}
+
+    def of(backend):
+        def function(q, k, v, tensors):
+            return loss(q, k, v, {**others, **tensors}, backend)
+        return torch.func.grad(function, argnums=(0, 1, 2, 3))(*inputs, tensors)
+
+    got, want = of("triton"), of("reference")
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    value, pull = torch.func.vjp(lambda q: loss(q, *inputs[1:], CALLS[name]), inputs[0])
+    torch.testing.assert_close(pull(2 * torch.ones_like(value))[0], 2 * want[0], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+def test_first_derivatives_of_rotary_and_weights():
+    x, cos, sin = torch.randn(1, 2, 5, 8), torch.rand(5, 4), torch.rand(5, 4)
+
+    def turned(x, backend):
+        return fused_attn.apply_rotary(x, cos, sin, backend=backend).sin().sum()
+
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f), in_dims=(0, None))):
+        inputs = x if transform is torch.func.grad else torch.stack((x, 2 * x))
+        torch.testing.assert_close(*(transform(turned)(inputs, backend) for backend in ("triton", "reference")))
+    y = x.clone().requires_grad_()
+    out = fused_attn.apply_rotary(y, cos, sin, backend="triton")
+    dout = torch.randn(3, *out.shape)
+    want = torch.stack([torch.autograd.grad(out, y, d, retain_graph=True)[0] for d in dout])
+    torch.testing.assert_close(torch.autograd.grad(out, y, dout, is_grads_batched=True)[0], want)
+    grads = [torch.func.grad(lambda x, b=b: fused_attn.attention_weights(x, x, backend=b).sin().sum())(x)
+             for b in (None, "reference")]
+    torch.testing.assert_close(*grads)
+
+
+Q, K, V = qkv()
+MISSING = {  # what is asked, and what the error says
+    "vmap": (lambda: torch.vmap(lambda q: attention(q, K, V, backend="triton"))(Q[None]), "vmap"),
+    "vmap of grad": (lambda: torch.vmap(torch.func.grad(lambda q: loss(q, K, V, {})))(Q[None]), "vmap"),
+    "jacrev": (lambda: torch.func.jacrev(lambda q: attention(q, K, V, backend="triton"))(Q), "vmap"),
+    "jacobian": (lambda: torch.autograd.functional.jacobian(
+        lambda q: attention(q, K, V, backend="triton"), Q, vectorize=True), "is_grads_batched and vectorised jacobians"),
+    "second": (lambda: torch.func.grad(lambda q: torch.func.grad(lambda q: loss(q, K, V, {}))(q).sum())(Q),
+               "second derivatives"),
+    "jvp": (lambda: torch.func.jvp(lambda q: loss(q, K, V, {}), (Q,), (Q,)), "forward mode AD"),
+    "statistics": (lambda: torch.func.grad(
+        lambda q: fused_attn.attention_stats(q, K, backend="triton").entropy.sum())(Q), "no transforms of torch.func"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_says_so(name):
+    run, message = MISSING[name]
+    with pytest.raises((NotImplementedError, ValueError), match=message):
+        run()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("which", [0, 1], ids=["out", "lse"])
+def test_batched_gradients_say_so(which, create_graph):
+    q = Q.clone().requires_grad_()
+    out = attention(q, K, V, backend="triton", return_lse=True)[which]
+    with pytest.raises(NotImplementedError, match="is_grads_batched and vectorised jacobians"):
+        torch.autograd.grad(out, q, out.new_ones(3, *out.shape), is_grads_batched=True, create_graph=create_graph)
+
+
+LOAD = """
+import sys, torch, fused_attn
+program, inputs, want = torch.export.load(sys.argv[1]), *torch.load(sys.argv[2])
+assert torch.equal(program.module()(*inputs), want)
+"""
+
+
+def test_an_exported_program_loads_in_another_process(tmp_path):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            q = fused_attn.apply_rotary(q, torch.ones(5, 4), torch.ones(5, 4), backend="triton")
+            return attention(q, k, v, backend="triton", mask_mod=fused_attn.prefix_lm_mask(torch.tensor([3])), softcap=3.0)
+
+    torch.export.save(torch.export.export(Module(), (Q, K, V)), tmp_path / "program.pt2")
+    torch.save(((Q, K, V), Module()(Q, K, V)), tmp_path / "tensors.pt")
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "program.pt2", tmp_path / "tensors.pt"], check=True, cwd=ROOT)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("make", [
+    lambda: fused_attn.nn.MultiheadAttention(16, 2), lambda: fused_attn.nn.TransformerEncoderLayer(16, 2, 32),
+    lambda: fused_attn.nn.TransformerDecoderLayer(16, 2, 32), lambda: fused_attn.nn.Transformer(16, 2, 1, 1, 32),
+    lambda: torch.nn.Sequential(torch.nn.Linear(16, 16), fused_attn.nn.TransformerEncoderLayer(16, 2, 32)),
+], ids=["attention", "encoder layer", "decoder layer", "transformer", "a model with one"])
+def test_script_says_what_to_do_instead(make):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script: .*torch\.export\.export and torch\.compile"):
+        torch.jit.script(make())
