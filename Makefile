@@ -6,7 +6,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# of `make gpu`
+# the newest Triton that `make test-all` also tries
+NEWEST := 3.9
+# of `make gpu`, and of `make fuzz`
 MINUTES ?= 9
 OUT ?= gpu-output
 # of `make bench`
@@ -18,7 +20,7 @@ FAST := not slow and not gpu
 TESTS := tests
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help install test lint test-fast test-all demo check compile-matrix profile gpu bench clean
+.PHONY: help install test lint test-fast test-all versions fuzz demo check compile-matrix profile gpu bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do \
@@ -42,9 +44,16 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 test-fast: $(STAMP)
 	$(PYTEST) -m "$(FAST)" $(TESTS)
 
-test-all: $(STAMP)  ## every test that needs no GPU; keeps the summary in docs/test-all.txt
+test-all: $(STAMP)  ## every test that needs no GPU, and `make versions` on the newest Triton; summary in docs/test-all.txt
 	@log=$$(mktemp); commit=$$(git describe --always --dirty); $(PYTEST) -q -m "not gpu" tests | tee "$$log"; \
 		{ echo "$$commit"; grep -E '^(torch|triton)==' $(CONSTRAINTS); tail -n 1 "$$log"; } > docs/test-all.txt
+	$(MAKE) --no-print-directory versions VENV=.venv-triton-$(NEWEST) CONSTRAINTS=constraints-triton-$(NEWEST).txt
+
+versions: $(STAMP)  ## what compiles and passes on the versions in VENV, kept in fused_attn/versions.json
+	$(BIN)/python -m tests.versions
+
+fuzz: $(STAMP)  ## calls drawn at random against fp64 for MINUTES=9, counted in docs/fuzz.json
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --record
 
 demo: $(STAMP)  ## a demonstration in demo-output/
 	$(BIN)/fused-attn demo --out demo-output

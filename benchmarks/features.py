@@ -17,12 +17,13 @@ from benchmarks import detours
 from benchmarks.correctness import asked
 from fused_attn.bench.cases import DTYPES, Pass
 from fused_attn.bench.contest import OURS, Entry, Subject, gate_by
+from fused_attn.bench.oracle import max_r
 from fused_attn.spec import Window, attention_flops, kept_pairs
 
 Row = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
-# dtype: largest R of out, of dq, dk and dv, and largest relative error of any other gradient
+# dtype: largest R of out, of dq, dk and dv, both at head dim 64, and largest relative error of any other gradient
 LIMITS = {"fp16": (1.5, 2.5, 4e-3), "bf16": (1.5, 2.5, 2e-2), "fp32": (20.0, 40.0, 1e-4)}
 GATE_TIMES = 2.0  # times the last of these, before a timing: the strict limits are those of the stage before
 
@@ -140,6 +141,7 @@ def check(feature: Feature, shape: Shape, device: str) -> Row:
     got, again = call.results(False, asked(device)), call.results(False, asked(device))
     exact = call.results(True, "reference")
     limit_out, limit_grad, limit_other = LIMITS[shape.dtype]
+    wider = max_r(DTYPES[shape.dtype], max(shape.head_dim, shape.head_dim_v))[0] / max_r(DTYPES[shape.dtype], 64)[0]
     verdicts: dict[str, Row] = {}
     for name, x in got.items():
         ref, error = exact[name], x.double() - exact[name]
@@ -147,7 +149,7 @@ def check(feature: Feature, shape: Shape, device: str) -> Row:
         row["ok"] = row["relative"] <= limit_other
         if name in ("out", "dq", "dk", "dv") and shape.length >= 256:  # R has no meaning on small shapes
             row["R"] = (error.norm() / (ref.to(x.dtype).double() - ref).norm()).item()
-            row["ok"] = row["R"] <= (limit_out if name == "out" else limit_grad)
+            row["ok"] = row["R"] <= wider * (limit_out if name == "out" else limit_grad)
         verdicts[name] = row
     differ = [name for name in got if not torch.equal(got[name], again[name])]
     return {"ok": not differ and all(v["ok"] for v in verdicts.values()), "differ": differ, "results": verdicts}

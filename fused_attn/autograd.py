@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from fused_attn import ops, replay
+from fused_attn import ops, replay, torch_private
 from fused_attn.kernels import launch
 from fused_attn.schema import Needs, Saved
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
@@ -120,8 +119,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     sources = (q, k, v, *companions.flat())
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # Forward AD gets torch's own clear error from the Function, before the op's guard would raise.
-    transformed = torch._C._are_functorch_transforms_active()
-    if not wanted and not transformed and forward_ad._current_level < 0:
+    transformed = torch_private.transforms_active()
+    if not wanted and not transformed and not torch_private.forward_mode():
         out, lse, _ = ops.forward(q, k, v, companions, spec)
         return out, _rounded(lse)
     if transformed and torch.compiler.is_compiling():  # which gives a Function of transforms a ctx that it does not take
@@ -185,7 +184,7 @@ class TransformedRotary(torch.autograd.Function):
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False) -> torch.Tensor:
     """x [B, H, N, D] turned by the kernel, with cos and sin [B, N, pairs]."""
     if torch.is_grad_enabled() and x.requires_grad:
-        function = TransformedRotary if torch._C._are_functorch_transforms_active() else Rotary
+        function = TransformedRotary if torch_private.transforms_active() else Rotary
         result: torch.Tensor = function.apply(x, cos, sin, interleaved, back)
         return result
     return ops.rotary(x, cos, sin, interleaved, back)

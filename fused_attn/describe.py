@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import mods, settings
+from fused_attn import mods, replay, settings, torch_private
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
 
@@ -87,15 +87,12 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
             raise ValueError(f"{name}: expected [sequences + 1] on {q.device}; got {tuple(cu.shape)} on {cu.device}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(f"cu_seqlens_k: expected cu_seqlens_q's length {cu_seqlens_q.shape[0]}; got {cu_seqlens_k.shape[0]}")
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)) or longest < 0:
-            raise TypeError(f"{name}: expected a non-negative int; got {longest!r}")
+    max_seqlen_q, max_seqlen_k = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     batch = cu_seqlens_q.shape[0] - 1
     for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
         if used is not None:
             _check_lengths(name, used, q, batch)
-    # On a CPU looking costs nothing; while torch.compile or a FakeTensor traces there is nothing to look at.
-    if q.device.type == "cpu" and type(cu_seqlens_q) is torch.Tensor and not torch.compiler.is_compiling():
+    if q.device.type == "cpu" and not (replay.traced(cu_seqlens_q) or replay.traced(cu_seqlens_k)):  # looking costs nothing
         _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
     _check_classes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
@@ -103,7 +100,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
-    bounds = Longest(torch.sym_min(max_seqlen_q, q.shape[2]), torch.sym_min(max_seqlen_k, k.shape[2]))
+    bounds = Longest(_at_most(max_seqlen_q, q.shape[2]), _at_most(max_seqlen_k, k.shape[2]))
     spec = spec._replace(longest=bounds)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
@@ -116,13 +113,18 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     return Described(q, k, v, spec, companions)
 
 
+def _at_most(length: int, total: int) -> int:
+    return total if torch_private.known(length > total) else length
+
+
 def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> torch.Tensor:
     """An operand of ``extents`` as one of ``n_queries`` and ``n_keys``, which may be fewer."""
-    if n_queries == extents.n_queries and n_keys == extents.n_keys:
+    if torch_private.known(n_queries == extents.n_queries) and torch_private.known(n_keys == extents.n_keys):
         return x
     if x.dim() == 3:  # the value of (i, j) lies at j - i + Nq - 1
         return x[..., extents.n_queries - n_queries :][..., : max(n_queries + n_keys - 1, 0)]
-    return x[:, :, : n_queries if x.shape[2] > 1 else 1, : n_keys if x.shape[3] > 1 else 1]
+    one_query, one_key = (torch_private.known(size == 1) for size in x.shape[2:])
+    return x[:, :, : 1 if one_query else n_queries, : 1 if one_key else n_keys]
 
 
 def seeded(call: Described) -> Described:
@@ -191,7 +193,7 @@ def _check_classes(**arguments: Any) -> None:
 
 def _speaks_for_itself(kind: Any) -> bool:
     function, inherited = (getattr(f, "__func__", f) for f in (kind.__torch_function__, torch.Tensor.__torch_function__))
-    own = function not in (inherited, torch._C._disabled_torch_function_impl)
+    own = function not in (inherited, torch_private.disabled_torch_function)
     return own and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
@@ -208,6 +210,7 @@ def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
 def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | None, softcap: float | None,
                     fp32_precision: str | None = None, precise: bool = False) -> AttentionSpec:
     """The part of a description that no tensor but q has a say in."""
+    causal, precise, scale, softcap = number(causal), number(precise), number(scale), number(softcap)
     for name, value in (("causal", causal), ("precise", precise)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool; got {value!r}")
@@ -232,7 +235,26 @@ def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | Non
                          deterministic=settings.DETERMINISTIC or torch.are_deterministic_algorithms_enabled())
 
 
+def number(x: Any) -> Any:
+    """A scalar of NumPy, or a tensor of no dimensions that asks for no gradient, as a Python number; anything else as it is."""
+    if x is None or isinstance(x, (bool, int, float)) or getattr(x, "ndim", None) != 0 or getattr(x, "requires_grad", False):
+        return x
+    return x.item()
+
+
+def _longest(name: str, length: Any) -> Any:
+    length = number(length)
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected a non-negative int; got {length!r}")
+    if torch.compiler.is_compiling():  # it may come from the device, and have no value yet
+        torch_private.check(length >= 0, lambda: f"{name}: expected a non-negative int")
+    elif length < 0:
+        raise TypeError(f"{name}: expected a non-negative int; got {length!r}")
+    return length
+
+
 def _bound(name: str, value: Any) -> Any:
+    value = number(value)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0):
         hint = "; None, not -1, leaves a side open" if value == -1 else ""
         raise ValueError(f"window: expected {name} to be a non-negative int or None; got {value!r}{hint}")
@@ -311,6 +333,7 @@ def _companions(q: torch.Tensor, extents: Extents, spec: AttentionSpec, companio
         if sinks.shape != (extents.heads,) or sinks.device != q.device:
             raise ValueError(f"sinks: expected shape ({extents.heads},) on {q.device}; "
                              f"got {tuple(sinks.shape)} on {sinks.device}")
+    dropout_p = number(dropout_p)
     if not _is_finite(dropout_p, "dropout_p", "a float from 0 to 1") or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a float from 0 to 1; got {dropout_p!r}")
     spec = spec._replace(score_mods=score_mods, mask_mods=mask_mods, dropout_p=float(dropout_p))
@@ -353,8 +376,12 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
             operands.append(operand.detach() if isinstance(bound.mod, MaskMod) else operand)  # a mask has no slope
             kinds.append(TENSOR)
         else:
-            kinds.append(repr(arg) if isinstance(arg, int) else repr(float(arg)))
+            kinds.append(repr(int(arg)) if isinstance(arg, numbers.Integral) else repr(float(arg)))
     return Member(bound.mod.code, tuple(kinds), bound.mod.reference)
+
+
+def _broadcasts(size: int, full: int) -> bool:
+    return torch_private.known(size == 1) or torch_private.known(size == full)
 
 
 def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> torch.Tensor:
@@ -364,7 +391,7 @@ def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> t
     if x.device != q.device:
         raise ValueError(f"{name}: expected q's device {q.device}; got {x.device}")
     fits = x.dim() <= 4 and all(
-        size in (1, full) for size, full in zip(reversed(x.shape), reversed(extents), strict=False))
+        _broadcasts(size, full) for size, full in zip(reversed(x.shape), reversed(extents), strict=False))
     if not fits:
         raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(extents)}; got {tuple(x.shape)}")
     return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
@@ -376,8 +403,10 @@ def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torc
         raise TypeError(f"{name}: expected RelativeBias of a float tensor; got {getattr(values, 'dtype', values)!r}")
     differences = max(extents.n_queries + extents.n_keys - 1, 0)
     leading = values.shape[:-1]
-    fits = values.dim() in (2, 3) and values.shape[-1] == differences and all(
-        size in (1, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
+    # Of lengths that a compiler does not know, n and max(n, 0) are two sizes.
+    fits = values.dim() in (2, 3) and any(torch_private.known(values.shape[-1] == n) for n in (
+        differences, extents.n_queries + extents.n_keys - 1)) and all(
+        _broadcasts(size, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
     if not fits or values.device != q.device:
         raise ValueError(f"{name}: expected RelativeBias values [{extents.heads}, {differences}], one for each k - q, or "
                          f"[{extents.batch}, ...], on {q.device}; got {tuple(values.shape)} on {values.device}")

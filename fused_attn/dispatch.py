@@ -10,13 +10,14 @@ import importlib.util
 import sys
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fused_attn import mods, reference, rungs, settings, tuning
+from fused_attn import mods, reference, replay, rungs, settings, torch_private, tuning
 from fused_attn.describe import Described
-from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions
+from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
 
 MAX_HEAD_DIM = 576  # of keys and queries; the tables of tuning.py end there
 
@@ -45,7 +46,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-@settings.constant_when_traced
+@torch_private.constant_when_traced
 def device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     """What stands against the kernels on a device, whatever the call."""
     return _device_reasons(device_type, index)
@@ -179,7 +180,7 @@ def _fall_back(preferred: str, reasons: tuple[str, ...], call: Described, return
     return chosen, message
 
 
-@settings.constant_when_traced
+@torch_private.constant_when_traced
 def warn_once(message: str) -> None:
     """One warning for each distinct message of the process; under torch.compile, while tracing."""
     _warn_once(message)
@@ -223,8 +224,7 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     right = None if right is None or offset + right >= n_keys - 1 else right
     masked = bool(companions.operands) or companions.used_k is not None
     # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
-    # torch.compile leaves bool() of a comparison of lengths symbolic, and torch takes a plain bool only.
-    causal = True if left is None and right == 0 and offset == 0 and spec.scale > 0 and not masked else False  # noqa: SIM210
+    causal = _plain(left is None and right == 0 and offset == 0 and spec.scale > 0 and not masked)
     windowed = not causal and (left is not None or right is not None)
     mask = reference.window_mask(spec, n_queries, n_keys, q.device) if windowed else None
     if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
@@ -237,9 +237,14 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[3])) for x in (q, k, v))
     if q.device.type == "cpu":  # with another stride torch would leave its fused kernel for a quadratic one
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, spec.dropout_p, causal, scale=spec.scale,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    grouped = _plain(q.shape[1] != k.shape[1])
+    out = torch_private.sdpa(q, k, v, mask, spec.dropout_p, causal, scale=spec.scale, enable_gqa=grouped)
     return out if dim <= dim_v else out[..., :dim_v]
+
+
+def _plain(condition: Any) -> bool:
+    """A comparison of sizes as torch takes it: torch.compile leaves bool() of one symbolic, and jit.trace makes it a tensor."""
+    return True if condition else False  # noqa: SIM210
 
 
 def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec,
@@ -259,14 +264,35 @@ def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec
 
 def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
                   companions: Companions) -> torch.Tensor:
-    """One sequence after the other; rows that belong to none give 0."""
+    """One sequence after the other, or all at once where lengths have no values yet; rows that belong to none give 0."""
+    if replay.traced(companions.cu_q):
+        return _torch_padded(q, k, v, spec, companions)
     one, outs, at = spec._replace(longest=None), [], 0
     spans = zip(reference.spans(companions.cu_q, companions.used_q, q.shape[2]),
                 reference.spans(companions.cu_k, companions.used_k, k.shape[2]), strict=True)
     for (q0, q1), (k0, k1) in spans:
         parts = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
-        empty = q.new_zeros(1, q.shape[1], q1 - q0, v.shape[3])
         outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]),
-                 empty if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
+                 _of_nothing(*parts) if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
         at = q1
     return torch.cat((*outs, q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3])), 2)
+
+
+def _torch_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+                  companions: Companions) -> torch.Tensor:
+    longest_q, longest_k = spec.longest or (0, 0)
+    queries = reference.Padded.of(q, companions.cu_q, companions.used_q, longest_q)
+    keys, values = (reference.Padded.of(x, companions.cu_k, companions.used_k, longest_k) for x in (k, v))
+    n_queries, n_keys = queries.rows.shape[1], keys.rows.shape[1]
+    mask = (torch.arange(n_keys, device=q.device) < keys.lengths[:, None])[:, None, None, :]
+    if spec.window != Window():
+        mask = mask & reference.window_mask(spec, n_queries, n_keys, q.device, queries.offset(keys, spec))
+    masked = spec._replace(longest=None, window=Window(), mask_mods=(Member(mods.MASK.code, (TENSOR,)),))
+    out = torch_attention(queries.x, keys.x, values.x, masked, Companions(operands=(mask,)))
+    return queries.packed(out, q.shape[2], 0)
+
+
+def _of_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention without queries, or without keys: 0 [1, H, Nq, Dv], with gradients of 0 like any other answer."""
+    group = q.shape[1] // k.shape[1]
+    return q @ k.repeat_interleave(group, 1).mT @ v.repeat_interleave(group, 1)

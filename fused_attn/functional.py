@@ -7,16 +7,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import describe, dispatch, reference, replay, settings
+from fused_attn import describe, dispatch, reference, replay, settings, torch_private
 from fused_attn.describe import Described
 from fused_attn.dispatch import Explanation
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
 
 
-def _check_switches(deterministic: bool | None, strict: bool | None) -> None:
+def _switches(deterministic: bool | None, strict: bool | None) -> tuple[bool | None, bool | None]:
+    """Both, checked."""
+    deterministic, strict = describe.number(deterministic), describe.number(strict)
     for name, value in (("deterministic", deterministic), ("strict", strict)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool or None; got {value!r}")
+    return deterministic, strict
 
 
 def run(call: Described, return_lse: bool, backend: str | None, strict: bool | None,
@@ -105,7 +108,7 @@ def attention(
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
     """
-    _check_switches(deterministic, strict)
+    deterministic, strict = _switches(deterministic, strict)
     if getattr(q, "is_nested", False):
         arguments = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
@@ -155,7 +158,7 @@ def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqle
     Returns:
         out [Tq, H, Dv], or (out, lse [H, Tq]).
     """
-    _check_switches(deterministic, strict)
+    deterministic, strict = _switches(deterministic, strict)
     call = describe.describe_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
                                     **arguments)
     if deterministic is not None:
@@ -182,8 +185,8 @@ def _nested(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool,
         raise ValueError(f"v: expected k's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
     packed = attention_varlen(
         tokens[0].values(), tokens[1].values(), tokens[2].values(), offsets_q.to(torch.int32), offsets_k.to(torch.int32),
-        tokens[0]._get_max_seqlen(), tokens[1]._get_max_seqlen(), return_lse=return_lse, strict=strict, backend=backend,
-        **arguments)
+        torch_private.longest(tokens[0]), torch_private.longest(tokens[1]), return_lse=return_lse, strict=strict,
+        backend=backend, **arguments)
     out, lse = packed if return_lse else (packed, None)
     nested = torch.nested.nested_tensor_from_jagged(out, offsets_q).transpose(1, 2)
     if lse is None:
@@ -222,7 +225,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bo
             deterministic: bool | None = None, strict: bool | None = None, backend: str | None = None,
             **arguments: Any) -> Explanation:
     """Which backend ``attention`` would run for these arguments, and every reason against the others."""
-    _check_switches(deterministic, strict)
+    deterministic, strict = _switches(deterministic, strict)
     call = describe.describe(q, k, v, **arguments)
     if deterministic is not None:
         call = call._replace(spec=call.spec._replace(deterministic=deterministic))
@@ -250,8 +253,7 @@ def scaled_dot_product_attention(
     if call is None:
         if isinstance(query, torch.Tensor) and query.device.type != "cpu" and settings.BACKEND is None:
             dispatch.warn_once(f"fused_attn: torch's scaled_dot_product_attention instead of the kernels: {'; '.join(reasons)}")
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                                              enable_gqa=enable_gqa)
+        return by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     from fused_attn import autograd  # here, so that the package imports without Triton
 
     out = autograd.attention(*describe.seeded(call))[0]
@@ -260,16 +262,46 @@ def scaled_dot_product_attention(
     return out if len(lead) == 1 and heads else out.reshape(*lead, *heads, *out.shape[2:])
 
 
+def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+             is_causal: bool = False, **named: Any) -> torch.Tensor:
+    """torch's own function, also where ``torch.nn.functional`` holds another one, this module's say."""
+    if not is_causal and F.scaled_dot_product_attention is not torch_private.sdpa and _is_causal_bias(attn_mask):
+        # A causal bias knows the function by its place alone; handed to another one it would pass for its empty storage.
+        n_queries, n_keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
+        if n_queries == n_keys or attn_mask.variant.name == "UPPER_LEFT":
+            attn_mask, is_causal = None, True
+        else:
+            attn_mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)
+    return torch_private.sdpa(query, key, value, attn_mask, dropout_p, is_causal, **named)
+
+
+def _is_causal_bias(mask: Any) -> bool:
+    """Whether a mask is ``torch.nn.attention.bias.CausalBias``: two lengths and an alignment, and no elements."""
+    if mask is None or type(mask) is torch.Tensor:
+        return False
+    from torch.nn.attention.bias import CausalBias  # here, since it imports torch._dynamo
+
+    return isinstance(mask, CausalBias)
+
+
 def describe_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
                   dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
                   ) -> tuple[Described | None, list[str]]:
     """A call with torch's arguments as the kernels run it, or None and why they do not."""
+    dropout_p, scale = describe.number(dropout_p), describe.number(scale)
+    bias: Any = attn_mask if not is_causal and _is_causal_bias(attn_mask) else None
+    if bias is not None:
+        attn_mask, is_causal = None, True
     reasons = _against_fused_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not reasons and bias is not None and (bias.seq_len_q, bias.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+        reasons = ["a causal bias of other lengths"]
     if reasons:
         return None, reasons
     call = _sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if call is None:
         return None, ["arguments that torch will refuse"]
+    if bias is not None:
+        call = call._replace(spec=call.spec._replace(bottom_right=bias.variant.name == "LOWER_RIGHT"))
     reasons = list(dispatch.against_triton(call))
     return (None, reasons) if reasons else (call, [])
 
@@ -282,7 +314,7 @@ def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_nested for x in tensors):
         return ["a tensor subclass or a nested tensor"]
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.transforms_active():
         return ["a transform of torch.func"]
     if query.device.type == "cpu" and settings.BACKEND != "triton":
         return ["the tensors are on the CPU"]
@@ -327,7 +359,9 @@ def _sdpa_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn
     if not enable_gqa and any(n not in (1, most) for n in (heads, k_heads, v_heads)):
         return None
     q = q.expand(-1, most, -1, -1)
-    shared = math.lcm(k_heads, v_heads)  # a key head serves a group of query heads; keys and values need as many
+    shared = k_heads  # a key head serves a group of query heads; keys and values need as many: the least common multiple
+    while shared % v_heads:
+        shared += k_heads
     k, v = (x if x.shape[1] == shared else x.repeat_interleave(shared // x.shape[1], 1) for x in (k, v))
     if k.shape[2] != v.shape[2] or q.shape[3] != k.shape[3]:
         return None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fused_attn import dispatch, reference, settings
+from fused_attn import dispatch, reference, settings, torch_private
 from fused_attn.describe import Described, describe, seeded
 
 
@@ -33,7 +33,7 @@ def _runs_kernels(call: Described, backend: str | None, strict: bool | None, qua
     if asked not in (None, "triton", "reference"):
         raise ValueError(f"backend: expected 'triton', 'reference' or None; got {asked!r}")
     reasons = dispatch.against_triton(call)
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.transforms_active():
         reasons += ("these kernels know no transforms of torch.func",)
     if asked == "triton" and reasons:
         raise ValueError(f"backend: 'triton' cannot run this call: {'; '.join(reasons)}")
@@ -85,7 +85,7 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
         return _reference_weights(call._replace(q=q, k=k, companions=same))
 
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if torch._C._are_functorch_transforms_active():  # which checkpointing does not know
+    if torch_private.transforms_active():  # which checkpointing does not know
         return twin(*tensors)
     if not kernels or torch.compiler.is_compiling():  # which traces plain PyTorch, and has a kernel of its own made of it
         result: torch.Tensor = checkpoint(twin, *tensors, use_reentrant=False) if wanted else twin(*tensors)

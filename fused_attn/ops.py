@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fused_attn import torch_private
 from fused_attn.layout import check_rotary, keeps_residual, like, lse_like
 from fused_attn.replay import watched
 from fused_attn.schema import BACKWARD, FORWARD, Inputs, Needs, Saved
@@ -68,8 +70,8 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _batched(*gradients: torch.Tensor | None) -> bool:
-    """Whether ``is_grads_batched`` made these of many: its vmap is an older one, which nothing else tells of."""
-    return any(x is not None and torch._C._dispatch_keys(x).has("Batched") for x in gradients)
+    """Whether ``is_grads_batched`` made some of these of many: nothing else tells of its vmap."""
+    return any(x is not None and torch_private.is_batched(x) for x in gradients)
 
 
 def _some(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -120,7 +122,7 @@ def _seed(like: torch.Tensor) -> torch.Tensor:
     A compiler that computes again in the backward what it could have saved (``activation_memory_budget`` below 1) must not draw
     again: it is told to save this one, by the mark that its own activation checkpointing leaves.
     """
-    if torch.compiler.is_compiling() and torch._functorch.config.activation_memory_budget == 0:
+    if torch.compiler.is_compiling() and torch_private.activation_memory_budget() == 0:
         warnings.warn("fused_attn: activation_memory_budget=0 saves nothing but inputs, so the backward draws its dropout mask "
                       "anew and gradients are of another mask than the output; a budget above 0 saves the seed",
                       RuntimeWarning, stacklevel=2)
@@ -134,18 +136,18 @@ def _seed(like: torch.Tensor) -> torch.Tensor:
         meta.update(before)
 
 
-def _guard(name: str) -> Callable[..., Any]:
+def _guard(name: str, below_autograd: Callable[[], Any]) -> Callable[..., Any]:
     """What the op does where autograd reaches it past ``fused_attn.autograd``: raise, where torch would see a constant."""
 
     def guard(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if wanted or any(torch._VF._unpack_dual(x, level=0).tangent is not None for x in tensors):
+        if wanted or any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
             instead = "apply_rotary" if name == "rotary" else "attention"
             raise RuntimeError(f"fused_attn::{name} carries no gradient of its own: call fused_attn.{instead}; forward AD over "
                                "backend 'triton' is not built yet, backend='reference' has it")
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return getattr(torch.ops.fused_attn, name).default(*args)
 
     return guard
@@ -164,7 +166,8 @@ def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 for _name, _run, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake),
                            ("rotary", _rotary, _rotary_fake)):
     torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_run)
-    torch.library.impl(_LIBRARY, _name, "Autograd")(_guard(_name))
+    if torch_private.below_autograd is not None:
+        torch.library.impl(_LIBRARY, _name, "Autograd")(_guard(_name, torch_private.below_autograd))
     if _name != "rotary":  # which torch calls once for each of a batch
         for _vmap in ("FuncTorchBatched", "Batched"):  # torch.func's, and the one of is_grads_batched
             torch.library.impl(_LIBRARY, _name, _vmap)(refuse_batches)

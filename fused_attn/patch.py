@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from fused_attn.functional import describe_sdpa, scaled_dot_product_attention
+from fused_attn import torch_private
+from fused_attn.functional import by_torch, describe_sdpa, scaled_dot_product_attention
 
 
 class PatchReport:
@@ -55,7 +56,7 @@ class patch_sdpa(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is torch_private.sdpa:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._module_attention(*args, **kwargs)
@@ -77,7 +78,7 @@ class patch_sdpa(TorchFunctionMode):
             raise RuntimeError(f"strict: scaled_dot_product_attention({shown}) cannot run fused: {'; '.join(reasons)}")
         if counts:
             self.report.kept[shown, "; ".join(reasons)] += 1
-        return F.scaled_dot_product_attention(query, key, value, **named)
+        return by_torch(query, key, value, **named)
 
 
 def _shown(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, named: dict[str, Any]) -> str:

@@ -5,22 +5,26 @@ fp64; fp16 and bf16 are computed in fp32 and rounded once, at the end.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from fused_attn import replay
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
+from fused_attn.torch_private import known
 
 
-def window_mask(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
-    """Bool [Nq, Nk]: True where the window keeps the key."""
-    position = torch.arange(n_queries, device=device)[:, None] + spec.offset(n_queries, n_keys)
+def window_mask(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device,
+                offset: torch.Tensor | None = None) -> torch.Tensor:
+    """Bool [Nq, Nk]: True where the window keeps the key; [S, 1, Nq, Nk] with the ``offset`` [S, 1, 1, 1] of each sequence."""
+    position = torch.arange(n_queries, device=device)[:, None] + (spec.offset(n_queries, n_keys) if offset is None else offset)
     key = torch.arange(n_keys, device=device)[None, :]
     keep = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     if spec.window.left is not None:
-        keep &= key >= position - spec.window.left
+        keep = keep & (key >= position - spec.window.left)
     if spec.window.right is not None:
-        keep &= key <= position + spec.window.right
+        keep = keep & (key <= position + spec.window.right)
     return keep
 
 
@@ -31,7 +35,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], packed [1, H, T, D] and so on. Returns out [B, H, Nq, Dv] in q's
     dtype and lse [B, H, Nq] in fp32 (fp64 for fp64). A row with no key gives 0 and -inf, or its sink.
     """
-    run = exact if spec.longest is None else _packed
+    packed = _padded if spec.longest is not None and replay.traced(companions.cu_q) else _packed
+    run = exact if spec.longest is None else packed
     if not torch.amp.is_autocast_available(q.device.type):
         return run(q, k, v, spec, companions)
     with torch.autocast(q.device.type, enabled=False):
@@ -39,9 +44,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions = NO_COMPANIONS,
-          first_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """``attention`` of a dense batch, whose entries are numbered from ``first_batch`` on."""
-    p, lse = weights(q, k, spec, companions, first_batch)
+          first_batch: int = 0, offset: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention`` of a dense batch, whose entries are numbered from ``first_batch`` on; ``offset`` as in ``window_mask``."""
+    p, lse = weights(q, k, spec, companions, first_batch, offset)
     values = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
         values = values.masked_fill(~_counted(companions.used_k, v.shape[2])[:, None, :, None], 0)
@@ -49,11 +54,14 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
 
 
 def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions = NO_COMPANIONS,
-            first_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+            first_batch: int = 0, offset: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [B, H, Nq, Nk] in fp32 or fp64, after dropout; lse [B, H, Nq], before it) of a dense batch."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    keep = window_mask(spec, q.shape[2], k.shape[2], q.device)[None, None]
+    keep = window_mask(spec, q.shape[2], k.shape[2], q.device, offset)
+    keep = keep if offset is not None else keep[None, None]
+    if companions.used_q is not None:
+        keep = keep & _counted(companions.used_q, q.shape[2])[:, None, :, None]
     if companions.used_k is not None:
         counted = _counted(companions.used_k, k.shape[2])[:, None, None, :]
         keys, keep = keys.masked_fill(~counted.mT, 0), keep & counted
@@ -62,7 +70,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     operands = iter(companions.operands)
-    where = _coordinates(spec, scores, first_batch)
+    where = _coordinates(spec, scores, first_batch, offset)
     for member in spec.score_mods:
         scores = _twin(member)(scores, *where, _arguments(member, operands, scores))
     for member in spec.mask_mods:
@@ -101,11 +109,12 @@ def _counted(lengths: torch.Tensor, n: int) -> torch.Tensor:
     return torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
 
 
-def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int) -> tuple[torch.Tensor, ...]:
+def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int,
+                 offset: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """(q_pos, k_idx, head, batch) that broadcast against scores [B, H, Nq, Nk]."""
     batch, heads, n_queries, n_keys = (torch.arange(n, device=scores.device) for n in scores.shape)
-    offset = spec.offset(scores.shape[2], scores.shape[3])
-    return n_queries[:, None] + offset, n_keys[None, :], heads[:, None, None], batch[:, None, None, None] + first_batch
+    position = n_queries[:, None] + (spec.offset(scores.shape[2], scores.shape[3]) if offset is None else offset)
+    return position, n_keys[None, :], heads[:, None, None], batch[:, None, None, None] + first_batch
 
 
 def _twin(member: Member) -> Any:
@@ -188,3 +197,64 @@ def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
     outs.append(q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3]))
     lses.append(q.new_full((1, q.shape[1], q.shape[2] - at), float("-inf"), dtype=accumulate))
     return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def width(longest: int, x: torch.Tensor) -> int:
+    """How many rows a sequence of x [1, H, T, D] has at most: all, where the longest length is still on the device."""
+    return longest if known(longest <= x.shape[2]) else x.shape[2]
+
+
+def _in_width(operand: torch.Tensor, longest_q: int, longest_k: int, n_queries: int, n_keys: int) -> torch.Tensor:
+    """An operand for the longest sequences as one for n_queries and n_keys; what it repeats at its ends belongs to no pair."""
+
+    def spread(x: torch.Tensor, dim: int, size: int, start: int) -> torch.Tensor:
+        index = torch.arange(size, device=x.device) + start
+        return x.index_select(dim, index.clamp(0, x.shape[dim] - 1))
+
+    if known(longest_q == n_queries) and known(longest_k == n_keys):
+        return operand
+    if operand.dim() == 3:  # by j - i + Nq - 1
+        return spread(operand, 2, n_queries + n_keys - 1, longest_q - n_queries)
+    for dim, size in ((2, n_queries), (3, n_keys)):
+        operand = operand if known(operand.shape[dim] == 1) else spread(operand, dim, size, 0)
+    return operand
+
+
+class Padded(NamedTuple):
+    """Packed sequences side by side, each filled up with zeros: what can be traced, where lengths have no values yet."""
+
+    x: torch.Tensor  # [S, H, L, D]
+    rows: torch.Tensor  # [S, L]: where they came from; the row after the last where they are filled up
+    lengths: torch.Tensor  # [S]
+
+    @classmethod
+    def of(cls, x: torch.Tensor, cu: torch.Tensor, used: torch.Tensor | None, longest: int) -> "Padded":
+        """From x [1, H, T, D]."""
+        longest = width(longest, x)
+        cu = cu.clamp(0, x.shape[2])
+        lengths = cu.diff().clamp(0, longest)
+        lengths = lengths if used is None else torch.minimum(lengths, used).clamp(min=0)
+        index = torch.arange(longest, device=x.device)
+        rows = torch.where(index < lengths[:, None], cu[:-1, None] + index, x.shape[2])
+        return cls(F.pad(x[0], (0, 0, 0, 1))[:, rows].transpose(0, 1), rows, lengths)
+
+    def offset(self, keys: "Padded", spec: AttentionSpec) -> torch.Tensor | None:
+        """Position of query 0 of each sequence among its keys, [S, 1, 1, 1], where that depends on its lengths."""
+        return (keys.lengths - self.lengths)[:, None, None, None] if spec.bottom_right else None
+
+    def packed(self, y: torch.Tensor, n_rows: int, fill: float) -> torch.Tensor:
+        """y [S, H, L, ...] as [1, H, T, ...], with ``fill`` in rows of no sequence."""
+        empty = y.new_full((y.shape[1], n_rows + 1, *y.shape[3:]), fill)
+        return empty.index_copy(1, self.rows.flatten(), y.transpose(0, 1).flatten(1, 2))[None, :, :-1]
+
+
+def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_packed`` without a look at the lengths, all sequences at once."""
+    longest_q, longest_k = spec.longest or (0, 0)
+    queries = Padded.of(q, companions.cu_q, companions.used_q, longest_q)
+    keys, values = (Padded.of(x, companions.cu_k, companions.used_k, longest_k) for x in (k, v))
+    operands = tuple(_in_width(x, longest_q, longest_k, width(longest_q, q), width(longest_k, k)) for x in companions.operands)
+    dense = companions._replace(cu_q=None, cu_k=None, used_q=queries.lengths, used_k=keys.lengths, operands=operands)
+    out, lse = exact(queries.x, keys.x, values.x, spec, dense, offset=queries.offset(keys, spec))
+    return queries.packed(out, q.shape[2], 0), queries.packed(lse, q.shape[2], float("-inf"))

@@ -9,23 +9,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import settings
+from fused_attn import settings, torch_private
 
 Launch = tuple[Any, int, tuple[Any, ...], Any]  # kernel, programs, arguments, configuration
 
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting that may change between calls
 _MOST = 4096  # kinds of calls kept; past them all are forgotten
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # private: where it is missing, someone always watches
 _made: dict[Any, "Replay"] = {}
 
 
 def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether a call must be a torch op: for a compiler, tracer, mode, transform, profiler, tensor subclass or meta device."""
-    if (torch.compiler.is_compiling() or _modes() or torch._C._are_functorch_transforms_active()
-            or torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None):
+    if (torch.compiler.is_compiling() or torch_private.dispatch_modes() or torch_private.transforms_active()
+            or torch_private.profiler_enabled() or torch_private.is_tracing()):
         return True
     return any(x is not None and (type(x) not in _CLASSES or x.is_meta) for x in tensors)
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether the values of a tensor cannot be looked at, or must not: the next run of what is traced has others."""
+    return torch.compiler.is_compiling() or torch_private.is_tracing() or type(x) not in _CLASSES or x.is_meta
 
 
 class Replay(NamedTuple):
@@ -63,7 +67,7 @@ def find(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     except TypeError:  # an argument that cannot be hashed: let the checks speak of it
         return None
     if (found is None or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-            or torch.is_autocast_enabled(q.device.type) or torch.autograd.forward_ad._current_level >= 0 or watched((q, k, v))):
+            or torch.is_autocast_enabled(q.device.type) or torch_private.forward_mode() or watched((q, k, v))):
         return None
     return found
 

@@ -1,6 +1,8 @@
 """Which kernels of the ladder run a call on sm_90 (``settings.hopper``), and what the asked ones have against it."""
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -9,9 +11,23 @@ from fused_attn.tuning import FEW_QUERIES, arch_of, n_shares, triton_version, un
 
 Pass = Literal["forward", "backward"]
 _HALVES = (torch.float16, torch.bfloat16)
-# The Tritons on which "specialized" and "gluon" have been compiled: both are young, and one that cannot compile them would fail
-# in the middle of a program. Descriptors are part of the language.
-COMPILED_ON = ((3, 6), (3, 7), (3, 9))
+# Young parts of Triton: a version that cannot compile them would fail in the middle of a program, so one on which nobody has
+# compiled them does not run them. Descriptors are part of the language.
+YOUNG = ("specialized", "gluon")
+VERSIONS = Path(__file__).with_name("versions.json")  # what was tried on which versions; `python -m tests.versions` writes it
+
+
+def compiled_on(rows: list[dict[str, Any]]) -> tuple[tuple[int, int], ...]:
+    """Major and minor of the Tritons on which every young rung compiled, whatever torch lay over them."""
+    found: dict[tuple[int, int], bool] = {}
+    for row in rows:
+        major, minor, *_ = row["triton"].split(".")
+        version = int(major), int(minor)
+        found[version] = found.get(version, True) and all(row["compiled"][rung] for rung in YOUNG)
+    return tuple(sorted(version for version, compiles in found.items() if compiles))
+
+
+COMPILED_ON = compiled_on(json.loads(VERSIONS.read_text(encoding="utf-8")))
 # The Tritons whose compiled "specialized" kernels have been run and found right, rows of every consumer: none so far.
 PROVEN_ON: tuple[tuple[int, int], ...] = ()
 _WIDEST = {"forward": 256, "backward": 128}  # head dim

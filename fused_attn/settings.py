@@ -1,8 +1,10 @@
 """Every environment variable the package reads, in one place; its own are read once, at import.
 
+A value that means nothing is an error, a name that means nothing a warning: a misspelt switch never counts as off in silence.
+
 FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch or reference
-FUSED_ATTN_STRICT   1: raise where the quadratic reference would run unasked
-FUSED_ATTN_DETERMINISTIC  1: gradients equal to the bit, of calls that do not say (as torch.use_deterministic_algorithms asks)
+FUSED_ATTN_STRICT   1 or 0: raise where the quadratic reference would run unasked
+FUSED_ATTN_DETERMINISTIC  1 or 0: gradients equal to the bit, of calls that do not say, as torch.use_deterministic_algorithms
 FUSED_ATTN_TILES    a file of `fused-attn tune`, in place of the one it keeps for the card; none: the shipped tiles
 FUSED_ATTN_HOPPER   kernels of sm_90: pointers, descriptors, specialized or gluon (``hopper``)
 TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU tensors
@@ -10,24 +12,85 @@ TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU te
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+import sys
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-_TRUE = ("1", "true", "yes", "on")
+import torch
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 BACKENDS = ("triton", "torch", "reference")
 RUNGS = ("pointers", "descriptors", "specialized", "gluon")
 
-BACKEND = os.environ.get("FUSED_ATTN_BACKEND") or None
-if BACKEND is not None and BACKEND not in BACKENDS:
-    raise ValueError(f"FUSED_ATTN_BACKEND: expected one of {', '.join(BACKENDS)}; got {BACKEND!r}")
 
-_rung = os.environ.get("FUSED_ATTN_HOPPER") or "pointers"
-if _rung not in RUNGS:
-    raise ValueError(f"FUSED_ATTN_HOPPER: expected one of {', '.join(RUNGS)}; got {_rung!r}")
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value and value not in (*_TRUE, *_FALSE):
+        raise ValueError(f"{name}: expected 1, true, yes, on, 0, false, no or off; got {os.environ[name]!r}")
+    return value in _TRUE
 
-TILES = os.environ.get("FUSED_ATTN_TILES") or None
-DETERMINISTIC = os.environ.get("FUSED_ATTN_DETERMINISTIC", "").lower() in _TRUE
+
+def _choice(name: str, known: tuple[str, ...]) -> str | None:
+    value = os.environ.get(name, "").strip().lower() or None
+    if value is not None and value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {os.environ[name]!r}")
+    return value
+
+
+BACKEND = _choice("FUSED_ATTN_BACKEND", BACKENDS)
+TILES = os.environ.get("FUSED_ATTN_TILES", "").strip() or None
+DETERMINISTIC = _flag("FUSED_ATTN_DETERMINISTIC")
+
+# What a ``with`` changes. STRICT and RUNG are attributes of this module that ``__getattr__`` answers for the context that asks:
+# torch.compile cannot trace a context variable, but it guards a compiled call on what a module's attribute is when called.
+_defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "RUNG": _choice("FUSED_ATTN_HOPPER", RUNGS) or "pointers"}
+_entered: dict[str, ContextVar[tuple[list[Any], ...]]] = {name: ContextVar(name, default=()) for name in _defaults}
+_traced: dict[str, list[Any]] = {name: [] for name in _defaults}  # of a ``with`` inside a function that is being compiled
+_this = sys.modules[__name__]
+
+for _name in os.environ:
+    if _name.startswith("FUSED_ATTN_") and _name[11:] not in ("BACKEND", "STRICT", "DETERMINISTIC", "TILES", "HOPPER"):
+        warnings.warn(f"fused_attn: {_name} is no environment variable of this version and means nothing", RuntimeWarning,
+                      stacklevel=2)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _defaults:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _in_context(name)
+
+
+def _in_context(name: str) -> Any:
+    for entry in reversed(_entered[name].get()):
+        if entry:
+            return entry[0]
+    return _defaults[name]
+
+
+def _now(name: str) -> Any:
+    if torch.compiler.is_compiling():
+        return _traced[name][-1] if _traced[name] else getattr(_this, name)
+    return _in_context(name)
+
+
+@contextlib.contextmanager
+def _within(name: str, value: Any) -> Iterator[None]:
+    """Contexts may overlap, in one thread, between tasks, or be left elsewhere than entered: each takes back its own entry."""
+    if torch.compiler.is_compiling():
+        _traced[name].append(value)
+        try:
+            yield
+        finally:
+            _traced[name].pop()
+        return
+    entry = [value]
+    _entered[name].set((*filter(None, _entered[name].get()), entry))
+    try:
+        yield
+    finally:
+        entry.clear()
 
 
 def interpreted() -> bool:
@@ -35,42 +98,30 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in (*_TRUE, "y")
 
 
-def constant_when_traced(function: _F) -> _F:
-    """Has torch.compile call ``function`` while tracing and keep the result, as ``torch.compiler.assume_constant_result``
-    does; that one imports torch._dynamo and, through it, Triton: over a second that ``import fused_attn`` need not take."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-_strict = os.environ.get("FUSED_ATTN_STRICT", "").lower() in _TRUE
-
-
 def is_strict(argument: bool | None) -> bool:
     """Whether a call is strict: its own argument, else the surrounding ``strict()``, else the environment."""
-    return _strict if argument is None else argument
+    strictly: bool = _now("STRICT") if argument is None else argument
+    return strictly
 
 
-@contextlib.contextmanager
-def strict(enabled: bool = True) -> Iterator[None]:
+def strict(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     """Within it, a call that only the quadratic reference could answer raises instead; ``strict=`` of a call wins.
 
-    It holds for the whole process, threads included: a plain global is what torch.compile guards compiled calls on.
+    It holds in its own context: not in other threads, but in tasks and in ``asyncio.to_thread`` that were started within,
+    as long as it lasts. Compiled functions follow it. FUSED_ATTN_STRICT holds everywhere.
     """
-    global _strict
-    before, _strict = _strict, enabled
-    try:
-        yield
-    finally:
-        _strict = before
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool; got {enabled!r}")
+    return _within("STRICT", enabled)
 
 
 def rung() -> str:
     """Which of ``RUNGS`` answers on sm_90."""
-    return _rung
+    asked: str = _now("RUNG")
+    return asked
 
 
-@contextlib.contextmanager
-def hopper(kernels: str) -> Iterator[None]:
+def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
     """Within it, calls on sm_90 (H100, H200) in halves run these kernels wherever they can; other calls are not touched.
 
     A ladder, each rung with more of the card's own means; what a rung does not take runs on ``"pointers"``, the default and
@@ -78,17 +129,13 @@ def hopper(kernels: str) -> Iterator[None]:
 
     ``"pointers"``      Triton, tiles loaded by pointers
     ``"descriptors"``   Triton, queries, keys and values loaded by the tensor memory accelerator (forward)
-    ``"specialized"``   that, and Triton gives loads and products warps of their own (forward)
+    ``"specialized"``   that, and Triton gives loads and products warps of their own (forward); withdrawn, see ``explain``
     ``"gluon"``         written warp by warp: softmax runs under the matrix products
 
-    A call keeps its kernels for the backward. It holds for the whole process, threads included; ``explain`` names the kernels
-    of a call. Raises ValueError for another name.
+    A call keeps its kernels for the backward. It holds where ``strict()`` would, and FUSED_ATTN_HOPPER everywhere: also in
+    autograd's own threads, where activation checkpointing calls again on a GPU. ``explain`` names the kernels of a call. Raises
+    ValueError for another name.
     """
-    global _rung
     if kernels not in RUNGS:
         raise ValueError(f"kernels: expected one of {', '.join(RUNGS)}; got {kernels!r}")
-    before, _rung = _rung, kernels
-    try:
-        yield
-    finally:
-        _rung = before
+    return _within("RUNG", kernels)

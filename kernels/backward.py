@@ -362,7 +362,7 @@ def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
                *, config: TileConfig, dq: torch.Tensor | None = None, launch: Launcher = run) -> None:
     """Fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; None for one nobody asked for.
 
-    ``lse`` is as for dQ. ``dq`` [B, H, Nq, D] of the accumulator's type, if it is given, grows by dQ without the factor ``scale``.
+    ``lse`` is as for dQ. ``dq`` [B, H, Nq, D] of the accumulator's type, if it is given, gains dQ without its ``scale``.
     """
     kv_heads = k.shape[1]
     wanted = [grad for grad in (dk, dv) if grad is not None]

@@ -155,7 +155,8 @@ ADDED = {  # argument: (exception, pattern after its name, value)...
     "dropout_p": [
         *((TypeError, rf"expected a float from 0 to 1; got {got}", value) for got, value in (
             ("'0.1'", "0.1"), ("''", ""), ("None", None), ("False", False), ("True", True),
-            (r"tensor\(0\.5", torch.tensor(0.5)), (r"tensor\(\[0\., 0\.", torch.zeros(2)), (r"\(\)", ()), (r"1j", 1j))),
+            (r"tensor\(0\.5", torch.tensor(0.5, requires_grad=True)), (r"tensor\(\[0\., 0\.", torch.zeros(2)), (r"\(\)", ()),
+            (r"1j", 1j))),
         *((ValueError, rf"expected a float from 0 to 1; got {value}", value) for value in (-0.1, 1.5, math.nan, math.inf, 2)),
     ],
     "score_mod": [

@@ -118,6 +118,23 @@ def test_a_backward_that_computes_again_drops_the_same(budget):
     torch.testing.assert_close(got, run(function), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("which", ["q is k is v", "q is k", "k is v", "none"])
+def test_compiled_jagged_tensors(which):
+    x = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5, 4)], layout=torch.jagged).requires_grad_()
+
+    def function(x):
+        x, y, z = x.transpose(1, 2), (x * 2).transpose(1, 2), x.sin().transpose(1, 2)
+        qkv = {"q is k is v": (x, x, x), "q is k": (x, x, y), "k is v": (x, y, y), "none": (x, y, z)}[which]
+        return fused_attn.attention(*qkv, causal=True, backend="triton").values()
+
+    torch._dynamo.reset()
+    results = []
+    for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        out = run(x)
+        results.append((out, torch.autograd.grad(out.sin().sum(), x)[0].values()))
+    torch.testing.assert_close(*results)
+
+
 def test_a_budget_of_nothing_warns_of_dropout():
     q = torch.randn(1, 2, 9, 16, requires_grad=True)
     torch._dynamo.reset()

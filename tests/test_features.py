@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import matrix, oracle
 from support.features import BY_NAME, COMBINED, FEATURES, Call, Inputs, Shape, compatible, compatible_pairs, covering
+from support.gates import check_bounded, check_ratio, packs
 from support.guard import is_poison, memory_guard
 
 import fused_attn.ops  # noqa: F401  # repairs the interpreter, which the guard would undo at its end if it did it within one
@@ -20,10 +21,6 @@ SINGLES = [Call((feature.name,)) for feature in FEATURES]
 # 8 together find faults that hide from one another's absence, and leave few enough pairs attending to see them all.
 COMBINATIONS = [Call(names, Shape(n_queries=40, n_keys=40)) for names in covering(8)]
 COSTLY = {"dims_576", "dims_192"}
-
-
-def packs(call: Call) -> bool:
-    return call.shape.layout != "dense"
 
 
 # --- exact ---
@@ -83,34 +80,8 @@ def test_every_compatible_pair_is_combined():
 # --- bounded error ---
 
 
-def as_heads(x: torch.Tensor, call: Call) -> torch.Tensor:
-    """[T, H, ...] of packed sequences as the oracle has it, [1, H, T, ...]."""
-    return x.transpose(0, 1)[None] if packs(call) else x
-
-
-def check_bounded(inputs: Inputs, dtype: torch.dtype) -> None:
-    """E of out and of every gradient, over the whole and over single rows."""
-    got, exact = inputs.run("triton"), inputs.to(torch.float64)
-    want = exact.run("reference")
-    call = inputs.call
-    lse_only = "lse" in call.features
-    dlse = inputs.dlse[None] if call.shape.layout == "packed" else as_heads(inputs.dlse, call)
-    dout = as_heads(inputs.dout, call) * (0 if lse_only else 1)
-    leaves = {name: x.detach().requires_grad_() for name, x in exact.leaves.items()}
-    others = {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
-    amplitude, largest = oracle.amplitudes_of(exact.described(leaves), dout, dlse, dtype, others)
-    for name in got.keys() - {"lse"}:
-        assert torch.isfinite(got[name]).all(), f"{name} is not finite"
-        bound = amplitude[name][0].transpose(0, 1) if packs(call) and name in ("out", "dq", "dk", "dv") else amplitude[name]
-        whole, row = oracle.bounded_error(got[name], want[name], bound, largest)
-        assert whole <= oracle.E_LIMIT[dtype], f"{name}: E = {whole:.2f}"
-        assert row <= max(oracle.E_ROW_LIMIT, oracle.E_LIMIT[dtype]), f"{name}: worst row E = {row:.2f}"
-    empty = want["lse"] == -torch.inf
-    assert torch.equal(got["lse"] == -torch.inf, empty), "rows without a key differ"
-    lse = want["lse"].masked_fill(empty, 0)
-    error = (got["lse"].double().masked_fill(empty, 0) - lse).abs()
-    precision = 2.0**-51 if dtype == torch.float64 else 2.0**-22
-    assert error.numel() == 0 or error.max() <= 8 * precision * max(1.0, largest, float(lse.abs().max()))
+def check_within(inputs: Inputs, dtype: torch.dtype) -> None:
+    check_bounded(inputs, inputs.run("triton"), dtype)
 
 
 # Of the rest only what is exact in fp64 as well: masks and layouts take part in no rounding.
@@ -123,14 +94,14 @@ ALONE = [pytest.param(Call((feature.name,)), dtype, id=f"{feature.name}-{short(d
 
 @pytest.mark.parametrize(("call", "dtype"), ALONE)
 def test_the_error_of_every_feature_is_bounded(call, dtype):
-    check_bounded(call.draw(dtype), dtype)
+    check_within(call.draw(dtype), dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=short)
 @pytest.mark.parametrize("call", COMBINATIONS, ids=str)
 def test_the_error_of_features_together_is_bounded(call, dtype):
-    check_bounded(call.draw(dtype, seed=1), dtype)
+    check_within(call.draw(dtype, seed=1), dtype)
 
 
 # --- error ratio ---
@@ -143,16 +114,9 @@ RATIOS = [pytest.param(Call((feature.name,), Shape(1, 1, 1, 320, 320, 32, 32)), 
 
 @pytest.mark.parametrize("call", RATIOS)
 def test_the_error_ratio_of_every_feature(call):
-    """R of out and of gradients of a thousand elements and more: of a few numbers the ratio is luck."""
     call = Call(call.features, call.base) if not packs(call) else Call(call.features, Shape(1, 1, 1, 520, 520, 32, 32))
     inputs = call.draw(torch.bfloat16)
-    got, want = inputs.run("triton", with_lse=False), inputs.to(torch.float64).run("reference", with_lse=False)
-    limit_out, limit_grad = oracle.R_LIMIT[torch.bfloat16]
-    for name in got.keys() - {"lse"}:
-        if got[name].numel() < 1000:
-            continue
-        ratio = oracle.error_ratio(got[name], want[name])
-        assert ratio <= (limit_out if name == "out" else limit_grad), f"{name}: R = {ratio:.2f}"
+    check_ratio(inputs, inputs.run("triton", with_lse=False), torch.bfloat16)
 
 
 # --- any call ---
@@ -174,7 +138,7 @@ def calls(draw):
 
 
 def check_any(call: Call, dtype: torch.dtype) -> None:
-    check_bounded(call.draw(dtype, seed=2), dtype)
+    check_within(call.draw(dtype, seed=2), dtype)
 
 
 quiet = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -86,19 +86,36 @@ ORDINARY = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=short)
-@pytest.mark.parametrize("case", ORDINARY, ids=str)
-def test_error_ratio_on_ordinary_shapes(case, dtype):
+def check_r(case: Case, dtype: torch.dtype, backend: str = "triton") -> None:
     inputs, dout, _ = case.draw(dtype)
-    got = oracle.run(inputs, dout, None, {**case.arguments, "backend": "triton"})
+    got = oracle.run(inputs, dout, None, {**case.arguments, "backend": backend})
     want = oracle.exact(inputs, dout, None, case.arguments)
-    limit_out, limit_grad = oracle.R_LIMIT[dtype]
+    limit_out, limit_grad = oracle.max_r(dtype, case.dim)
     for name in ("out", "dq", "dk", "dv"):
         ratio = oracle.error_ratio(got[name], want[name])
         assert ratio <= (limit_out if name == "out" else limit_grad), f"{name}: R = {ratio:.2f}"
     if dtype in HALVES:
         error = got["out"].double() - want["out"]
         assert abs(float(error.mean() / error.std())) <= 0.05, "rounding is biased"
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=short)
+@pytest.mark.parametrize("case", ORDINARY, ids=str)
+def test_error_ratio_on_ordinary_shapes(case, dtype):
+    check_r(case, dtype)
+
+
+@pytest.mark.parametrize("dim", [pytest.param(d, marks=pytest.mark.slow) if d != 128 else d for d in (32, 96, 128, 192, 256)])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_error_ratio_of_fp32_grows_with_the_head_dim_as_told(backend, dim):
+    check_r(Case(2, 1, 256, 256, dim), torch.float32, backend)
+
+
+def test_the_limit_of_the_ratio_is_a_law_of_the_head_dim():
+    """Independent errors, one of them of D terms: squares grow in proportion to D; for halves D plays no part."""
+    squares = [oracle.max_r(torch.float32, dim)[1] ** 2 for dim in (0, 64, 128, 256)]
+    assert squares == pytest.approx([256, 400, 544, 832])
+    assert all(oracle.max_r(dtype, dim) == (1.5, 2.0) for dtype in HALVES for dim in (32, 256))
 
 
 def test_error_ratio_with_large_queries():

@@ -156,7 +156,7 @@ def test_decoding_is_told_as_what_it_is(card):
 
 
 @pytest.mark.parametrize("rung", ["specialized", "gluon"])
-@pytest.mark.parametrize("version", [(3, 5), (3, 8), (4, 0)])
+@pytest.mark.parametrize("version", [(3, 5), (3, 99), (4, 0)])
 def test_a_compiler_that_nobody_has_tried_keeps_to_pointers(card, monkeypatch, rung, version):
     monkeypatch.setattr(rungs, "triton_version", lambda: version)
     with fused_attn.hopper(rung):
@@ -165,3 +165,14 @@ def test_a_compiler_that_nobody_has_tried_keeps_to_pointers(card, monkeypatch, r
         assert attention(*halves(), backend="triton").isfinite().all()
     with fused_attn.hopper("descriptors"):
         assert fused_attn.explain(*halves(), backend="triton").against_rung["forward"] == ()
+
+
+def tried(triton, specialized=True, gluon=True):
+    return {"triton": triton, "torch": "2.13.0", "compiled": {"specialized": specialized, "gluon": gluon}}
+
+
+def test_a_triton_runs_the_young_rungs_if_they_compiled_wherever_they_were_tried():
+    rows = [tried("3.10.2"), tried("3.9.0"), tried("3.6.0", gluon=False), tried("3.7.1"), tried("3.7.0", specialized=False),
+            tried("3.8.0+git12ab")]
+    assert rungs.compiled_on(rows) == ((3, 8), (3, 9), (3, 10))
+    assert rungs.compiled_on([]) == ()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fused_attn import torch_private
 from fused_attn.bench.cases import Case
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,7 +29,7 @@ class Peer:
 
 
 def _sdpa_default(case: Case, device: str) -> Attend:
-    return functools.partial(F.scaled_dot_product_attention, is_causal=case.causal, scale=case.scale,
+    return functools.partial(torch_private.sdpa, is_causal=case.causal, scale=case.scale,
                              enable_gqa=case.heads != case.kv_heads)
 
 
@@ -61,12 +61,10 @@ SDPA_DEFAULT = Peer("sdpa", _sdpa_default, _against_sdpa)  # what torch itself w
 
 def compiled_flex() -> Callable[..., Any]:
     """torch's flex_attention, compiled anew."""
-    import torch._dynamo
-    import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.reset()  # past eight shapes of one function it would run uncompiled
-    torch._functorch.config.donated_buffer = False  # else the backward cannot be repeated on one graph
+    torch.compiler.reset()  # past eight shapes of one function it would run uncompiled
+    torch_private.keep_buffers_of_graphs()
     compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return compiled
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fused_attn import torch_private
+
 FLUSH_BYTES = 2**28  # more than the L2 cache of any card
 MILLISECONDS_PER_CALLEE = 120.0  # of timed work for each implementation and pass
 CLOCKED_MS = 1.0  # least that the clock of a CPU is asked to tell
@@ -51,7 +53,7 @@ def measure(calls: Calls, device: str, rounds: int | None = None) -> dict[str, l
     def events(name: str) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
-        torch.cuda._sleep(int(SPIN_CYCLES_PER_MS * min(5.0, 2 * host_ms[name])))
+        torch_private.cuda_sleep(int(SPIN_CYCLES_PER_MS * min(5.0, 2 * host_ms[name])))
         start.record()
         calls[name]()
         end.record()

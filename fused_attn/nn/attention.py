@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_attn import describe, inspection
+from fused_attn import describe, inspection, torch_private
 from fused_attn.functional import attention
 from fused_attn.nn.cache import KVCache, MemoryCache, all_or_nothing
 from fused_attn.nn.jagged import attend_jagged, jagged_positions
@@ -236,8 +236,7 @@ class MultiheadAttention(nn.MultiheadAttention):
               cache: MemoryCache | None = None, position_embeddings: PositionEmbeddings | None = None) -> Heads:
         """What ``forward`` gives to ``attention``, dropout apart."""
         hint, attn_mask = causal_bias(attn_mask, query, key, self.batch_first)
-        batched = F._mha_shape_check(  # type: ignore[attr-defined]
-            query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        batched = torch_private.mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None and not hint and not self.options.causal:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                                "`generate_square_subsequent_mask` to create this mask, or construct fused_attn.nn's modules "

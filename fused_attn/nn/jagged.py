@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from fused_attn import torch_private
 from fused_attn.functional import attention_varlen
 from fused_attn.nn.positions import PositionEmbeddings
 
@@ -71,8 +72,8 @@ def attend_jagged(module: Any, query: torch.Tensor, key: torch.Tensor, value: to
         q, k = module._turned(q, k, position_embeddings)
     q, k = (x[0].transpose(0, 1) for x in (q, k))
     out = attention_varlen(
-        q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), query._get_max_seqlen(),  # type: ignore[attr-defined]
-        key._get_max_seqlen(), causal=module.options.causal or is_causal,  # type: ignore[attr-defined]
+        q, k, v, offsets_q.to(torch.int32), offsets_k.to(torch.int32), torch_private.longest(query),
+        torch_private.longest(key), causal=module.options.causal or is_causal,
         dropout_p=module.dropout if module.training else 0.0, **module._variant(position_embeddings))
     nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(module.out_proj(out.flatten(1)), offsets_q)
     return nested

@@ -3,9 +3,11 @@
 Tests draw their calls from it and the support matrix is printed from it, so a feature that is not here is neither.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -352,41 +354,52 @@ class Inputs:
             arguments |= build(*(leaves[name] for name in names))
         return arguments
 
-    def _cu(self) -> list[torch.Tensor]:
+    @functools.cached_property
+    def cu(self) -> list[torch.Tensor]:
+        """Where packed sequences start: of queries, of keys."""
         return [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in self.call.shape.lengths()]
 
     def described(self, leaves: Leaves) -> Described:
         """As the package describes it; a nested call as a packed one."""
         arguments, shape = self.arguments(leaves), self.call.shape
+        arguments.pop("deterministic", None)  # of a run, not of what is computed
         tensors = [leaves[name] for name in "qkv"]
         torch.manual_seed(1)
         if shape.layout == "dense":
             return describe.seeded(describe.describe(*tensors, **arguments))
         used = [arguments.pop(name, None) for name in ("seqused_q", "seqused_k")]
-        packed = describe.describe_packed(*tensors, *self._cu(), shape.n_queries, shape.n_keys, *used, **arguments)
+        packed = describe.describe_packed(*tensors, *self.cu, shape.n_queries, shape.n_keys, *used, **arguments)
         return describe.seeded(packed)
 
-    def attention(self, leaves: Leaves, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse); of nested tensors their values."""
+    def attention(self, leaves: Leaves, backend: str | None, **others: Any) -> Any:
+        """(out, lse), or out with ``return_lse=False``; of nested tensors their values."""
         arguments, shape = self.arguments(leaves), self.call.shape
         tensors = [leaves[name] for name in "qkv"]
-        arguments |= {"return_lse": True, "backend": backend}
+        arguments |= {"return_lse": True, "backend": backend, **others}
         if shape.layout == "dense":
             return fused_attn.attention(*tensors, **arguments)
         if shape.layout == "packed":
-            return fused_attn.attention_varlen(*tensors, *self._cu(), shape.n_queries, shape.n_keys, **arguments)
-        cu_q, cu_k = (x.long() for x in self._cu())
+            return fused_attn.attention_varlen(*tensors, *self.cu, shape.n_queries, shape.n_keys, **arguments)
+        cu_q, cu_k = (x.long() for x in self.cu)
         nested = [torch.nested.nested_tensor_from_jagged(x, cu) for x, cu in zip(tensors, (cu_q, cu_k, cu_k), strict=True)]
-        out, lse = fused_attn.attention(*(x.transpose(1, 2) for x in nested), **arguments)
-        return out.transpose(1, 2).values(), lse.transpose(1, 2).values()
+        result = fused_attn.attention(*(x.transpose(1, 2) for x in nested), **arguments)
+        if not arguments["return_lse"]:
+            return result.transpose(1, 2).values()
+        return tuple(x.transpose(1, 2).values() for x in result)
 
-    def run(self, backend: str, *, with_lse: bool = True) -> Leaves:
-        """out, lse and the gradient of every leaf, through out and LSE; of the feature ``lse`` through LSE alone."""
+    def run(self, backend: str | None, *, with_lse: bool = True, return_lse: bool = True,
+            through: Callable[..., Any] = lambda call: call) -> Leaves:
+        """out, lse if returned, and the gradient of every leaf, through out and LSE; of the feature ``lse`` through LSE alone.
+
+        ``through`` changes the call before it is made, as torch.compile does.
+        """
         leaves = {name: x.detach().requires_grad_() for name, x in self.leaves.items()}
         torch.manual_seed(1)  # dropout draws one seed a call
-        out, lse = self.attention(leaves, backend)
-        through = [(out, self.dout)] if "lse" not in self.call.features else []
-        through += [(lse, self.dlse)] if with_lse or not through else []
-        outputs, grads = zip(*through, strict=True)
+        results = through(partial(self.attention, backend=backend, return_lse=return_lse))(leaves)
+        results = results if return_lse else (results,)
+        wanted = [(results[0], self.dout)] if "lse" not in self.call.features else []
+        wanted += [(results[1], self.dlse)] if return_lse and (with_lse or not wanted) else []
+        outputs, grads = zip(*wanted, strict=True)
         gradients = torch.autograd.grad(outputs, list(leaves.values()), grads, materialize_grads=True)
-        return {"out": out.detach(), "lse": lse.detach(), **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}
+        return {**{name: x.detach() for name, x in zip(("out", "lse"), results, strict=False)},
+                **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}

@@ -1,0 +1,100 @@
+"""Every private name of torch that the package uses, each with what stands in for it where a torch has it no more.
+
+What stands in is public and slower, or takes the careful answer: that a transform, mode or profiler is there.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _private(path: str, instead: Any) -> Any:
+    """What stands at ``torch.<path>``, or ``instead``."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return instead if found is None else found
+
+
+# torch's own function, whatever stands in torch.nn.functional when it is called, or has stood there since before this import.
+sdpa: Callable[..., torch.Tensor] = _private("_C._nn.scaled_dot_product_attention", F.scaled_dot_product_attention)
+# Raises where a condition fails, and tells a compiler that it holds of a size that it does not know yet.
+check: Callable[..., None] = _private("_check", lambda condition, message: None)
+# (query, key, value, key_padding_mask, attn_mask, num_heads) -> whether there is a batch; raises torch's own errors.
+mha_shape_check: Callable[..., bool] = _private("nn.functional._mha_shape_check", lambda query, *_: query.dim() == 3)
+
+# Who watches: the number of dispatch modes; a transform of torch.func; a profiler.
+dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", lambda: 1)
+transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active", lambda: True)
+profiler_enabled: Callable[[], bool] = _private("_C._autograd._profiler_enabled", lambda: True)
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # public, and not exported
+
+# What a subclass says in __torch_function__ that wants torch's functions to see it as a plain tensor.
+disabled_torch_function: Any = _private("_C._disabled_torch_function_impl", None)
+# The set of dispatch keys of a tensor, by name: nothing else tells of the older vmap, of is_grads_batched.
+_dispatch_keys: Callable[[torch.Tensor], Any] | None = _private("_C._dispatch_keys", None)
+# Keeps a spin of that many cycles on the device, so that what is timed waits for nothing but its turn.
+cuda_sleep: Callable[[int], None] = _private("cuda._sleep", lambda cycles: None)
+# A context below autograd, in which an op that answers for autograd calls its own implementation.
+below_autograd: Callable[[], Any] | None = _private("_C._AutoDispatchBelowAutograd", None)
+
+
+def forward_mode() -> bool:
+    """Whether forward AD is on."""
+    level: int = getattr(forward_ad, "_current_level", 0)
+    return level >= 0
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether ``is_grads_batched`` made x of many."""
+    return _dispatch_keys is not None and bool(_dispatch_keys(x).has("Batched"))
+
+
+def longest(jagged: Any) -> int:
+    """The longest sequence of a jagged nested tensor, without asking the device where torch knows it."""
+    known_to_torch = getattr(jagged, "_get_max_seqlen", None)
+    length: int = jagged.offsets().diff().max().item() if known_to_torch is None else known_to_torch()
+    return length
+
+
+def known(condition: Any) -> bool:
+    """Whether a comparison of sizes holds. For a compiler a size that comes from the device has no value: False, if it asks."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    try:
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # here, since it imports SymPy
+    except ImportError:
+        return bool(condition)
+    return bool(guard_or_false(condition))
+
+
+def constant_when_traced(function: _F) -> _F:
+    """Has torch.compile call ``function`` while tracing and keep the result, as ``torch.compiler.assume_constant_result``
+    does; that one imports torch._dynamo and, through it, Triton: over a second that ``import fused_attn`` need not take."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def keep_buffers_of_graphs() -> None:
+    """Has a compiled backward run more than once on one graph, which torch would let overwrite what it saved."""
+    config = _compiler_config()
+    if config is not None:
+        config.donated_buffer = False
+
+
+def activation_memory_budget() -> float:
+    """What part of a graph's activations a compiler may save for the backward, 1 for all."""
+    return float(getattr(_compiler_config(), "activation_memory_budget", 1))
+
+
+def _compiler_config() -> Any:
+    try:
+        from torch._functorch import config  # here: it is the compiler's
+    except ImportError:
+        return None
+    return config

@@ -1,0 +1,159 @@
+"""Private names of torch: in one file, and the package works without each of them."""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_attn
+from fused_attn import nn, replay, torch_private
+
+PACKAGE = Path(fused_attn.__file__).parent
+# Attributes with an underscore of what torch makes.
+ATTRIBUTES = ("_current_level", "_get_max_seqlen", "_mha_shape_check", "_dynamo_marked_constant")
+
+
+def dotted(node):
+    """a.b.c of an attribute, or None."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else None
+
+
+def private_names(source):
+    """What of torch's a file uses that torch does not promise."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [dotted(node) or f".{node.attr}"]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            own = first in ("torch", "F") and any(part.startswith("_") and not part.startswith("__") for part in rest)
+            if own or (rest and rest[-1] in ATTRIBUTES):
+                yield name
+
+
+@pytest.mark.parametrize("source", ["torch._C.f()", "import torch._dynamo", "from torch._functorch import config",
+                                    "from torch import _VF", "F._mha_shape_check()", "x._get_max_seqlen()",
+                                    "torch.autograd.forward_ad._current_level", "torch.cuda._sleep(1)"])
+def test_the_search_finds_them(source):
+    assert list(private_names(source))
+
+
+def test_they_are_in_one_file():
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").resolve().rglob("*.py")]
+    found = {str(file.relative_to(file.parents[1])): names for file in files
+             if file.name != "torch_private.py" and (names := sorted(set(private_names(file.read_text(encoding="utf-8")))))}
+    assert not found, "belong in fused_attn/torch_private.py, each with what stands in for it"
+
+
+NAMES = {  # where each stands, and what works without it
+    "_C._nn.scaled_dot_product_attention": lambda: same(fused_attn.scaled_dot_product_attention),
+    "_check": lambda: None,
+    "nn.functional._mha_shape_check": lambda: layers(),
+    "_C._len_torch_dispatch_stack": lambda: watches(),
+    "_C._are_functorch_transforms_active": lambda: watches(),
+    "_C._autograd._profiler_enabled": lambda: watches(),
+    "_C._disabled_torch_function_impl": lambda: same(fused_attn.attention),
+    "_C._dispatch_keys": lambda: not_batched(),
+    "cuda._sleep": lambda: torch_private.cuda_sleep(10),
+    "_C._AutoDispatchBelowAutograd": lambda: without_a_guard(),
+    "autograd.forward_ad._current_level": lambda: forward_mode_is_assumed(),
+}
+
+
+def same(function):
+    x = torch.randn(1, 2, 4, 8)
+    assert torch.equal(function(x, x, x), F.scaled_dot_product_attention(x, x, x))
+
+
+def layers():
+    x = torch.randn(3, 5, 16)
+    module = nn.MultiheadAttention(16, 2, batch_first=True)
+    assert module(x, x, x)[0].shape == x.shape
+    assert module(x[0], x[0], x[0])[0].shape == x[0].shape
+
+
+def watches():
+    """Calls go through the op, as if someone looked: slower, and the same."""
+    x = torch.randn(1, 2, 4, 8)
+    assert replay.watched((x,))
+    same(fused_attn.attention)
+
+
+def not_batched():
+    assert not torch_private.is_batched(torch.ones(2))
+
+
+def without_a_guard():
+    assert torch_private.below_autograd is None
+
+
+def forward_mode_is_assumed():
+    assert torch_private.forward_mode()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_in_for_it(name, monkeypatch):
+    *path, last = name.split(".")
+    holder = torch
+    for part in path:
+        holder = getattr(holder, part)
+    monkeypatch.delattr(holder, last)
+    before = dict(vars(torch_private))
+    try:
+        importlib.reload(torch_private)
+        NAMES[name]()
+    finally:
+        vars(torch_private).update(before)
+
+
+def test_the_names_are_there_in_this_torch():
+    """Else the package would run on what stands in."""
+    assert torch_private.sdpa is torch._C._nn.scaled_dot_product_attention is F.scaled_dot_product_attention
+    assert (torch_private.transforms_active(), torch_private.profiler_enabled(), torch_private.dispatch_modes()) == (
+        False, False, 0)
+    assert not torch_private.forward_mode()
+    assert torch_private.below_autograd is torch._C._AutoDispatchBelowAutograd
+    x = torch.randn(1, 2, 4, 8)
+    assert not replay.watched((x,))
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(torch_private.constant_when_traced(lambda: 0)) == vars(marked)
+
+
+class Jagged:
+    """Of a torch that does not say how long the longest is."""
+
+    def offsets(self):
+        return torch.tensor([0, 2, 7, 8])
+
+
+def test_the_longest_sequence_of_jagged_tensors():
+    jagged = torch.nested.nested_tensor([torch.randn(n, 8) for n in (2, 5, 1)], layout=torch.jagged)
+    assert torch_private.longest(Jagged()) == torch_private.longest(jagged) == 5
+
+
+def test_sizes_are_asked_as_they_are_where_torch_cannot_tell_unknown_ones(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)
+    assert (torch_private.known(True), torch_private.known(False)) == (True, False)
+
+
+def test_graphs_of_a_torch_without_donated_buffers(monkeypatch):
+    from torch import _functorch
+
+    monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
+    monkeypatch.delattr(_functorch, "config", raising=False)
+    torch_private.keep_buffers_of_graphs()
+    assert torch_private.activation_memory_budget() == 1
