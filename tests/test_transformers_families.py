@@ -44,6 +44,11 @@ def test_refused_when_it_is_made(kind):
     model = getattr(T, NAMES[kind])
     if T.__version__ != RECORD["transformers"] and families.fused._against(model) is None:  # it has come to the interface
         return test_equal_to_eager(kind)
-    config = families.shrink(families.CONFIG_MAPPING[kind])
+    try:
+        config = families.shrink(families.CONFIG_MAPPING[kind])
+    except Exception:  # 5.4 refuses the defaults of two of its configs
+        if T.__version__ == RECORD["transformers"]:
+            raise
+        pytest.skip(f"transformers {T.__version__} makes no config of {kind}")
     with pytest.raises(ValueError, match=r"attn_implementation: expected one that .* can use, such as 'eager'"):
         model._from_config(config, attn_implementation="fused_attn")
