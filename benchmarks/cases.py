@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
+from fused_attn import rungs
 from fused_attn.bench.cases import DTYPES, Case, case, grid
-from fused_attn.settings import RUNGS
 
 
 def interpreted(cases: list[Case]) -> list[Case]:
@@ -30,7 +30,7 @@ def timing_cases(smoke: bool = False) -> list[Case]:
     wide = [grid(n, 256, causal) for n in (4096, 16384) for causal in (True, False)]
     climbed = [replace(c, family=f"hopper {rung}", rung=rung,
                        passes=("forward", "backward") if rung == "gluon" and c.head_dim <= 128 else ("forward",))
-               for c in first + wide for rung in RUNGS[:0:-1]] if on_hopper() else []
+               for c in first + wide for rung in rungs.offered()] if on_hopper() else []
     features = [
         grid(4096, 128, True, window=(1024, None), family="window"),
         grid(16384, 128, True, window=(1024, None), family="window"),
@@ -86,7 +86,7 @@ def _rungs() -> list[Case]:
         case(300, 64, dtype="fp16", layout="bnhd", causal=True), case(300, 64, layout="packed qkv", causal=True),
         case(8192, 128, batch=1, heads=2, causal=True),
     ]
-    return [replace(subject, rung=rung) for rung in RUNGS[:0:-1] for subject in plain + others]
+    return [replace(subject, rung=rung) for rung in rungs.offered() for subject in plain + others]
 
 
 def _variants() -> list[Case]:

@@ -31,7 +31,7 @@ import torch
 from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
 from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
-from fused_attn import options, settings
+from fused_attn import options, rungs, settings
 from fused_attn.bench import contest, peers
 from fused_attn.bench.cases import Case
 from fused_attn.bench.contest import Contest, Subject
@@ -254,7 +254,7 @@ def correctness_stage(run: Run) -> None:
     jobs = [Job(name, partial(_one, check, run.device)) for name, check in correctness.SPECIAL.items()]
     if on_hopper():
         jobs += [Job(f"{name} on {rung}", partial(_one, correctness.on_rung(rung, check), run.device))
-                 for rung in settings.RUNGS[:0:-1] for name, check in _on_every_rung(run.smoke).items()]
+                 for rung in rungs.offered() for name, check in _on_every_rung(run.smoke).items()]
     jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
     run.work("correctness", jobs)
 

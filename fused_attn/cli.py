@@ -15,8 +15,8 @@ from fused_attn.bench import command as bench  # imports no Triton: what it time
 from fused_attn.startup import PROGRAM
 from fused_attn.tuning import KNOWN_TARGETS, MAX_HEAD_DIM
 
-FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
-            "additive", "rotary", "decode", "fused")
+FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
+            "packed", "additive", "rotary", "decode", "fused")
 TUNED = tuned.KERNELS
 OF_ONE_TARGET = ("head_dim", "dtype", "causal", "feature", "rung", "which", "json", "gate")  # options of compile
 

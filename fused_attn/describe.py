@@ -3,12 +3,12 @@
 import itertools
 import math
 import numbers
-import sys
 from typing import Any, NamedTuple
 
 import torch
 
 from fused_attn import mods, replay, settings, torch_private
+from fused_attn.classes import check_classes, is_causal_bias
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
 
@@ -47,9 +47,9 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
     """
     q, k, v = check_tensors(q, k, v)
     for name in ("bias", "mask"):
-        if others.get(name) is not None and _is_causal_bias(name, others[name], q.shape[2], k.shape[2]):
+        if others.get(name) is not None and is_causal_bias(name, others[name], q.shape[2], k.shape[2]):
             causal, others[name] = True, None
-    _check_classes(key_lengths=key_lengths, score_weight=score_weight, **others)
+    check_classes(key_lengths=key_lengths, score_weight=score_weight, **others)
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     companions = NO_COMPANIONS
@@ -95,7 +95,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     if q.device.type == "cpu" and not (replay.traced(cu_seqlens_q) or replay.traced(cu_seqlens_k)):  # looking costs nothing
         _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
-    _check_classes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
+    check_classes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
                    score_weight=score_weight, **others)
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
@@ -167,36 +167,6 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[to
     return q, k, v
 
 
-def _is_causal_bias(name: str, x: Any, n_queries: int, n_keys: int) -> bool:
-    """Whether ``x`` is torch.nn.attention.bias's way to say ``causal=True``; of another length or alignment it raises."""
-    bias = sys.modules.get("torch.nn.attention.bias")  # who has one has imported it
-    if bias is None or not isinstance(x, bias.CausalBias):
-        return False
-    if (x.seq_len_q, x.seq_len_kv) != (n_queries, n_keys):
-        raise ValueError(f"{name}: expected a CausalBias of {n_queries} queries and {n_keys} keys; "
-                         f"got one of {x.seq_len_q} and {x.seq_len_kv}")
-    if x.variant != bias.CausalVariant.LOWER_RIGHT and n_queries != n_keys:
-        raise ValueError(f"{name}: expected causal_lower_right, which aligns the last query with the last key as causal=True "
-                         "does; got causal_upper_left, which scaled_dot_product_attention(is_causal=True) computes")
-    return True
-
-
-def _check_classes(**arguments: Any) -> None:
-    """Refuses tensors whose class says by ``__torch_function__`` what torch's functions make of them: kernels read storage."""
-    for name, argument in arguments.items():
-        values = argument.args if isinstance(argument, Bound) else argument if isinstance(argument, tuple) else (argument,)
-        for x in (y.values if isinstance(y, RelativeBias) else y for y in values):
-            if isinstance(x, torch.Tensor) and type(x) is not torch.Tensor and _speaks_for_itself(type(x)):
-                raise TypeError(f"{name}: expected a plain tensor; got a {type(x).__name__}, whose values may not be those it "
-                                "stores; x.as_subclass(torch.Tensor) passes what it stores")
-
-
-def _speaks_for_itself(kind: Any) -> bool:
-    function, inherited = (getattr(f, "__func__", f) for f in (kind.__torch_function__, torch.Tensor.__torch_function__))
-    own = function not in (inherited, torch_private.disabled_torch_function)
-    return own and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-
-
 def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What autocast does to torch's own attention: floats other than fp64 become the autocast dtype."""
     kind = q.device.type
@@ -223,11 +193,13 @@ def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | Non
         right = 0
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not _is_finite(scale, "scale", "a finite float") or (scale != 0 and not _NARROWEST <= abs(scale) <= _WIDEST):
-        raise ValueError(f"scale: expected 0, or a magnitude from 2**-126 to 2**126, which fp32 holds; got {scale!r}")
-    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None")
-                                    and _NARROWEST <= softcap <= _WIDEST):
-        raise ValueError(f"softcap: expected None or a float from 2**-126 to 2**126, which fp32 holds; got {softcap!r}")
+    elif not _is_finite(scale, "scale", "a finite float"):
+        raise ValueError(f"scale: expected a finite float; got {scale!r}")
+    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
+        raise ValueError(f"softcap: expected a positive finite float or None; got {softcap!r}")
+    for name, factor in (("scale", scale), ("softcap", softcap)):
+        if factor and not _NARROWEST <= abs(factor) <= _WIDEST:
+            raise ValueError(f"{name}: expected a magnitude from 2**-126 to 2**126, which fp32 holds; got {factor!r}")
     if fp32_precision is not None and fp32_precision not in FP32_PRECISIONS:
         raise ValueError(f"fp32_precision: expected one of {', '.join(FP32_PRECISIONS)} or None; got {fp32_precision!r}")
     return AttentionSpec(float(scale), Window(left, right), True, None if softcap is None else float(softcap),

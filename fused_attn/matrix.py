@@ -119,18 +119,19 @@ def _keep(rows: list[dict[str, Any]], out: Path, static_profile: bool) -> None:
 def jobs() -> Iterator[Job]:
     """Of the whole matrix.
 
-    Plain attention: halves everywhere, fp32 and fp64 on three targets, fp32 by TF32 on NVIDIA's two.
-    Every feature: bf16, causal, sm_80, sm_90, gfx942; decoding on every target. The other rungs of sm_90 with what they take.
+    Plain attention: halves everywhere, fp32 by TF32 on NVIDIA's two. Every feature: in every type on every target at head dim
+    64, causal; in bf16 at 128 as well on sm_80, sm_90 and gfx942. The other rungs of sm_90 with what they take.
     """
     for causal, dtype, target in product((False, True), ("bf16", "fp16"), offline.TARGETS):
         yield Job(target, dtype, (32, 64, 128, 256), causal, "plain")
-    for dtype, target in product(("fp32", "fp64"), ("sm_80", "sm_90", "gfx942")):
+    for dtype, target in product(("fp32", "fp64"), offline.TARGETS):
         yield Job(target, dtype, (64,), True, "plain")
     for dtype, target in product(("tf32", "tf32x3"), ("sm_80", "sm_90")):
         yield Job(target, dtype, (64,), True, "plain")
-    for feature, target in product(offline.FEATURES[1:], ("sm_80", "sm_90", "gfx942")):
-        if feature not in ("decode", "fused"):
-            yield Job(target, "bf16", (64, 128), True, feature)
+    for feature, target, dtype in product(offline.FEATURES[1:], offline.TARGETS, ("bf16", "fp16", "fp32", "fp64")):
+        if feature not in ("decode", "fused") and (feature, dtype) != ("bias bf16", "bf16"):
+            wide = dtype == "bf16" and target in ("sm_80", "sm_90", "gfx942")
+            yield Job(target, dtype, (64, 128) if wide else (64,), True, feature)
     for target in offline.TARGETS:
         yield Job(target, "bf16", (64, 128, 256), True, "decode")
     for target in offline.TARGETS[:-1]:  # all but RDNA

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_attn import sass
+from fused_attn import mods, sass
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import Split, launch_forward
@@ -48,8 +48,8 @@ from fused_attn.tuning import (
 )
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
-FEATURES = ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout", "packed",
-            "additive", "rotary", "decode", "fused")
+FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
+            "packed", "additive", "rotary", "decode", "fused")
 # What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
@@ -97,7 +97,7 @@ def kernels(which: str, feature: str, rung: str = "pointers") -> tuple[Kernel, .
         return () if which == "forward" else ("dkv",)
     if which == "forward":
         return ("list", "forward") if "mask" in feature else ("forward",)
-    has_operands = feature in ("bias", "bias fp32, mask", "alibi", "relative")
+    has_operands = feature.startswith("bias") or feature in ("alibi", "relative")
     return ("delta", "dq", "dkv", "operand_grad") if has_operands else ("delta", "dq", "dkv")
 
 
@@ -192,19 +192,24 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
     def meta(*shape: int, dtype: torch.dtype = element) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    member, empty = Member, Companions()
+    def member(mod: Any, kind: str = TENSOR) -> tuple[Member, ...]:
+        return (Member(mod.code, (kind,)),)
+
+    empty = Companions()
     cu = meta(3, dtype=torch.int32)
     found: dict[str, tuple[dict[str, Any], Companions]] = {
         "plain": ({}, empty),
         "softcap": ({"softcap": 30.0}, empty),
-        "bias": ({"score_mods": (member("bias", (TENSOR,)),)}, Companions(operands=(meta(1, heads, length, length),))),
+        "bias": ({"score_mods": member(mods.BIAS)}, Companions(operands=(meta(1, heads, length, length),))),
+        "bias bf16": ({"score_mods": member(mods.BIAS)},
+                      Companions(operands=(meta(1, heads, length, length, dtype=torch.bfloat16),))),
         "bias fp32, mask": (
-            {"score_mods": (member("bias", (TENSOR,)),), "mask_mods": (member("mask", (TENSOR,)),)},
+            {"score_mods": member(mods.BIAS), "mask_mods": member(mods.MASK)},
             Companions(operands=(meta(1, heads, length, length, dtype=torch.float32),
                                  meta(1, 1, length, length, dtype=torch.bool)))),
-        "alibi": ({"score_mods": (member("alibi", (TENSOR,)),)}, Companions(operands=(meta(1, heads, 1, 1),))),
-        "relative": ({"score_mods": (member("bias", (RELATIVE,)),)}, Companions(operands=(meta(1, heads, 2 * length - 1),))),
-        "mask": ({"mask_mods": (member("mask", (TENSOR,)),)},
+        "alibi": ({"score_mods": member(mods.ALIBI)}, Companions(operands=(meta(1, heads, 1, 1),))),
+        "relative": ({"score_mods": member(mods.BIAS, RELATIVE)}, Companions(operands=(meta(1, heads, 2 * length - 1),))),
+        "mask": ({"mask_mods": member(mods.MASK)},
                  Companions(operands=(meta(1, 1, length, length, dtype=torch.bool),))),
         "sinks": ({}, Companions(sinks=meta(heads))),
         "dropout": ({"dropout_p": 0.1}, Companions(seed=meta(1, dtype=torch.int64))),

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from fused_attn.settings import RUNGS
 from fused_attn.spec import AttentionSpec, Companions
 from fused_attn.tuning import FEW_QUERIES, arch_of, n_shares, triton_version, unseen_keys
 
@@ -33,6 +34,11 @@ PROVEN_ON: tuple[tuple[int, int], ...] = ()
 _WIDEST = {"forward": 256, "backward": 128}  # head dim
 
 
+def offered() -> tuple[str, ...]:
+    """The rungs above pointers that are not withdrawn on this Triton, from the top."""
+    return tuple(name for name in RUNGS[:0:-1] if name != "specialized" or triton_version() in PROVEN_ON)
+
+
 def rung(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions) -> str:
     """Of ``settings.RUNGS``, the kernels that run a pass of a call: the ones asked for, or pointers where they cannot."""
     return spec.rung if spec.rung != "pointers" and not against(which, q, k, v, spec, companions) else "pointers"
@@ -46,7 +52,7 @@ def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec
         return ("the card is no Hopper",)
     if which == "backward" and asked != "gluon":
         return (f"{asked} has no backward",)
-    if asked == "specialized" and triton_version() not in PROVEN_ON:
+    if asked not in offered():
         return ("withdrawn: Triton's split of a tile between warp groups gave wrong rows, and the code that it makes of the "
                 f"repair has not been run on Triton {'.'.join(map(str, triton_version()))}",)
     if asked != "descriptors" and triton_version() not in COMPILED_ON:

@@ -62,7 +62,7 @@ def test_presets(preset, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--kv-heads", "3"), "divides"),
-    (("--batch", "-1"), "at least 1"),
+    (("--batch", "-1"), "from 1 to"),
     (("--preset", "decode", "--pass", "backward"), "forward alone"),
     (("--softcap", "-2"), "softcap"),
 ])

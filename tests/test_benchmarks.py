@@ -11,7 +11,7 @@ import torch
 import fused_attn
 from benchmarks import cases, correctness, gpu
 from benchmarks.cases import correctness_cases, timing_cases
-from fused_attn import rungs, settings
+from fused_attn import rungs, settings, torch_private
 from fused_attn.bench import contest, oracle, peers, timing
 from fused_attn.bench.cases import Case, case, grid
 
@@ -262,7 +262,8 @@ def test_gpu_timing_takes_turns(monkeypatch):
         def elapsed_time(self, end):
             return end.at - self.at
 
-    fakes = {"Event": Event, "synchronize": lambda: None, "_sleep": lambda cycles: setattr(clock, "ms", clock.ms + 7)}
+    fakes = {"Event": Event, "synchronize": lambda: None}
+    monkeypatch.setattr(torch_private, "cuda_sleep", lambda cycles: setattr(clock, "ms", clock.ms + 7))
     monkeypatch.setattr(timing, "FLUSH_BYTES", 16)
     empty, order = torch.empty, []
     costs = {"a": 1.0, "b": 2.0, "c": 4.0}
@@ -290,7 +291,7 @@ def test_on_a_hopper_every_rung_is_checked_and_timed(monkeypatch):
     monkeypatch.setattr(cases, "on_hopper", lambda: True)
     monkeypatch.setattr(gpu, "on_hopper", lambda: True)
     for found in (timing_cases(), correctness_cases()):
-        assert {subject.rung for subject in found} == {"pointers", "descriptors", "specialized", "gluon"}
+        assert {subject.rung for subject in found} == {"pointers", *rungs.offered()}
         assert len({subject.name for subject in found}) == len(found)
     monkeypatch.setattr(rungs, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(settings, "DETERMINISTIC", False)

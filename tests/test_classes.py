@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.features import NEAR
+from support.mods import NEAR
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fused_attn

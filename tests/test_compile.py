@@ -54,6 +54,29 @@ def test_full_precision_compiles():
         assert any(name.startswith("DMMA") for name in row["matrix"])
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(("target", "dtype", "feature"), [
+    ("sm_80", "fp64", "mask"), ("sm_90", "fp64", "bias bf16"), *(pytest.param(*job, marks=pytest.mark.slow) for job in (
+        ("sm_90", "fp64", "mask"), ("sm_80", "fp64", "bias bf16"), ("sm_80", "fp64", "bias fp32, mask"),
+        ("sm_90", "fp32", "bias bf16"), ("sm_100", "fp64", "mask"), ("gfx942", "fp64", "mask"), ("sm_80", "tf32", "mask"),
+        ("sm_90", "tf32", "bias bf16")))])
+def test_operands_narrower_than_the_inputs_compile(target, dtype, feature):
+    """Triton lays weights out by the narrowest load that they come from, and has no such layout of fp64."""
+    rows = compiled("--target", target, "--head-dim", "64", "--dtype", dtype, "--causal", "--feature", feature)
+    assert {"forward", "dq", "dkv"} <= {row["kernel"] for row in rows}
+
+
+@pytest.mark.kernels
+def test_a_mask_of_bytes_costs_halves_no_second_exp2():
+    """Each weight once: by the narrowest load, a byte, the compiler would compute every one in two layouts."""
+    tile, warps = 128 * 64, 8
+    (forward,) = (row for row in compiled("--target", "sm_80", "--head-dim", "64", "--dtype", "bf16", "--feature", "mask",
+                                          "--pass", "forward") if row["kernel"] == "forward")
+    assert forward["config"].startswith("128x64 w8")
+    # Two loops, over whole tiles and over partial ones; a thread's rows shrink what they have summed, one exp2 each.
+    assert forward["loop_mix"]["MUFU"] <= 2 * (tile // (32 * warps) + 8)
+
+
 def test_fp32_by_tf32():
     """Tensor cores take fp32 as TF32, and the threefold form as three products of it."""
     products = []

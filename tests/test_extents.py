@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.features import larger
 from support.guard import memory_guard
+from support.mods import larger
 
 import fused_attn
 from fused_attn import attention, attention_varlen, dispatch, scaled_dot_product_attention, tuning

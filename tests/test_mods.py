@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support.features import COMB, NEAR, comb, near
+from support.mods import COMB, NEAR, comb, near
 
 import fused_attn
 from fused_attn import MaskMod, ScoreMod, attention, mods

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.features import COMB, NEAR
 from support.layouts import LAYOUTS
+from support.mods import COMB, NEAR
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -68,7 +68,6 @@ TAKEN = [
     ("gluon", False, False, 64, {"deterministic": False, "mask": torch.ones(96, 96, dtype=torch.bool)}),
     ("gluon", False, False, 64, {"deterministic": False, "alibi_slopes": torch.ones(2)}),
     ("gluon", False, False, 64, {"deterministic": False, "key_lengths": torch.tensor([7])}),
-    ("specialized", True, False, 256, {"causal": True, "softcap": 3.0}),
     ("specialized", False, False, 64, {"alibi_slopes": torch.ones(2)}),
     ("descriptors", True, False, 64, {"alibi_slopes": torch.ones(2)}),
     ("descriptors", False, False, 64, {"dropout_p": 0.5}),
@@ -83,6 +82,19 @@ def test_explain_names_the_kernels_of_a_pass(card, rung, forward, backward, dim,
     assert {which: not reasons for which, reasons in told.against_rung.items()} == {"forward": forward, "backward": backward}
     assert f"forward: {rung}" in str(told).splitlines() or not forward
     assert forward or f"forward: pointers; {rung}: " in str(told)
+
+
+def test_a_rung_that_gave_wrong_rows_is_withdrawn_until_its_code_has_been_run(card, monkeypatch):
+    with fused_attn.hopper("specialized"):
+        told = fused_attn.explain(*halves(), causal=True, backend="triton")
+        (reason,) = told.against_rung["forward"]
+        assert reason.startswith("withdrawn: ")
+        assert "forward: pointers; specialized: withdrawn" in str(told)
+        assert attention(*halves(), backend="triton").isfinite().all()
+        assert "specialized" not in rungs.offered()
+        monkeypatch.setattr(rungs, "PROVEN_ON", (rungs.triton_version(),))
+        assert fused_attn.explain(*halves(256), causal=True, softcap=3.0, backend="triton").against_rung["forward"] == ()
+        assert rungs.offered() == ("gluon", "specialized", "descriptors")
 
 
 @pytest.mark.parametrize("tensors", [
@@ -159,6 +171,7 @@ def test_decoding_is_told_as_what_it_is(card):
 @pytest.mark.parametrize("version", [(3, 5), (3, 99), (4, 0)])
 def test_a_compiler_that_nobody_has_tried_keeps_to_pointers(card, monkeypatch, rung, version):
     monkeypatch.setattr(rungs, "triton_version", lambda: version)
+    monkeypatch.setattr(rungs, "PROVEN_ON", (version,))
     with fused_attn.hopper(rung):
         told = fused_attn.explain(*halves(), backend="triton")
         assert told.against_rung["forward"] == (f"it has not been compiled on Triton {version[0]}.{version[1]}",)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.features import NEAR
+from support.mods import NEAR
 
 import fused_attn
 from fused_attn import attention, attention_varlen, describe, dispatch, scaled_dot_product_attention

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -157,3 +159,42 @@ def test_graphs_of_a_torch_without_donated_buffers(monkeypatch):
     monkeypatch.delattr(_functorch, "config", raising=False)
     torch_private.keep_buffers_of_graphs()
     assert torch_private.activation_memory_budget() == 1
+
+
+WITHOUT_ANY = """if True:
+    import importlib, torch
+    from torch.autograd import forward_ad
+    taken = []
+    for name in NAMES:
+        holder = torch
+        *path, last = name.split(".")
+        for part in path:
+            holder = getattr(holder, part)
+        taken.append((holder, last, getattr(holder, last)))
+        delattr(holder, last)
+    from fused_attn import torch_private
+    for holder, last, value in taken:  # torch needs them itself
+        setattr(holder, last, value)
+    import fused_attn
+    assert torch_private.below_autograd is None and torch_private.dispatch_modes() == 1
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    for arguments in ({}, {"causal": True, "softcap": 2.0}):
+        out, want = (fused_attn.attention(x, x, x, backend=b, **arguments) for b in ("triton", "reference"))
+        torch.testing.assert_close(out, want)
+        torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), x), torch.autograd.grad(want.sin().sum(), x))
+    layer = fused_attn.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    layer(torch.randn(2, 5, 16)).sum().backward()
+    jagged = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (2, 5)], layout=torch.jagged).transpose(1, 2)
+    fused_attn.attention(jagged, jagged, jagged)
+    x = x.detach()
+    assert torch.equal(fused_attn.scaled_dot_product_attention(x, x, x), torch_private.sdpa(x, x, x))
+"""
+
+
+@pytest.mark.kernels
+def test_a_torch_without_any_of_them():
+    """Through the ops, with gradients, in a process of its own."""
+    names = [name for name in NAMES if not name.endswith(("_current_level", "_check"))]  # which torch's own Python code reads
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"NAMES = {names!r}\n{WITHOUT_ANY}"], capture_output=True,
+                          text=True, check=False, env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)})
+    assert done.returncode == 0, done.stderr

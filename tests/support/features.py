@@ -11,50 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 import fused_attn
 from fused_attn import describe
 from fused_attn.describe import Described
+from support.mods import COMB, NEAR
 
 Arguments = dict[str, Any]
 Leaves = dict[str, torch.Tensor]
-
-
-# --- a custom score mod and a custom mask mod, with tensors and numbers as arguments ---
-
-
-@triton.jit
-def near(score, q_pos, k_idx, head, batch, args):
-    return args[1] * score + args[0] / (1.0 + tl.abs(q_pos - k_idx).to(score.dtype))
-
-
-@triton.jit
-def near_slope(score, modded, q_pos, k_idx, head, batch, args):
-    return score * 0 + args[1]
-
-
-@triton.jit
-def near_weight(score, modded, q_pos, k_idx, head, batch, args):
-    return 1.0 / (1.0 + tl.abs(q_pos - k_idx).to(score.dtype))
-
-
-@triton.jit
-def comb(q_pos, k_idx, head, batch, args):
-    # Positions of queries are negative where there are more of them than keys, and C's % is not Python's there.
-    return (args[0] != 0) & ((q_pos + k_idx + head + 1024) % args[1] != 0)
-
-
-@triton.jit
-def larger(q_pos, k_idx, head, batch, args):
-    return args[0] > args[1]
-
-
-NEAR = fused_attn.ScoreMod("near", near, near_slope, (near_weight, None),
-                           reference=lambda s, q, k, h, b, args: args[1] * s + args[0] / (1 + (q - k).abs()))
-COMB = fused_attn.MaskMod("comb", comb, by_head=True,
-                          reference=lambda q, k, h, b, args: (args[0] != 0) & ((q + k + h + 1024) % args[1] != 0))
 
 
 # --- shapes and draws ---

@@ -1,0 +1,39 @@
+"""Classes of tensors with a mind of their own: what one stands for, or that kernels must not read what it stores."""
+
+import sys
+from typing import Any
+
+import torch
+
+from fused_attn import torch_private
+from fused_attn.mods import Bound, RelativeBias
+
+
+def is_causal_bias(name: str, x: Any, n_queries: int, n_keys: int) -> bool:
+    """Whether ``x`` is torch.nn.attention.bias's way to say ``causal=True``; of another length or alignment it raises."""
+    bias = sys.modules.get("torch.nn.attention.bias")  # who has one has imported it
+    if bias is None or not isinstance(x, bias.CausalBias):
+        return False
+    if (x.seq_len_q, x.seq_len_kv) != (n_queries, n_keys):
+        raise ValueError(f"{name}: expected a CausalBias of {n_queries} queries and {n_keys} keys; "
+                         f"got one of {x.seq_len_q} and {x.seq_len_kv}")
+    if x.variant != bias.CausalVariant.LOWER_RIGHT and n_queries != n_keys:
+        raise ValueError(f"{name}: expected causal_lower_right, which aligns the last query with the last key as causal=True "
+                         "does; got causal_upper_left, which scaled_dot_product_attention(is_causal=True) computes")
+    return True
+
+
+def check_classes(**arguments: Any) -> None:
+    """Refuses tensors whose class says by ``__torch_function__`` what torch's functions make of them: kernels read storage."""
+    for name, argument in arguments.items():
+        values = argument.args if isinstance(argument, Bound) else argument if isinstance(argument, tuple) else (argument,)
+        for x in (y.values if isinstance(y, RelativeBias) else y for y in values):
+            if isinstance(x, torch.Tensor) and type(x) is not torch.Tensor and _speaks_for_itself(type(x)):
+                raise TypeError(f"{name}: expected a plain tensor; got a {type(x).__name__}, whose values may not be those it "
+                                "stores; x.as_subclass(torch.Tensor) passes what it stores")
+
+
+def _speaks_for_itself(kind: Any) -> bool:
+    function, inherited = (getattr(f, "__func__", f) for f in (kind.__torch_function__, torch.Tensor.__torch_function__))
+    own = function not in (inherited, torch_private.disabled_torch_function)
+    return own and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
