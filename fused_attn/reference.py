@@ -82,7 +82,8 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
     if companions.sinks is not None:
         sinks = companions.sinks.to(dtype)[None, :, None, None]
     # The pivot of a row with no key is finite, since -inf - -inf would be NaN; with Nk = 0 there is no maximum at all.
-    pivots = scores.detach() if k.shape[2] else scores.new_full((*q.shape[:3], 1), float("-inf"))
+    no_keys = known(k.shape[2] == 0)
+    pivots = scores.new_full((*q.shape[:3], 1), float("-inf")) if no_keys else scores.detach()
     row_max = torch.maximum(pivots.amax(dim=-1, keepdim=True), sinks.detach()).clamp(min=torch.finfo(dtype).min)
     unnormalised = torch.exp(scores - row_max)
     row_sum = unnormalised.sum(dim=-1, keepdim=True) + torch.exp(sinks - row_max)

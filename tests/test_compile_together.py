@@ -69,9 +69,11 @@ ways = pytest.mark.parametrize("way", [KERNELS, CPU], ids=["kernels", "CPU"])
 dynamics = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
-@ways
-@pytest.mark.parametrize(("call", "dynamic"), [(call, bool(i % 2)) for i, call in enumerate(FAST)], ids=str)
+@pytest.mark.parametrize(("call", "dynamic", "way"), [
+    pytest.param(call, dynamic, way, marks=() if (dynamic, way == CPU) == (i % 2 == 1, i // 2 % 2 == 1) else pytest.mark.slow)
+    for i, call in enumerate(FAST) for dynamic in (False, True) for way in (KERNELS, CPU)], ids=str)
 def test_features_together_compile_whole(call, dynamic, way):
+    """In the fast part each once, in turns: static and dynamic, on the kernels and on a CPU."""
     check_same(call, way, dynamic)
 
 
@@ -83,7 +85,7 @@ def test_every_pair_of_features_compiles_whole(call, dynamic, way):
     check_same(call, way, dynamic)
 
 
-@dynamics
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", ALONE)
 def test_what_torchs_kernel_answers_compiles_whole(name, dynamic):
     """On a CPU: what meets in combinations is the reference's as a rule."""
