@@ -353,7 +353,13 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
 
 
 def _broadcasts(size: int, full: int) -> bool:
-    return torch_private.known(size == 1) or torch_private.known(size == full)
+    if torch_private.known(size == 1) or torch_private.known(size == full):
+        return True
+    if torch_private.known(size != full):
+        return False
+    # A length from the device, which a compiler does not know yet: the compiled program checks it.
+    torch_private.check(size == full, lambda: "an operand: expected a shape that broadcasts to the longest sequences")
+    return True
 
 
 def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> torch.Tensor:
