@@ -86,9 +86,8 @@ def load_lse(views, first_row, extras, ROWS: tl.constexpr, TAIL: tl.constexpr):
     A row with no key, like one past the end, has +inf, so that its weights are 0 and not NaN.
     """
     lse = load_rows(views[0], first_row, float("-inf"), ROWS, TAIL)
-    if len(extras.mods) == 0:
-        lse = lse * LOG2E
-    result = (tl.where(lse == float("-inf"), float("inf"), lse),)
+    scaled = lse * LOG2E if len(extras.mods) == 0 else lse
+    result = (tl.where(lse == float("-inf"), float("inf"), scaled),)
     if len(views) > 1:
         result = result + (load_rows(views[1], first_row, 0.0, ROWS, TAIL) * LOG2E,)
     return result
