@@ -235,7 +235,7 @@ def test_a_kernel_that_does_not_compile_is_one_line_and_the_others_go_on(monkeyp
     assert len(json.loads(out.read_text())) == 3
 
 
-def test_ctrl_c_stops_the_matrix_and_its_processes(monkeypatch, capsys, tmp_path):
+def test_ctrl_c_stops_the_matrix_and_its_processes(monkeypatch, capsys, tmp_path, request):
     """Jobs that would last ten minutes: two are through when Ctrl-C comes to this process alone, and no other one survives."""
     jobs = [matrix.Job("sm_80", "bf16", (64,), False, feature) for feature in ("plain", "bias", *["mask"] * 20)]
     started, popen = [], subprocess.Popen
@@ -253,6 +253,9 @@ def test_ctrl_c_stops_the_matrix_and_its_processes(monkeypatch, capsys, tmp_path
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # Tests that run in the background inherit that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(matrix, "jobs", lambda: iter(jobs))
     monkeypatch.setattr(matrix.subprocess, "Popen", process)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
