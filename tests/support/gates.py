@@ -31,7 +31,7 @@ def check_bounded(inputs: Inputs, got: Leaves, dtype: torch.dtype, slack: float 
     leaves = {name: x.detach().requires_grad_() for name, x in exact.leaves.items()}
     others = {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
     # Operands may be of another type: their gradients err, and underflow, as the coarser of the two.
-    held = {name: coarser(dtype, got[name].dtype) for name in got.keys() - {"lse"}}
+    held = {name: coarser(dtype, x.dtype) for name, x in got.items() if name != "lse"}
     amplitudes = {each: oracle.amplitudes_of(exact.described(leaves), dout, dlse if "lse" in got else None, each, others)
                   for each in {*held.values()}}
     for name, type_ in held.items():
