@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support.caches import close, normal
 from torch import nn
 from torch.nn import functional
 
@@ -48,14 +49,6 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(settings, "BACKEND", getattr(request, "param", None))
     with torch.no_grad():
         yield
-
-
-def normal(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def made(cls=TransformerEncoder, **options):

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from support.caches import close, normal, same, state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_attn.nn import (
@@ -21,25 +22,6 @@ CAPACITIES = pytest.mark.parametrize("capacity", [None, 12], ids=["growing", "st
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-def normal(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-def state(cache):
-    """All that a cache holds, down to the values."""
-    return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(cache).items()}
-
-
-def same(before, after):
-    return before.keys() == after.keys() and all(
-        torch.equal(x, after[name]) if isinstance(x, torch.Tensor) and isinstance(after[name], torch.Tensor)
-        else x == after[name] for name, x in before.items())
 
 
 # --- append ---
