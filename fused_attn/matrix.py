@@ -28,22 +28,22 @@ ATTENTION = ("forward", "shares", "combine", "delta", "dq", "dkv", "dk", "dv", "
 
 
 class Job(NamedTuple):
-    """What one process compiles: a target's kernels for some head dims."""
+    """What one process compiles: a target's kernels for some types and head dims."""
 
     target: str
-    dtype: str
+    dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]
     causal: bool
     feature: str = "plain"
     rung: str = "pointers"
 
     def __str__(self) -> str:
-        return (f"{self.target} {self.dtype} D{self.head_dims} causal={self.causal} {self.feature}"
+        return (f"{self.target} {' '.join(self.dtypes)} D{self.head_dims} causal={self.causal} {self.feature}"
                 + f" {self.rung}" * (self.rung != "pointers"))
 
     def arguments(self) -> list[str]:
         """Of ``fused-attn compile``."""
-        return ["--target", self.target, "--dtype", self.dtype, "--feature", self.feature, "--rung", self.rung,
+        return ["--target", self.target, "--dtype", *self.dtypes, "--feature", self.feature, "--rung", self.rung,
                 "--head-dim", *map(str, self.head_dims), *["--causal"] * self.causal]
 
 
@@ -122,45 +122,46 @@ def jobs() -> Iterator[Job]:
     Plain attention: halves everywhere, fp32 by TF32 on NVIDIA's two. Every feature: in every type on every target at head dim
     64, causal; in bf16 at 128 as well on sm_80, sm_90 and gfx942. The other rungs of sm_90 with what they take.
     """
-    for causal, dtype, target in product((False, True), ("bf16", "fp16"), offline.TARGETS):
-        yield Job(target, dtype, (32, 64, 128, 256), causal, "plain")
-    for dtype, target in product(("fp32", "fp64"), offline.TARGETS):
-        yield Job(target, dtype, (64,), True, "plain")
-    for dtype, target in product(("tf32", "tf32x3"), ("sm_80", "sm_90")):
-        yield Job(target, dtype, (64,), True, "plain")
-    for feature, target, dtype in product(offline.FEATURES[1:], offline.TARGETS, ("bf16", "fp16", "fp32", "fp64")):
-        if feature not in ("decode", "fused") and (feature, dtype) != ("bias bf16", "bf16"):
-            wide = dtype == "bf16" and target in ("sm_80", "sm_90", "gfx942")
-            yield Job(target, dtype, (64, 128) if wide else (64,), True, feature)
+    halves, exact, wide = ("bf16", "fp16"), ("fp32", "fp64"), (64, 128, 256)
+    for causal, target in product((False, True), offline.TARGETS):
+        yield Job(target, halves, (32, *wide), causal)
     for target in offline.TARGETS:
-        yield Job(target, "bf16", (64, 128, 256), True, "decode")
-    for target in offline.TARGETS[:-1]:  # all but RDNA
-        yield Job(target, "bf16", (64, 128, 256), True, "fused")
+        yield Job(target, exact, (64,), True)
     for target in ("sm_80", "sm_90"):
-        yield Job(target, "bf16", (192, 576), True, "plain")
+        yield Job(target, ("tf32", "tf32x3"), (64,), True)
+    for feature, target in product(offline.FEATURES[1:], offline.TARGETS):
+        if feature in ("decode", "fused"):
+            if (feature, target) != ("fused", "gfx1100"):
+                yield Job(target, ("bf16",), wide, True, feature)
+            continue
+        yield Job(target, ("fp16", *exact) if feature == "bias bf16" else halves + exact, (64,), True, feature)
+        if target in ("sm_80", "sm_90", "gfx942") and feature != "bias bf16":
+            yield Job(target, ("bf16",), (128,), True, feature)
+    for target in ("sm_80", "sm_90"):
+        yield Job(target, ("bf16",), (192, 576), True)
     for target in ("sm_86", "sm_120"):  # whose shared memory is the smallest of NVIDIA's
-        yield Job(target, "bf16", (64, 128, 256), True, "bias fp32, mask")
+        yield Job(target, ("bf16",), (128, 256), True, "bias fp32, mask")
     yield from rungs()
     for rung, feature in product(RUNGS[1:], ("softcap", "sinks", "packed")):
         if (rung, feature) != ("specialized", "packed"):
-            yield Job("sm_90", "bf16", (64, 128, 256), True, feature, rung)
+            yield Job("sm_90", ("bf16",), (64, 128, 256), True, feature, rung)
 
 
 def rungs() -> Iterator[Job]:
     """Plain attention on the other rungs of sm_90."""
     for rung, causal in product(RUNGS[1:], (False, True)):
-        yield Job("sm_90", "bf16", (64, 128, 256), causal, "plain", rung)
+        yield Job("sm_90", ("bf16",), (64, 128, 256), causal, "plain", rung)
 
 
 def profiled() -> Iterator[Job]:
     """Of the static profile: plain attention, decoding, the fused backward and the rungs of sm_90 in bf16 on four targets."""
     targets, wide = ("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128, 256)
     for target, causal in product(targets, (False, True)):
-        yield Job(target, "bf16", wide, causal, "plain")
+        yield Job(target, ("bf16",), wide, causal)
     for target in targets:
-        yield Job(target, "bf16", wide, False, "decode")
+        yield Job(target, ("bf16",), wide, False, "decode")
     for target, causal in product(targets, (False, True)):
-        yield Job(target, "bf16", wide, causal, "fused")
+        yield Job(target, ("bf16",), wide, causal, "fused")
     yield from rungs()
 
 

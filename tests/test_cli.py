@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,7 @@ def test_a_kernel_that_does_not_compile_is_one_line_and_the_others_go_on(monkeyp
 
 def test_ctrl_c_stops_the_matrix_and_its_processes(monkeypatch, capsys, tmp_path, request):
     """Jobs that would last ten minutes: two are through when Ctrl-C comes to this process alone, and no other one survives."""
-    jobs = [matrix.Job("sm_80", "bf16", (64,), False, feature) for feature in ("plain", "bias", *["mask"] * 20)]
+    jobs = [matrix.Job("sm_80", ("bf16",), (64,), False, feature) for feature in ("plain", "bias", *["mask"] * 20)]
     started, popen = [], subprocess.Popen
     row = json.dumps(REPORT.row())
 
@@ -294,8 +295,16 @@ def test_every_known_target_is_one_that_calls_take():
     assert all(int(name[3:]) >= 80 for name in KNOWN_TARGETS if name.startswith("sm_"))
     assert set(matrix.offline.TARGETS) <= set(KNOWN_TARGETS)
     for job in (*matrix.jobs(), *matrix.profiled()):
-        for head_dim in job.head_dims:
-            assert matrix.offline.refusal(job.target, head_dim, job.dtype, job.feature, job.rung) is None
+        for dtype, head_dim in product(job.dtypes, job.head_dims):
+            assert matrix.offline.refusal(job.target, head_dim, dtype, job.feature, job.rung) is None
+
+
+def test_the_matrix_has_every_feature_in_every_type_on_every_target():
+    """Decoding and the fused backward are of halves; a bf16 bias in bf16 is a bias of its own type."""
+    held = {(job.target, job.feature, dtype) for job in matrix.jobs() for dtype in job.dtypes if job.rung == "pointers"}
+    every = set(product(matrix.offline.TARGETS, matrix.offline.FEATURES, ("bf16", "fp16", "fp32", "fp64")))
+    missing = every - held
+    assert all(feature in ("decode", "fused") or (feature, dtype) == ("bias bf16", "bf16") for _, feature, dtype in missing)
 
 
 def test_options_of_cases_reach_the_defaults(capsys):
