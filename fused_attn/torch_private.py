@@ -3,6 +3,7 @@
 What stands in is public and slower, or takes the careful answer: that a transform, mode or profiler is there.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -53,6 +54,12 @@ def forward_mode() -> bool:
 def is_batched(x: torch.Tensor) -> bool:
     """Whether ``is_grads_batched`` made x of many."""
     return _dispatch_keys is not None and bool(_dispatch_keys(x).has("Batched"))
+
+
+def is_fake(x: Any) -> bool:
+    """Whether x is a tracer's stand-in for a tensor, as FakeTensorMode and torch.export make them: it has no values."""
+    traced = sys.modules.get("torch._subclasses.fake_tensor")  # who has one has imported it
+    return traced is not None and isinstance(x, traced.FakeTensor)
 
 
 def longest(jagged: Any) -> int:

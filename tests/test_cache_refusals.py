@@ -188,7 +188,7 @@ def test_a_cache_truncated_to_nothing_is_even_again():
 def test_reorder_refuses(which, index, error, text):
     own, memory = KVCache(12), MemoryCache()
     own.append(K, V)
-    memory.get(2, 4, lambda: (K, V))
+    memory.get(2, 4, K, lambda: (K, V))
     before = state(own), state(memory)
     with pytest.raises(error, match=f"^index: {text}"):
         {"own": own, "memory": memory, "both": DecoderCache(own, memory)}[which].reorder(index)
@@ -218,3 +218,33 @@ def test_reordering_runs_out_of_memory(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         cache.reorder(torch.tensor([1, 0]))
     assert same(before, state(cache))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_counts_of_any_integer_type(dtype):
+    """More tokens than the type has numbers."""
+    k, v = normal(2, 1, 300, 4), normal(2, 1, 300, 4)
+    for cache in (KVCache(), KVCache(400)):
+        cache.append(k, v, torch.tensor([100, 90], dtype=dtype))
+        assert cache.lengths.tolist() == [100, 90]
+        cache.truncate(torch.tensor([70, 100], dtype=dtype))
+        assert cache.lengths.tolist() == [70, 90]
+        cache.reorder(torch.tensor([1, 0], dtype=dtype))
+        assert cache.lengths.tolist() == [90, 70]
+
+
+def test_queries_are_those_of_the_tokens_appended():
+    cache = KVCache()
+    cache.append(normal(2, 1, 3, 4), normal(2, 1, 3, 4), torch.tensor([3, 1]))
+    cache.attend(normal(2, 1, 3, 4))
+    for n in (1, 2, 8):
+        with pytest.raises(ValueError, match=f"q: expected the queries of the 3 tokens that were appended last; got {n}"):
+            cache.attend(normal(2, 1, n, 4))
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True, None])
+def test_positions_are_of_a_number_of_tokens(count):
+    cache = KVCache()
+    cache.append(normal(2, 1, 3, 4), normal(2, 1, 3, 4), torch.tensor([3, 1]))
+    with pytest.raises(ValueError, match="count: expected a non-negative int; got"):
+        cache.positions(count)

@@ -1,7 +1,9 @@
 """A step that fails is taken back, so that the next try is right; a cache is one layer's."""
 
 
+import contextlib
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -82,7 +84,7 @@ def test_a_failed_step_is_taken_back(place, cls, ragged, capacity):
             model(part, *[torch.full_like(x, 7.0) for x in memory], cache=cache, **given)
         hook.remove()
         for one, was in zip(own, before, strict=True):  # what lies behind the lengths does not count
-            assert all(was[key] == vars(one)[key] for key in ("length", "even", "_owner", "_held", "_replays"))
+            assert all(was[key] == vars(one)[key] for key in ("length", "even", "_owner", "_open", "_replays"))
             assert (one.lengths is None and was["lengths"] is None) or torch.equal(one.lengths, was["lengths"])
         return model(part, *memory, cache=cache, **given)
 
@@ -234,3 +236,141 @@ def test_a_cache_of_another_kind(case):
             "of another kind": lambda: encoder.self_attn(x, x, x, cache={})}[case]
     with pytest.raises(TypeError, match=r"^cache: expected a .*; got"):
         call()
+
+
+CHANGES = {
+    "append": lambda c: c.append(*rows(2, sequences(c))),
+    "some of it": lambda c: c.append(*rows(2, sequences(c)), torch.arange(sequences(c)) % 3),
+    "grow": lambda c: c.append(*rows(70, sequences(c))),
+    "truncate": lambda c: c.truncate(min(1, c.length)),
+    "truncate each": lambda c: c.truncate(torch.arange(sequences(c)).clamp(max=c.length)),
+    "clear": lambda c: c.clear(),
+    "reorder": lambda c: c.reorder(torch.arange(sequences(c)).flip(0)),
+    "reorder into more": lambda c: c.reorder(torch.arange(2 * sequences(c)) // 2),
+}
+
+
+def sequences(cache):
+    return 2 if cache.lengths is None else len(cache.lengths)
+
+
+def rows(n, batch=2):
+    return normal(batch, 2, n, 8), normal(batch, 2, n, 6)
+
+
+def contents(cache):
+    lengths = [] if cache.lengths is None else cache.lengths.tolist()
+    return [(cache.k[b, :n].clone(), cache.v[b, :n].clone()) for b, n in enumerate(lengths)], cache.length, cache.even
+
+
+def same_contents(found, expected):
+    assert found[1:] == expected[1:]
+    assert len(found[0]) == len(expected[0])
+    assert all(torch.equal(x, y) for pair, other in zip(found[0], expected[0], strict=True)
+               for x, y in zip(pair, other, strict=True))
+
+
+@pytest.mark.parametrize("capacity", [None, 150], ids=["growing", "static"])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("replays", [False, True])
+@pytest.mark.parametrize("first", CHANGES)
+def test_everything_is_taken_back(first, replays, ragged, capacity):
+    """Two changes, of which the second writes over what the first one forgot."""
+    for second in CHANGES:
+        cache = KVCache(capacity)
+        cache._replays, cache.even = (True, False) if replays else (None, True)  # as a device's static cache steps
+        cache.append(*rows(4), torch.tensor([4, 2]) if ragged else None)
+        before = contents(cache)
+        with contextlib.suppress(Failure), all_or_nothing(cache):
+            CHANGES[first](cache)
+            if cache.lengths is not None or second not in ("truncate each", "reorder", "reorder into more"):
+                CHANGES[second](cache)
+            raise Failure
+        same_contents(contents(cache), before)
+        cache.append(*rows(2))
+        assert not cache._open
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_overlapping_tries_are_told_apart(order):
+    """Three, entered one after the other: each takes back what came after its own beginning, in whatever order they end."""
+    for failed in range(3):
+        cache, tries, before = KVCache(), [], []
+        for _ in range(3):
+            tries.append(all_or_nothing(cache))
+            before.append(contents(cache))
+            tries[-1].__enter__()
+            cache.append(*rows(2))
+        after = contents(cache)
+        for i in order[: order.index(failed)]:
+            tries[i].__exit__(None, None, None)
+        tries[failed].__exit__(Failure, None, None)
+        same_contents(contents(cache), before[failed])
+        assert after[1] == 6
+
+
+def test_a_try_may_be_entered_twice_and_a_cache_copied_within():
+    cache = KVCache()
+    cache.append(*rows(2))
+    again = all_or_nothing(cache)
+    with contextlib.suppress(Failure), again:
+        cache.append(*rows(1))
+        with contextlib.suppress(Failure), again:
+            cache.append(*rows(1))
+            copied = copy.deepcopy(cache)
+            raise Failure
+        assert cache.length == 3
+        raise Failure
+    assert (cache.length, cache._open, copied._open) == (2, [], [])
+    with contextlib.suppress(Failure), all_or_nothing(copied):
+        copied.append(*rows(1))
+        raise Failure
+    assert copied.length == 4
+
+
+def test_a_shallow_copy_shares_no_memory():
+    cache = KVCache(8)
+    cache.append(*rows(2))
+    other = copy.copy(cache)
+    other.append(*rows(3))
+    assert (cache.length, cache.lengths.tolist(), other.lengths.tolist()) == (2, [2, 2], [5, 5])
+    assert not cache.k[:, 2:].any()
+
+
+BAD_MASKS = {"attn_mask": torch.zeros(3, 3, dtype=torch.bool), "key_padding_mask": torch.zeros(2, 9, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("bad", BAD_MASKS)
+def test_a_refused_call_leaves_no_memory(bad):
+    module = MultiheadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64).eval()
+    q, first, second = normal(2, 1, EMBED), normal(2, 5, EMBED), normal(2, 5, EMBED)
+    cache = MemoryCache()
+    with pytest.raises((RuntimeError, AssertionError)):
+        module(q, first, first, need_weights=False, cache=cache, **{bad: BAD_MASKS[bad]})
+    close(module(q, second, second, need_weights=False, cache=cache)[0], module(q, second, second, need_weights=False)[0])
+
+
+def test_a_layer_at_the_address_of_another_one_is_another_one():
+    cache, x = KVCache(), normal(1, 3, EMBED)
+
+    def called():
+        module = MultiheadAttention(EMBED, HEADS, batch_first=True, causal=True, dtype=torch.float64).eval()
+        module(x, x, x, need_weights=False, cache=cache)
+
+    called()
+    for _ in range(20):
+        with pytest.raises(ValueError, match="another layer's"):
+            called()
+
+
+@pytest.mark.parametrize("cls", [TransformerEncoder, TransformerDecoder])
+def test_a_stack_takes_a_cache_for_each_layer(cls):
+    model, x = made(cls), normal(2, 3, EMBED)
+    memory = () if cls is TransformerEncoder else (normal(2, 4, EMBED),)
+    good = model.new_cache()
+    other = made(TransformerEncoder if memory else TransformerDecoder).new_cache()
+    for bad in ([good[0], None, good[2]], KVCache(), DecoderCache(KVCache(), MemoryCache()), iter(good), {0: good[0]},
+                ["a", "b", "c"], other):
+        with pytest.raises(TypeError, match=r"^cache: expected a "):
+            model(x, *memory, cache=bad)
+    close(model(x, *memory, cache=good), model(x, *memory))

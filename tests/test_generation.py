@@ -269,11 +269,18 @@ def test_any_callable_with_any_cache():
     (torch.zeros(2, 0, dtype=torch.int64), {}, ValueError, r"prompt: expected tokens .*; got shape \(2, 0\)"),
     (torch.zeros(2, 3, dtype=torch.int64), {"lengths": torch.ones(3, dtype=torch.int64)}, ValueError,
      r"lengths: expected shape \(2,\); got \(3,\)"),
+    (torch.zeros(2, 3, dtype=torch.int64), {"lengths": [1, 2]}, TypeError,
+     r"lengths: expected int32 or int64 \[2\]; got \[1, 2\]"),
+    (torch.zeros(2, 3, dtype=torch.int64), {"lengths": torch.ones(2)}, TypeError, "lengths: expected .*; got torch.float32"),
     (torch.zeros(2, 3, dtype=torch.int64), {"cache": None}, TypeError, r"cache: expected one.* no new_cache\(\)"),
-], ids=["1-D prompt", "empty prompt", "lengths", "no cache"])
+    ([[1, 2]], {}, ValueError, r"prompt: expected tokens .*; got \[\[1, 2\]\]"),
+    (torch.zeros(2, 3, dtype=torch.int64), {"eos": 2.5}, TypeError, "eos: expected an int or None; got 2.5"),
+    *[(torch.zeros(2, 3, dtype=torch.int64), {"max_new_tokens": bad}, ValueError, f"max_new_tokens: expected .*; got {bad}")
+      for bad in (-1, True, 2.5)],
+])
 def test_a_stream_tells_what_is_wrong_at_once(prompt, arguments, error, text):
     with pytest.raises(error, match=text):
-        stream(lambda *_, **__: None, prompt, 3, **{"cache": [], **arguments})
+        stream(lambda *_, **__: None, prompt, **{"max_new_tokens": 3, "cache": [], **arguments})
 
 
 def test_what_sample_refuses_is_refused_while_generating():

@@ -1,6 +1,7 @@
 """Modules about positions under whatever runs, traces, fakes or moves them: right there, and right afterwards."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_attn import attention, settings
 from fused_attn.nn import (
+    KVCache,
     LearnedPositions,
     MultiheadAttention,
     RotaryEmbedding,
@@ -311,6 +313,19 @@ def test_a_model_of_its_own_shares_them_by_hand(monkeypatch):
     calls = counted(monkeypatch)
     assert torch.equal(module(x, x, x, need_weights=False, position_embeddings=once)[0], expected)
     assert not calls
-    other = MultiheadAttention(EMBED, HEADS, alibi=True).position_embeddings(x)
-    with pytest.raises(ValueError, match="position_embeddings: expected those of a module with rope"):
-        module(x, x, x, need_weights=False, position_embeddings=other)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_embeddings_of_another_kind_are_refused(cached):
+    """In both ways: what a module lacks, and what it does not ask for."""
+    def made(**options):
+        return MultiheadAttention(EMBED, HEADS, batch_first=True, causal=True, **options).eval()
+
+    x = drawn()
+    modules = [made(), made(alibi=True), made(rope=RotaryEmbedding(8)), made(rope=RotaryEmbedding(4)),
+               made(rope=RotaryEmbedding(8, base=500.0)), made(rope=RotaryEmbedding(8), alibi=True)]
+    for module, other in itertools.product(modules, modules):
+        given = other.position_embeddings(x)
+        if given is not None and module is not other:
+            with pytest.raises(ValueError, match="position_embeddings: expected those of a module with this one's rope"):
+                module(x, x, x, need_weights=False, position_embeddings=given, cache=KVCache() if cached else None)

@@ -211,3 +211,18 @@ def test_strided_nested_tensors_are_their_sequences_alone():
     assert out.layout == torch.strided
     for one, part in zip(out.unbind(), parts, strict=True):
         torch.testing.assert_close(one, module(part, part, part, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("bad", [{"num_kv_heads": 3}, {"num_kv_heads": True}, {"rope": RotaryEmbedding(16)}, {"rope": 3},
+                                 {"window": 4}, {"softcap": -1.0}, {"causal": 1}, {"colour": 3}], ids=str)
+def test_a_module_is_adopted_whole_or_not_at_all(bad):
+    module = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    before, hooks = {name: x.clone() for name, x in module.state_dict().items()}, len(module._forward_pre_hooks)
+    with pytest.raises((TypeError, ValueError)):
+        MultiheadAttention.adopt(module, **{"causal": True, "sinks": True, "num_kv_heads": 1, **bad})
+    assert type(module) is torch.nn.MultiheadAttention
+    assert len(module._forward_pre_hooks) == hooks
+    after = module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not vars(module).keys() - vars(torch.nn.MultiheadAttention(16, 2)).keys()

@@ -131,6 +131,40 @@ def test_a_first_position_may_be_a_tensor(make, first):
     assert torch.equal(module(x, first), module(x, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("make", [lambda: SinusoidalPositions(4), lambda: LearnedPositions(300, 4),
+                                  lambda: LearnedPositions(3, 4), lambda: RotaryEmbedding(4)],
+                         ids=["sinusoids", "learned", "few", "rotary"])
+def test_positions_of_any_integer_type(make, dtype):
+    module, x = make(), normal(2, 3, 4)
+    call, x = (module.turn, x[:, None]) if isinstance(module, RotaryEmbedding) else (module, x)
+    for positions in (torch.tensor([2, 2, 2]), torch.tensor([0, 2, 1]), torch.tensor([[0, 1, 2], [2, 1, 0]])):
+        assert torch.equal(call(x, positions.to(dtype)), call(x, positions))
+
+
+@pytest.mark.parametrize("make", [lambda: SinusoidalPositions(4), lambda: LearnedPositions(9, 4)], ids=["sinusoids", "learned"])
+def test_positions_go_to_tokens_of_their_own_sequence(make):
+    """In tensors of more dimensions too, where as many heads as sequences might take them for theirs."""
+    module, x = make().double(), normal(2, 2, 3, 4)
+    positions = torch.tensor([[0, 1, 2], [5, 6, 7]])
+    expected = torch.stack([module(x[:, h], positions) for h in range(2)], 1)
+    assert torch.equal(module(x, positions), expected)
+    for bad in (torch.zeros(2, 3, 1), torch.zeros(2, 3, 8), torch.zeros(4), None):
+        with pytest.raises(ValueError, match=r"^x: expected \[..., length, 4\]; got "):
+            module(bad)
+
+
+@pytest.mark.parametrize(("error", "make"), [
+    ("frequencies: expected real numbers of shape .2,.; got torch.complex64",
+     lambda: RotaryEmbedding(4, frequencies=torch.ones(2) * 1j)),
+    ("frequencies: expected finite", lambda: RotaryEmbedding(4, frequencies=torch.tensor([1.0, math.nan]))),
+    ("positions: expected an int below 2..53", lambda: RotaryEmbedding(4).turn(normal(1, 1, 3, 4), 10**30)),
+    ("positions: expected an int below 2..53", lambda: SinusoidalPositions(4)(normal(1, 3, 4), -2**53))])
+def test_angles_are_of_numbers(error, make):
+    with pytest.raises(ValueError, match=f"^{error}"):
+        make()
+
+
 # --- rotations ---
 
 
@@ -216,7 +250,7 @@ def test_frequencies_may_be_given():
     for bad in (0, -1.0, math.nan, math.inf, "10"):
         with pytest.raises(ValueError, match="base: expected a positive finite number"):
             RotaryEmbedding(4, base=bad)
-    with pytest.raises(ValueError, match=r"frequencies: expected shape \(2,\); got \(4,\)"):
+    with pytest.raises(ValueError, match=r"frequencies: expected real numbers of shape \(2,\); got .* of shape \(4,\)"):
         RotaryEmbedding(4, frequencies=torch.ones(4))
     for bad in (0, 5):
         with pytest.raises(ValueError, match=f"dim: expected a positive even int; got {bad}"):

@@ -1,7 +1,7 @@
 """Drop-in transformer layers: torch's names, signatures, weights and state dicts, on fused attention."""
 
 from fused_attn.nn.attention import MultiheadAttention
-from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache, all_or_nothing
+from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache
 from fused_attn.nn.generation import generate, sample, stream
 from fused_attn.nn.positions import (
     LearnedPositions,
@@ -11,6 +11,7 @@ from fused_attn.nn.positions import (
     T5RelativeBias,
     alibi_slopes,
 )
+from fused_attn.nn.restorable import all_or_nothing
 from fused_attn.nn.transformer import (
     Transformer,
     TransformerDecoder,

@@ -6,22 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_attn import describe, inspection, torch_private
+from fused_attn import inspection, torch_private
 from fused_attn.functional import attention
-from fused_attn.nn.cache import KVCache, MemoryCache, all_or_nothing
+from fused_attn.nn.cache import KVCache, MemoryCache
 from fused_attn.nn.jagged import attend_jagged, jagged_positions
 from fused_attn.nn.masks import causal_bias, check_new_padding, mask_arguments
+from fused_attn.nn.options import Options, check_options
 from fused_attn.nn.positions import PositionEmbeddings, RotaryEmbedding, alibi_slopes
+from fused_attn.nn.restorable import all_or_nothing
 from fused_attn.rotary import apply_rotary
-
-
-class Options(NamedTuple):
-    """What a ``MultiheadAttention`` does beyond torch's."""
-
-    causal: bool = False
-    window: tuple[int | None, int | None] | None = None
-    softcap: float | None = None
-    alibi: bool = False
 
 
 class Heads(NamedTuple):
@@ -76,34 +69,31 @@ class MultiheadAttention(nn.MultiheadAttention):
                 window: tuple[int | None, int | None] | None = None, softcap: float | None = None, alibi: bool = False,
                 sinks: bool = False, rope: RotaryEmbedding | None = None) -> None:
         """Gives torch's module what is beyond torch; of its weights only those whose shape changes are drawn anew."""
-        describe.describe_scores(self.head_dim, causal, window, None, softcap)  # which checks them
-        self.options = Options(causal, window, softcap, alibi)
-        if rope is not None and not isinstance(rope, RotaryEmbedding):
-            raise TypeError(f"rope: expected a RotaryEmbedding or None; got {rope!r}")
-        appended = self.bias_k is not None or self.add_zero_attn
-        if appended and (causal or window is not None or alibi or rope is not None):
-            raise ValueError("add_bias_kv, add_zero_attn: expected neither with causal, window, alibi or rope, since the keys "
-                             "they append have no position")
+        options = Options(causal, window, softcap, alibi)
+        check_options(self, num_kv_heads, options, rope)
+        if options != Options():
+            self.options = options
         if num_kv_heads is not None and num_kv_heads != self.num_heads:
             self._group(num_kv_heads)
         if sinks:
             self.sinks = nn.Parameter(torch.zeros_like(self.out_proj.weight[0, : self.num_heads]))
         if rope is not None:
-            if rope.dim > self.head_dim:
-                raise ValueError(f"rope: expected at most {self.head_dim} columns, the head dim; got {rope.dim}")
             self.rope = rope
 
     @classmethod
     def adopt(cls, module: nn.MultiheadAttention, **options: Any) -> "MultiheadAttention":
         """torch's module itself as one of this class: its weights, hooks, device, mode and place in a model stay.
 
-        ``options`` are those of the constructor beyond torch's.
+        ``options`` are those of the constructor beyond torch's. Where one does not fit, nothing has changed.
         """
         module.__class__ = cls
         assert isinstance(module, MultiheadAttention)
         module.__dict__["_adopted"] = module.register_forward_pre_hook(stay_in_python).id
-        if options:
+        try:
             module._extend(**options)
+        except BaseException:
+            module.release()
+            raise
         return module
 
     def release(self) -> nn.MultiheadAttention:
@@ -116,9 +106,6 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _group(self, num_kv_heads: int) -> None:
         """Smaller projections of keys and values, drawn anew."""
-        whole = isinstance(num_kv_heads, int) and not isinstance(num_kv_heads, bool)
-        if not whole or num_kv_heads < 1 or self.num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads {self.num_heads}; got {num_kv_heads!r}")
         self._num_kv_heads = num_kv_heads
         own, shared = self.embed_dim, num_kv_heads * self.head_dim
 
@@ -166,7 +153,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         rope: RotaryEmbedding | None = getattr(self, "rope", None)
         if rope is None and not self.options.alibi:
             return None
-        return PositionEmbeddings(None if rope is None else rope.angles(x, positions), self.alibi_slopes(x.device))
+        return PositionEmbeddings(None if rope is None else rope.angles(x, positions), self.alibi_slopes(x.device),
+                                  self.position_kind)
+
+    def _own(self, given: PositionEmbeddings) -> PositionEmbeddings:
+        """What the caller gave, if it is of a module with the options of this one."""
+        if not isinstance(given, PositionEmbeddings) or given.kind != self.position_kind:
+            raise ValueError("position_embeddings: expected those of a module with this one's rope and alibi, of (rotation, "
+                             f"heads with slopes) {self.position_kind}; got {getattr(given, 'kind', given)}")
+        return given
 
     @property
     def position_kind(self) -> tuple[Any, ...]:
@@ -219,8 +214,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 result = self._cached(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache,
                                       position_embeddings)
             return result, None
-        q, k, v, arguments = self.heads(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache,
-                                        position_embeddings)
+        with all_or_nothing(cache):
+            q, k, v, arguments = self.heads(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache,
+                                            position_embeddings)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -259,7 +255,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             (q,) = self._project(query, None, None)
             sizes = key.shape[:2] if batch_first else key.shape[1::-1]
             cache.claim(self)
-            k, v = cache.get(sizes[0], sizes[1] + (self.bias_k is not None) + bool(self.add_zero_attn), project)
+            k, v = cache.get(sizes[0], sizes[1] + (self.bias_k is not None) + bool(self.add_zero_attn), q, project)
         else:
             q, k, v = self._project(query, key, value)
             k, v = self._keys(k, v, batch_first)
@@ -278,9 +274,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             arguments["causal"] = True
         if rope is not None and q.shape[2] != k.shape[2]:  # the last query stands at the last key
             q, k = rope.turn(q, k.shape[2] - q.shape[2]), rope.turn(k)
-            position_embeddings = PositionEmbeddings(None, self.alibi_slopes(q.device))
+            position_embeddings = PositionEmbeddings(None, self.alibi_slopes(q.device), self.position_kind)
         else:
-            position_embeddings = self._embeddings(q) if position_embeddings is None else position_embeddings
+            position_embeddings = self._embeddings(q) if position_embeddings is None else self._own(position_embeddings)
             q, k = self._turned(q, k, position_embeddings)
         return Heads(q, k, v, {**arguments, **self._variant(position_embeddings)})
 
@@ -289,8 +285,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         rope: RotaryEmbedding | None = getattr(self, "rope", None)
         if rope is None:
             return q, k
-        if given is None or given.rotation is None:
-            raise ValueError("position_embeddings: expected those of a module with rope, as this one; got none of a rotation")
+        assert given is not None
+        assert given.rotation is not None
         cos, sin = given.rotation
         return (apply_rotary(q, cos, sin, interleaved=rope.interleaved),
                 apply_rotary(k, cos, sin, interleaved=rope.interleaved))
@@ -375,6 +371,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         cache.claim(self)
         if position_embeddings is None:
             position_embeddings = self._embeddings(q, cache.positions(q.shape[2], q.shape[0]))
+        else:
+            position_embeddings = self._own(position_embeddings)
         q, k = self._turned(q, k, position_embeddings)
         cache.append(k, v, None if key_padding_mask is None else (~key_padding_mask).sum(1))
         return self._merge(cache.attend(q, **self._variant(position_embeddings)), True)

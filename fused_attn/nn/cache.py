@@ -1,18 +1,20 @@
 """What a decoder remembers from token to token: the keys and values of what it has seen, and of what it listens to."""
 
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from fused_attn import torch_private
 from fused_attn.functional import attention, attention_varlen
 from fused_attn.nn.masks import readable
+from fused_attn.nn.restorable import Restorable, Snapshot
 
 _STEP = 64  # a growing cache starts with this many rows
 
 
-class KVCache:
+class KVCache(Restorable):
     """Keys and values of one self-attention layer, appended to call by call.
 
     Sequences of a batch may have different lengths: pad them on the right and name the padding, and the next tokens stand
@@ -30,37 +32,37 @@ class KVCache:
     """
 
     def __init__(self, capacity: int | None = None) -> None:
+        super().__init__()
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, numbers.Integral) or capacity < 1):
             raise ValueError(f"capacity: expected a positive int or None; got {capacity!r}")
         self.capacity = capacity
-        self.k: torch.Tensor | None = None  # [B, rows, Hkv, D]: one sequence after the other, as packed sequences lie
-        self.v: torch.Tensor | None = None  # [B, rows, Hkv, Dv]
+        self.k = self.v = None  # [B, rows, Hkv, D] and [.., Dv]: one sequence after the other, as packed sequences lie
         self.lengths: torch.Tensor | None = None
         # Whether steps go by what the device knows alone, so that a CUDA graph may replay them; decided by the first append.
         self._replays: bool | None = None
-        self._held = False  # by an ``all_or_nothing``
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything; memory of a given capacity stays where it is, for as many sequences of the same kind."""
-        if self.capacity is None:
+        if self.capacity is None or torch_private.is_fake(self.k):  # what a tracer left is no memory
             self.k = self.v = self.lengths = None
         elif self.lengths is not None:
+            self._about_to_write("k", "v", "lengths")
             self.lengths.zero_()
         self.length = 0
         self.even = not self._replays
-        self._counts: torch.Tensor | None = None  # new tokens of each sequence in the last append, None for all of them
-        self._owner: int | None = None  # the layer whose keys these are, by its id
+        self._new = 0  # tokens of the last append, of each sequence
+        self._counts: torch.Tensor | None = None  # how many of them count, None for all
+        self._owner = None
 
     def __repr__(self) -> str:
         rows = 0 if self.k is None else self.k.shape[1]
         return f"KVCache(length={self.length}, rows={rows}, capacity={self.capacity})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": None}  # a copy may go on beside a copy of the model
-
     def positions(self, count: int, batch: int | None = None) -> "torch.Tensor | int":
         """Where the next ``count`` tokens, of ``batch`` sequences, stand: the position of the first, or [B, count]."""
+        if isinstance(count, bool) or not isinstance(count, (numbers.Integral, torch.SymInt)) or count < 0:
+            raise ValueError(f"count: expected a non-negative int; got {count!r}")
         if self.even:
             return self.length
         assert self.lengths is not None
@@ -70,7 +72,7 @@ class KVCache:
 
     def claim(self, layer: Any) -> None:
         """Of the layer that is about to append: raises where the cache holds the keys of another one."""
-        self._owner = _owned(self._owner if self.length else None, layer)
+        self._claim(layer, empty=not self.length)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor | None = None) -> None:
         """Takes k [B, Hkv, N, D] and v [B, Hkv, N, Dv]; of sequence b the first ``counts[b]`` rows, int [B], or all.
@@ -82,7 +84,7 @@ class KVCache:
             RuntimeError: gradients are wanted.
             TypeError, ValueError: an argument that does not fit, by name; or a capacity that is full. Nothing has changed.
         """
-        self._check(k, v, counts)
+        counts = self._check(k, v, counts)
         batch, n = k.shape[0], k.shape[2]
         memory_k, memory_v, lengths = self._with_room_for(k, v)
         replays = self._replays
@@ -98,13 +100,16 @@ class KVCache:
             columns = lengths[:, None] + torch.arange(n, device=k.device)
             memory_k[rows, columns] = k.transpose(1, 2)  # what is written past a sequence's count its next tokens replace
             memory_v[rows, columns] = v.transpose(1, 2)
+        if not self.even:
+            self._about_to_write("lengths")
         lengths += n if counted is None else counted
         self.k, self.v, self.lengths, self._replays = memory_k, memory_v, lengths, replays
         self.even = self.even and counts is None and not replays
-        self._counts = counted
+        self._new, self._counts = n, counted
         self.length += n
 
-    def _check(self, k: Any, v: Any, counts: Any) -> None:
+    def _check(self, k: Any, v: Any, counts: Any) -> torch.Tensor | None:
+        """``counts`` as int64."""
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 raise TypeError(f"{name}: expected a float tensor; got {getattr(x, 'dtype', type(x).__name__)}")
@@ -118,6 +123,9 @@ class KVCache:
         if self.k is not None and self.v is not None:
             batch, _, heads, width_k = self.k.shape
             width_v, dtype, device = self.v.shape[3], self.k.dtype, self.k.device
+            if torch_private.is_fake(k) != torch_private.is_fake(self.k):
+                raise RuntimeError("KVCache: expected tensors of one kind, with values or a tracer's; what was filled under "
+                                   "FakeTensorMode or torch.export knows no values: clear() it, or trace with a new cache")
         for name, x, width in (("k", k, width_k), ("v", v, width_v)):
             if x.shape != (batch, heads, n, width) or x.dtype != dtype or x.device != device:
                 raise ValueError(f"{name}: expected shape {(batch, heads, n, width)}, {dtype} on {device}, as "
@@ -125,10 +133,9 @@ class KVCache:
                                  f"on {x.device}")
         if self.capacity is not None and self.length + n > self.capacity:
             raise ValueError(f"KVCache: expected at most {self.capacity} tokens, its capacity; got {self.length + n}")
-        if counts is not None:
-            _check_integers("counts", counts, (batch,), device)
-            if readable(counts) and bool(((counts < 0) | (counts > n)).any()):
-                raise ValueError(f"counts: expected 0 to {n}, the tokens that came; got {counts.tolist()}")
+        if counts is None:
+            return None
+        return _integers("counts", counts, (batch,), device, n, "the tokens that came")
 
     def _with_room_for(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(k, v, lengths): the memory as it is, or larger and with the same contents."""
@@ -151,7 +158,8 @@ class KVCache:
     def attend(self, q: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Causal attention of q [B, H, N, D], the queries of the tokens last appended, to everything in the cache.
 
-        ``arguments`` are those of ``fused_attn.attention``. Queries past their sequence's count give 0.
+        ``arguments`` are those of ``fused_attn.attention``; a bias or mask is of the ``length`` keys, or unless the cache is
+        ``even``, of all the rows of its memory. Queries past their sequence's count give 0.
         """
         if self.k is None or self.v is None or self.lengths is None:
             raise RuntimeError("KVCache: expected keys and values before queries; append() comes first")
@@ -162,6 +170,8 @@ class KVCache:
             out: torch.Tensor = attention(q, k, v, causal=True, **arguments)
             return out
         batch, n = q.shape[0], q.shape[2]
+        if self._counts is not None and n != self._new:
+            raise ValueError(f"q: expected the queries of the {self._new} tokens that were appended last; got {n}")
         rows = self.k.shape[1]
         starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
         packed: torch.Tensor = attention_varlen(
@@ -176,18 +186,15 @@ class KVCache:
         """
         if isinstance(length, torch.Tensor):
             shape = tuple(length.shape) if self.lengths is None else tuple(self.lengths.shape)
-            _check_integers("length", length, shape if length.dim() else (), length.device)
-            outside = readable(length) and bool(((length < 0) | (length > self.length)).any())
-        elif isinstance(length, numbers.Integral) and not isinstance(length, bool):
-            outside = not 0 <= length <= self.length
-        else:
+            length = _integers("length", length, shape if length.dim() else (), length.device, self.length)
+        elif not isinstance(length, numbers.Integral) or isinstance(length, bool):
             raise TypeError(f"length: expected an int, or an integer tensor [batch]; got {length!r}")
-        if outside:
-            raise ValueError(f"length: expected 0 to {self.length}; "
-                             f"got {length.tolist() if isinstance(length, torch.Tensor) else length}")
+        elif not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}; got {length}")
         self._counts = None
         if self.lengths is None:
             return
+        self._about_to_write("k", "v", "lengths")
         if isinstance(length, torch.Tensor):
             kept = length.clamp(0, self.length).to(self.lengths.device, torch.int32)
             self.lengths.copy_(torch.minimum(self.lengths, kept))
@@ -211,36 +218,27 @@ class KVCache:
 
     def _take(self, picked: tuple[torch.Tensor, ...]) -> None:
         if picked:
-            self.k, self.v, self.lengths, *counts = (
-                _kept_in_place(x, y) for x, y in zip((self.k, self.v, self.lengths, self._counts), picked, strict=False))
-            self._counts = counts[0] if counts else None
+            self._about_to_write("k", "v", "lengths")
+            self.k, self.v, self.lengths = (_kept_in_place(x, y) for x, y in zip((self.k, self.v, self.lengths), picked,
+                                                                                strict=False))
+            self._counts = None if self._counts is None else picked[3]
 
-    def _snapshot(self) -> Any:
-        lengths = None if self.lengths is None or self.even else self.lengths.clone()
-        return lengths, dict(self.__dict__)
-
-    def _restore(self, snapshot: Any) -> None:
-        lengths, state = snapshot
-        self.__dict__.update(state)
-        if lengths is not None and self.lengths is not None:
-            self.lengths.copy_(lengths)
-        elif self.lengths is not None:
+    def _close(self, snapshot: Snapshot, restore: bool) -> None:
+        super()._close(snapshot, restore)
+        if restore and self.even and self.lengths is not None:  # whose lengths are not copied
             self.lengths.fill_(self.length)
 
 
-def _owned(owner: int | None, layer: Any) -> int:
-    """The id of ``layer``, which may use what ``owner`` fills if that is nobody else."""
-    if owner not in (None, id(layer)):
-        raise ValueError("cache: expected one that is empty or that this layer filled; got another layer's: each layer takes "
-                         "a cache of its own")
-    return id(layer)
-
-
-def _check_integers(name: str, x: Any, shape: tuple[int, ...], device: torch.device) -> None:
+def _integers(name: str, x: Any, shape: tuple[int, ...], device: torch.device, most: int, what: str = "") -> torch.Tensor:
+    """x as int64, since ``most`` may be no number of its own type; on a CPU, where looking is free, from 0 to ``most``."""
     if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor; got {getattr(x, 'dtype', x)!r}")
     if x.shape != shape or x.device != device:
         raise ValueError(f"{name}: expected shape {shape} on {device}; got {tuple(x.shape)} on {x.device}")
+    x = x.long()
+    if readable(x) and bool(((x < 0) | (x > most)).any()):
+        raise ValueError(f"{name}: expected 0 to {most}{', ' * bool(what)}{what}; got {x.tolist()}")
+    return x
 
 
 def _rows(tensors: list[torch.Tensor], index: Any) -> tuple[torch.Tensor, ...]:
@@ -250,10 +248,9 @@ def _rows(tensors: list[torch.Tensor], index: Any) -> tuple[torch.Tensor, ...]:
     batch, device = tensors[0].shape[0], tensors[0].device
     if isinstance(index, torch.Tensor) and index.dim() != 1:
         raise ValueError(f"index: expected one dimension; got shape {tuple(index.shape)}")
-    _check_integers("index", index, tuple(getattr(index, "shape", ())), device)
-    if readable(index) and bool(((index < 0) | (index >= batch)).any()):
-        raise ValueError(f"index: expected 0 to {batch - 1}, of {batch} sequences; got {index.tolist()}")
-    return tuple(x.index_select(0, index.long()) for x in tensors)
+    index = _integers("index", index, tuple(getattr(index, "shape", ())), device, batch - 1, f"of {batch} sequences")
+    with torch.inference_mode(False):  # the cache may outlive the mode of this call
+        return tuple(x.index_select(0, index) for x in tensors)
 
 
 def _kept_in_place(x: torch.Tensor | None, picked: torch.Tensor) -> torch.Tensor:
@@ -261,36 +258,38 @@ def _kept_in_place(x: torch.Tensor | None, picked: torch.Tensor) -> torch.Tensor
     return x.copy_(picked) if x is not None and picked.shape == x.shape else picked
 
 
-class MemoryCache:
+class MemoryCache(Restorable):
     """Keys and values of one cross-attention layer: computed from the memory once, by the first call.
 
     For inference, of one memory: ``clear()`` before the next, which nothing but its shape would tell from the first.
     """
 
     def __init__(self) -> None:
-        self.k: torch.Tensor | None = None  # [B, Hkv, S, D]
-        self.v: torch.Tensor | None = None
-        self._owner: int | None = None
-        self._held = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": None}  # as in ``KVCache``
+        super().__init__()
+        self.k = self.v = None  # [B, Hkv, S, D] and [.., Dv]
 
     def claim(self, layer: Any) -> None:
         """As in ``KVCache``."""
-        self._owner = _owned(None if self.k is None else self._owner, layer)
+        self._claim(layer, empty=self.k is None)
 
-    def get(self, batch: int, length: int,
+    def get(self, batch: int, length: int, like: torch.Tensor,
             project: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of ``batch`` memories of a length, from ``project`` where there are none yet."""
+        """The keys and values of ``batch`` memories of a length, from ``project`` where there are none yet, in the type and on
+        the device of the queries, ``like``."""
         if self.k is None or self.v is None:
-            k, v = project()
+            wanted = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(wanted):  # the cache may outlive the mode of this call
+                k, v = project()
             if k.requires_grad or v.requires_grad:
                 raise RuntimeError("MemoryCache: expected tensors without gradients; generate under torch.no_grad()")
             self.k, self.v = k, v
         elif (self.k.shape[0], self.k.shape[2]) != (batch, length):
             raise ValueError(f"MemoryCache: expected the memory of the first call, batch {self.k.shape[0]} and length "
                              f"{self.k.shape[2]}; got {batch} and {length}: clear() it before the next memory")
+        elif (self.k.dtype, self.k.device, torch_private.is_fake(self.k)) != (
+                like.dtype, like.device, torch_private.is_fake(like)):
+            raise ValueError(f"MemoryCache: expected queries in {self.k.dtype} on {self.k.device}, with values or a tracer's "
+                             f"as its keys; got {like.dtype} on {like.device}: clear() it where the module has changed")
         return self.k, self.v
 
     def clear(self) -> None:
@@ -306,13 +305,8 @@ class MemoryCache:
 
     def _take(self, picked: tuple[torch.Tensor, ...]) -> None:
         if picked:
+            self._about_to_write("k", "v")
             self.k, self.v = (_kept_in_place(x, y) for x, y in zip((self.k, self.v), picked, strict=True))
-
-    def _snapshot(self) -> Any:
-        return dict(self.__dict__)
-
-    def _restore(self, snapshot: Any) -> None:
-        self.__dict__.update(snapshot)
 
 
 class DecoderCache(NamedTuple):
@@ -326,39 +320,3 @@ class DecoderCache(NamedTuple):
         own, memory = self.own._picked(index), self.memory._picked(index)
         self.own._take(own)
         self.memory._take(memory)
-
-
-def caches_in(cache: Any) -> Iterator[KVCache | MemoryCache]:
-    """The caches in a list, a tuple, or lists of them; what else a model remembers by is passed over."""
-    if isinstance(cache, (KVCache, MemoryCache)):
-        yield cache
-    elif isinstance(cache, (list, tuple)):
-        for one in cache:
-            yield from caches_in(one)
-
-
-class all_or_nothing:  # read as a statement
-    """Within it caches are filled as a whole or not at all: what raises leaves them as they were, for another try.
-
-        with nn.all_or_nothing(caches):
-            logits = model(tokens, caches)
-
-    The layers and containers here, ``generate`` and ``stream`` have it about their own steps; a model that stacks layers by
-    itself needs it, since a layer that succeeded does not hear of the next one's failure. ``cache`` is one, or a list of
-    them. ``reorder`` within it is not taken back.
-    """
-
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
-
-    def __enter__(self) -> None:
-        # Within another one this has nothing to do: what fails here fails there.
-        self._saved = [(one, one._snapshot()) for one in caches_in(self._cache) if not one._held]
-        for one, _ in self._saved:
-            one._held = True
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        for one, snapshot in self._saved:
-            one._held = False
-            if kind is not None:
-                one._restore(snapshot)  # in which nobody held it

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fused_attn.nn.cache import all_or_nothing
 from fused_attn.nn.masks import readable
+from fused_attn.nn.restorable import all_or_nothing
 
 Step = Callable[..., torch.Tensor]
 
@@ -81,8 +81,15 @@ def stream(model: Step, prompt: torch.Tensor, max_new_tokens: int, *, lengths: t
         eos: a token that ends a sequence, which repeats it from then on; generation stops where all have ended.
         temperature, top_k, top_p, generator: as in ``sample``.
     """
-    if prompt.dim() != 2 or 0 in prompt.shape:
-        raise ValueError(f"prompt: expected tokens [batch, at least 1]; got shape {tuple(prompt.shape)}")
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or 0 in prompt.shape:
+        raise ValueError("prompt: expected tokens [batch, at least 1]; got "
+                         + (f"shape {tuple(prompt.shape)}" if isinstance(prompt, torch.Tensor) else repr(prompt)))
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: expected a non-negative int; got {max_new_tokens!r}")
+    if eos is not None and (isinstance(eos, bool) or not isinstance(eos, numbers.Integral)):
+        raise TypeError(f"eos: expected an int or None; got {eos!r}")
+    if lengths is not None and (not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64)):
+        raise TypeError(f"lengths: expected int32 or int64 [{prompt.shape[0]}]; got {getattr(lengths, 'dtype', lengths)!r}")
     if lengths is not None and lengths.shape != prompt.shape[:1]:
         raise ValueError(f"lengths: expected shape ({prompt.shape[0]},); got {tuple(lengths.shape)}")
     if lengths is not None and readable(lengths) and not bool(((lengths > 0) & (lengths <= prompt.shape[1])).all()):

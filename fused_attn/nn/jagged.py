@@ -66,9 +66,10 @@ def attend_jagged(module: Any, query: torch.Tensor, key: torch.Tensor, value: to
     if rope is not None and query is not key:
         q, k = (rope.turn(x, jagged_positions(x[0, 0], *offsets))
                 for x, offsets in ((q, (offsets_q, offsets_k)), (k, (offsets_k,))))
-        position_embeddings = PositionEmbeddings(None, module.alibi_slopes(q.device))
+        position_embeddings = PositionEmbeddings(None, module.alibi_slopes(q.device), module.position_kind)
     else:
-        position_embeddings = module.position_embeddings(query) if position_embeddings is None else position_embeddings
+        position_embeddings = (module.position_embeddings(query) if position_embeddings is None
+                               else module._own(position_embeddings))
         q, k = module._turned(q, k, position_embeddings)
     q, k = (x[0].transpose(0, 1) for x in (q, k))
     out = attention_varlen(

@@ -29,32 +29,47 @@ class PositionEmbeddings:
     Attributes:
         rotation: (cos, sin), as ``RotaryEmbedding.angles`` gives them, or None.
         slopes: fp32 [H] of ALiBi, or None.
+        kind: ``MultiheadAttention.position_kind`` of the modules that they are for.
     """
 
-    def __init__(self, rotation: Rotation | None, slopes: torch.Tensor | None) -> None:
-        self.rotation, self.slopes = rotation, slopes
+    def __init__(self, rotation: Rotation | None, slopes: torch.Tensor | None, kind: tuple[Any, ...]) -> None:
+        self.rotation, self.slopes, self.kind = rotation, slopes, kind
 
 
-def _checked(positions: Any, x: torch.Tensor, dim: int) -> torch.Tensor | int:
-    """``positions`` of the N rows along ``dim`` of x: integers [N] or [B, N], or the position of the first, 0 by default."""
+def _checked(positions: Any, x: torch.Tensor) -> torch.Tensor | int:
+    """``positions`` of the N rows of x [..., N, d]: int64 [N] or [B, N], or the position of the first, 0 by default."""
     if positions is None:
         return 0
-    length = x.shape[dim]
+    length = x.shape[-2]
     if isinstance(positions, torch.Tensor):
         whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
         if whole and (positions.dim() == 0 or (positions.dim() == 1 and positions.shape[0] == length)):
-            return positions
+            return positions.long()
         if whole and positions.dim() == 2 and x.dim() > 2 and positions.shape[1] == length and positions.shape[0] in (
                 1, x.shape[0]):
-            return positions
+            return positions.long()
         came = f"{positions.dtype} of shape {tuple(positions.shape)}"
     elif isinstance(positions, (numbers.Integral, torch.SymInt)) and not isinstance(positions, bool):
+        if isinstance(positions, numbers.Integral) and abs(int(positions)) >= 2**53:  # more than fp64 angles tell apart
+            raise ValueError(f"positions: expected an int below 2**53; got {positions}")
         return positions  # type: ignore[return-value]
     else:
         came = repr(positions)
     batches = f" or [{x.shape[0]}, {length}]" if x.dim() > 2 else ""
     raise (ValueError if isinstance(positions, torch.Tensor) else TypeError)(
         f"positions: expected an int, or integers [{length}]{batches}; got {came}")
+
+
+def _plus(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """x [B, ..., N, d] or [N, d] plus vectors [N, d] or [B, N, d]."""
+    if vectors.dim() == 3 and x.dim() > 3:
+        vectors = vectors.unflatten(0, (-1, *(1,) * (x.dim() - 3)))
+    return x + vectors.to(x.dtype)
+
+
+def _check_width(x: torch.Tensor, width: int) -> None:
+    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[-1] != width:
+        raise ValueError(f"x: expected [..., length, {width}]; got {tuple(getattr(x, 'shape', ())) or x!r}")
 
 
 def _in_fp64(device: torch.device) -> torch.device:
@@ -98,9 +113,10 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
         """x [B, N, d] with its positions added: those of ``positions`` [N] or [B, N], or counted from that int on (0)."""
+        _check_width(x, self.embed_dim)
         frequencies = _geometric(10000.0, self.embed_dim, _in_fp64(x.device))
-        cos, sin = _angles(_checked(positions, x, -2), x.shape[-2], frequencies, x)
-        result: torch.Tensor = self.dropout(x + torch.stack((sin, cos), -1).flatten(-2).to(x.dtype))
+        cos, sin = _angles(_checked(positions, x), x.shape[-2], frequencies, x)
+        result: torch.Tensor = self.dropout(_plus(x, torch.stack((sin, cos), -1).flatten(-2)))
         return result
 
     def extra_repr(self) -> str:
@@ -128,7 +144,8 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
         """x [B, N, d] with its positions added, as in ``SinusoidalPositions``; from 0 to below ``max_length``."""
-        positions = _checked(positions, x, -2)
+        _check_width(x, self.weight.shape[1])
+        positions = _checked(positions, x)
         given = isinstance(positions, torch.Tensor)
         if not given and positions < 0:
             raise ValueError(f"positions: expected 0 or more; got {positions}")
@@ -141,8 +158,7 @@ class LearnedPositions(nn.Module):
             raise ValueError(f"positions: expected 0 to {self.max_length - 1}; got {positions.min()} to {positions.max()}")
         if given:  # negative ones would count from the end: beyond the table they are an error on every device, compiled or not
             positions = torch.where(positions < 0, self.max_length, positions)
-        result: torch.Tensor = x + self.weight[positions]
-        return result
+        return _plus(x, self.weight[positions])
 
     def extra_repr(self) -> str:
         return f"{self.max_length}, {self.weight.shape[1]}"
@@ -176,9 +192,12 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"base: expected a positive finite number; got {base!r}")
         if frequencies is not None and (not isinstance(frequencies, torch.Tensor) or frequencies.is_meta):
             raise TypeError(f"frequencies: expected a tensor with values, or None; got {frequencies!r}")
-        if frequencies is not None and frequencies.shape != (dim // 2,):
-            raise ValueError(f"frequencies: expected shape ({dim // 2},); got {tuple(frequencies.shape)}")
+        if frequencies is not None and (frequencies.is_complex() or frequencies.shape != (dim // 2,)):
+            raise ValueError(f"frequencies: expected real numbers of shape ({dim // 2},); got {frequencies.dtype} of shape "
+                             f"{tuple(frequencies.shape)}")
         self.frequencies: tuple[float, ...] | None = None if frequencies is None else tuple(frequencies.tolist())
+        if not all(math.isfinite(x) for x in self.frequencies or ()):
+            raise ValueError(f"frequencies: expected finite numbers; got {self.frequencies}")
         self._keep(torch.device("cpu"))
 
     def _keep(self, device: torch.device) -> None:
@@ -205,7 +224,7 @@ class RotaryEmbedding(nn.Module):
         """
         device = _in_fp64(x.device)
         frequencies = _geometric(self.base, self.dim, device) if self._given is None else self._given.to(device)
-        return _angles(_checked(positions, x, -2), x.shape[-2], frequencies, x)
+        return _angles(_checked(positions, x), x.shape[-2], frequencies, x)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor,
                 positions: torch.Tensor | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attn.nn.attention import MultiheadAttention
-from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache, all_or_nothing, caches_in
+from fused_attn.nn.cache import DecoderCache, KVCache, MemoryCache
 from fused_attn.nn.masks import readable
 from fused_attn.nn.positions import PositionEmbeddings
+from fused_attn.nn.restorable import all_or_nothing, caches_in
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
 _SELF_ONLY = ("causal", "window", "alibi", "rope")  # options that speak of positions: of no use between two sequences
@@ -195,7 +196,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 def _given(layers: Any, x: torch.Tensor, cache: Sequence[Any] | None) -> list[dict[str, Any]]:
     """What each layer is given beyond torch's arguments: nothing, so that layers of other code run too; its cache; and
     position embeddings, which layers of one kind share."""
-    caches = _checked(cache, len(layers))
+    caches = _checked(cache, layers)
     given: list[dict[str, Any]] = []
     made: dict[Any, PositionEmbeddings | None] = {}
     for layer, one in zip(layers, caches, strict=True):
@@ -217,12 +218,20 @@ def _takes_embeddings(layer: nn.Module) -> bool:
     return own and isinstance(layer.self_attn, MultiheadAttention)
 
 
-def _checked(cache: Sequence[Any] | None, num_layers: int) -> Sequence[Any]:
+def _checked(cache: Sequence[Any] | None, layers: Any) -> Sequence[Any]:
     """A cache for each layer, all of the same tokens, or None for each."""
     if cache is None:
-        return [None] * num_layers
-    if len(cache) != num_layers:
-        raise ValueError(f"cache: expected one for each of {num_layers} layers; got {len(cache)}")
+        return [None] * len(layers)
+    if not isinstance(cache, (list, tuple)) or isinstance(cache, DecoderCache):
+        raise TypeError(f"cache: expected a list, one for each of {len(layers)} layers; got {type(cache).__name__}")
+    if len(cache) != len(layers):
+        raise ValueError(f"cache: expected one for each of {len(layers)} layers; got {len(cache)}")
+    for i, (layer, one) in enumerate(zip(layers, cache, strict=True)):
+        kind = next((kind for cls, kind in ((TransformerEncoderLayer, KVCache), (TransformerDecoderLayer, DecoderCache))
+                     if isinstance(layer, cls)), object)
+        if one is None or not isinstance(one, kind):
+            raise TypeError(f"cache: expected a {'cache' if kind is object else kind.__name__} for layer {i}; got "
+                            f"{type(one).__name__}")
     every = list(caches_in(cache))
     if any(one is other for i, one in enumerate(every) for other in every[:i]):
         raise ValueError("cache: expected a cache of its own for each layer; got one of them twice")
