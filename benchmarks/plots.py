@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fused_attn import options
+from fused_attn import files, options
 from fused_attn.bench.plots import COLOURS, STYLE, bars, legend, short
 
 Row = dict[str, Any]
@@ -201,7 +201,7 @@ def draw(timed: list[Row], conditions: Row, out: Path) -> str:
         for name, make in makers.items():
             figure = make()
             if figure is not None:
-                figure.savefig(out / f"{name}.png")
+                files.write_figure(out / f"{name}.png", figure)
                 plt.close(figure)
                 drawn.append(f"{name}.png")
     return f"Pictures: {', '.join(drawn)}" if drawn else "No pictures: nothing was timed."

@@ -22,6 +22,7 @@ from fused_attn import files
 PICTURES = (".png", ".svg", ".pdf")
 SIZES = (1, 2**31 - 1)  # of what a tensor has: batches, heads, rows
 SEEDS = (0, 2**63 - 1)
+COUNTS = (1, 1_000_000)  # of rounds, and of whatever else is done one after the other
 DEVICES = ("cuda", "cpu")
 
 
@@ -36,15 +37,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+def whole(least: int, most: int) -> Callable[[str], int]:
     """The type of an option: a whole number within a range."""
 
     def value(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if (number := int(text)) >= least and (most is None or number <= most):
+            if least <= (number := int(text)) <= most:
                 return number
-        span = f"from {least} to {most}" if most is not None else f"of at least {least}"
-        raise argparse.ArgumentTypeError(f"expected a whole number {span}; got {text!r:.80}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}; got {text!r:.80}")
 
     return value
 
@@ -75,6 +75,13 @@ def file(*suffixes: str) -> Callable[[str], Path]:
         return path
 
     return value
+
+
+def writable(*paths: Path) -> None:
+    """Raises BadInputError where one of the files that a command will write cannot be written."""
+    for path in paths:
+        if reason := files.against(path):
+            raise BadInputError(f"{str(path)!r} cannot be written: {reason}")
 
 
 def folder(text: str) -> Path:
@@ -121,22 +128,43 @@ def status(complete: bool, ok: bool) -> int:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
     """The exit status of a command, called with what it was asked; whatever ends it early is one line on stderr."""
     program = parser.prog
+    _open_streams()
     try:
-        asked = parser.parse_args(argv)
-        program = " ".join(filter(None, (parser.prog, getattr(asked, "command", None))))
-        done = command(asked)
+        try:
+            asked = parser.parse_args(argv)
+            program = " ".join(filter(None, (parser.prog, getattr(asked, "command", None))))
+            done = command(asked)
+        except SystemExit as stopped:  # of the parser: its errors, --help and --version
+            if not isinstance(stopped.code, int):
+                raise
+            done = stopped.code
         sys.stdout.flush()
-    except SystemExit as stopped:  # of the parser: its errors, --help and --version
-        if not isinstance(stopped.code, int):
-            raise
-        return stopped.code
     except BadInputError as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads the output has seen enough; what is left of it goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who reads the output has seen enough
+        _leave_output()
         return 141
+    except OSError as error:  # a disk that is full, for one
+        print(f"{program}: {error}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _leave_output()
+        return 2
     return done
+
+
+def _open_streams() -> None:
+    """Has the streams that the process was started without (``>&-``) lead nowhere, rather than to the next file it opens."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process lasts
+
+
+def _leave_output() -> None:
+    """What is left of the output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
