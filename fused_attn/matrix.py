@@ -118,9 +118,9 @@ def _check_page(out: Path | None, static_profile: bool) -> None:
     try:
         foreign = page.exists() and not page.read_bytes().startswith(profile.TITLE.encode())
     except OSError as error:
-        raise options.BadInputError(f"--out: {str(page)!r}, the table beside the rows, cannot be read: {error.strerror}") from None
+        raise options.BadInputError(f"--out: the table beside the rows, {str(page)!r}, cannot be read: {error.strerror}") from None
     if foreign:
-        raise options.BadInputError(f"--out: the table beside the rows is {str(page)!r}, which is there and no profile of ours; "
+        raise options.BadInputError(f"--out: the table beside the rows is {str(page)!r}, which is there and no profile; "
                                     "expected another name")
 
 

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "16384, both masks; decode: one query over many keys. Shapes given beside it are not looked at")
     add_shape(parser)
     parser.add_argument("--pass", dest="which", choices=PASSES, nargs="+", default=PASSES)
-    parser.add_argument("--rounds", type=options.whole(*options.COUNTS), help="timed calls of each; by default what fits 120 ms, 10 at least")
+    parser.add_argument("--rounds", type=options.whole(*options.COUNTS),
+                        help="timed calls of each; by default what fits 120 ms, 10 at least")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=options.file(), help="write rows and conditions to this JSON file")
     parser.add_argument("--plot", type=options.file(*options.PICTURES), help="draw bars into this picture; needs matplotlib")
