@@ -118,7 +118,8 @@ def _check_page(out: Path | None, static_profile: bool) -> None:
     try:
         foreign = page.exists() and not page.read_bytes().startswith(profile.TITLE.encode())
     except OSError as error:
-        raise options.BadInputError(f"--out: the table beside the rows, {str(page)!r}, cannot be read: {error.strerror}") from None
+        raise options.BadInputError(f"--out: {str(page)!r}, for the table beside the rows, is there and cannot be read: "
+                                    f"{error.strerror}") from error
     if foreign:
         raise options.BadInputError(f"--out: the table beside the rows is {str(page)!r}, which is there and no profile; "
                                     "expected another name")

@@ -32,7 +32,8 @@ BAD = [
     *(f"bench {name}={value}" for name in ("--batch", "--heads", "--kv-heads", "--length", "--keys", "--head-dim")
       for value in NO_WHOLE),
     *(f"explain {name}={value}" for name in ("--batch", "--length") for value in NO_WHOLE),
-    *(f"bench --rounds={value}" for value in ("0", "-3", "x", "9" * 23)), "bench --window 3 99999999999", *(f"bench --softcap={value}" for value in (*NO_REAL, "0")),
+    *(f"bench --rounds={value}" for value in ("0", "-3", "x", "9" * 23)), "bench --window 3 99999999999",
+    *(f"bench --softcap={value}" for value in (*NO_REAL, "0")),
     "bench --heads 4 --kv-heads 3", "bench --window 3", "bench --window 3 -2", "bench --window x 3", "bench --dtype fp8",
     "bench --device cuda", "explain --device cuda", "bench --device tpu", "bench --preset decode --pass backward",
     "bench --backend cudnn", "bench --plot x", "bench --plot x.foo", "bench --plot /tmp", "bench --plot /proc/x.png",
@@ -86,7 +87,8 @@ def test_bad_input_is_one_line_before_any_work(line, monkeypatch, capsys, tmp_pa
 @pytest.mark.parametrize(("main", "line"), [
     *((gpu.main, f"--smoke --minutes={value}") for value in (*NO_REAL, "0")), (gpu.main, "--smoke --stage nonsense"),
     (gpu.main, "--smoke --out /dev/null/x"), (gpu.main, "--minutes 1"), (gpu.main, "--nonsense"),
-    (compare.main, ""), (compare.main, "HEAD --rounds 0"), (compare.main, "HEAD --rounds 99999999999"), (compare.main, "HEAD --device cuda"),
+    (compare.main, ""), (compare.main, "HEAD --rounds 0"), (compare.main, "HEAD --rounds 99999999999"),
+    (compare.main, "HEAD --device cuda"),
     (compare.main, "HEAD --out /proc/x"), (compare.main, "nonsense"), (compare.main, "HEAD --root /proc"),
     (cpu.main, "--stage nonsense"), (cpu.main, "--rounds x"), (cpu.main, "--rounds 0"), (cpu.main, "--out /dev/null/x"),
     (host.main, "--out /tmp"), (host.main, "extra"), (plots.main, ""), (plots.main, "/proc"), (plots.main, "."),
@@ -135,8 +137,9 @@ def test_a_bad_environment_is_one_line_of_a_program(program):
     assert told.startswith(f"{program.strip()}: FUSED_ATTN_STRICT: expected 1, ")
 
 
-@pytest.mark.parametrize("command", [("-c", "import fused_attn", "-m", "fused_attn"), ("-c", "import fused_attn", "-mfused_attn"),
-                                     ("-m", "timeit", "-n1", "-r1", "import fused_attn")], ids=" ".join)
+@pytest.mark.parametrize("command", [
+    ("-c", "import fused_attn", "-m", "fused_attn"), ("-c", "import fused_attn", "-mfused_attn"),
+    ("-m", "timeit", "-n1", "-r1", "import fused_attn")], ids=" ".join)
 def test_a_bad_environment_is_an_exception_elsewhere(command):
     assert "ValueError: FUSED_ATTN_BACKEND: expected one of" in python(*command, FUSED_ATTN_BACKEND="cudnn").stderr
 
