@@ -105,6 +105,7 @@ def measure(asked: argparse.Namespace) -> int:
     from fused_attn import files, options
     from fused_attn.report import print_table
 
+    options.check_call("cpu")
     found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads(),
              "load": os.getloadavg()}
     key = f"CPU, {found['threads']} threads/torch {found['torch']}/triton {found['triton']}/{found['source']}"

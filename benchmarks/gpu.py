@@ -367,6 +367,8 @@ def measure(arguments: list[str] | None, asked: argparse.Namespace) -> int:
     elif not torch.cuda.is_available():
         raise options.BadInputError("torch finds no GPU here; --smoke runs tiny shapes on the CPU")
     device = "cpu" if asked.smoke else "cuda"
+    options.writable(*(asked.out / name for name in ("rows.jsonl", "summary.json", "correctness.json", "summary.md")),
+                     *plots.pictures(asked.out))
     asked.out.mkdir(parents=True, exist_ok=True)
     found = conditions(device, asked.commit)
     print(json.dumps(found), flush=True)

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-import fused_attn
 from fused_attn import files, options
 
 SAVE_EVERY = 200  # steps
@@ -40,7 +39,7 @@ def run(description: str, name: str, trainings: Sequence[str], pictures: Sequenc
     def command(asked: argparse.Namespace) -> int:
         checkpoints = [file(asked, f"{training}.pt") for training in trainings]
         options.writable(*checkpoints, *(file(asked, f"{picture}.png") for picture in pictures), file(asked, "summary.json"))
-        check_call()
+        options.check_call(device())
         asked.out.mkdir(parents=True, exist_ok=True)
         for checkpoint in checkpoints if asked.fresh else ():
             checkpoint.unlink(missing_ok=True)
@@ -55,15 +54,6 @@ def file(asked: argparse.Namespace, name: str) -> Path:
     """A file of the program's own in the folder that it was given: gpt-loss.png."""
     path: Path = asked.out / f"{asked.program}-{name}"
     return path
-
-
-def check_call(**arguments: Any) -> None:
-    """Raises BadInputError where the environment has calls of ``attention`` answered by what cannot answer them here."""
-    q = torch.empty(1, 1, 8, 16, device=device())
-    try:
-        fused_attn.explain(q, q, q, **arguments)
-    except (ValueError, RuntimeError) as error:
-        raise options.BadInputError(str(error)) from error
 
 
 def device() -> torch.device:

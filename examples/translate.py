@@ -22,13 +22,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from common import History, check_call, device, file, loss_picture, run, stdlib, summarise, train
+from common import History, device, file, loss_picture, run, stdlib, summarise, train
 from matplotlib.figure import Figure
 from torch import nn
 
 import fused_attn
 from fused_attn import files, viz
 from fused_attn.nn import SinusoidalPositions, Transformer, generate
+from fused_attn.options import check_call
 
 PAD, BEGIN, END = 0, 1, 2
 LONGEST, FREQUENT, BINS = 32, 120, (8, 16, 24, 32)
@@ -283,7 +284,7 @@ def comparison(results: dict[str, dict], histories: dict[str, History], path) ->
 
 def main(options: argparse.Namespace) -> None:
     steps, batch, width, most = (600, 64, 64, 300) if options.quick else (4000, 64, 128, 3000)
-    check_call(score_weight=torch.zeros(16, device=device()), key_lengths=torch.ones(1, dtype=torch.int32, device=device()))
+    check_call(device(), score_weight=torch.zeros(16, device=device()))  # of the additive alignment
     corpus = Corpus(options.seed, "*.py" if options.quick else "**/*.py")
     print(f"{len(corpus.train)} pairs to learn, {len(corpus.test)} to test, {len(corpus.words)} words; e.g.")
     source, target = corpus.test[0]

@@ -13,11 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from fused_attn import files
+from fused_attn.functional import explain
 
 PICTURES = (".png", ".svg", ".pdf")
 SIZES = (1, 2**31 - 1)  # of what a tensor has: batches, heads, rows
@@ -98,6 +99,15 @@ def device(asked: str | None) -> str:
     if asked == "cuda" and not found:
         raise BadInputError("--device cuda: torch finds no GPU here")
     return asked or ("cuda" if found else "cpu")
+
+
+def check_call(device: str | torch.device, **arguments: Any) -> None:
+    """Raises BadInputError where the environment has such calls of ``attention`` answered by what cannot answer them here."""
+    q = torch.empty(1, 1, 8, 16, device=device)
+    try:
+        explain(q, q, q, **arguments)
+    except (ValueError, RuntimeError) as error:
+        raise BadInputError(str(error)) from error
 
 
 def need(module: str, extra: str) -> None:

@@ -309,6 +309,16 @@ def test_a_revision_alone_says_what_it_expects(arguments):
         2, f"revision.py: expected a checkout and one of cuda, cpu; got {list(arguments)}\n")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "summary.json", "correctness.json", "summary.md", "ratio.png"])
+def test_a_folder_in_the_place_of_a_result_is_told_before_the_work(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "conditions", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(settings, "BACKEND", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which a smoke run changes
+    (tmp_path / name).mkdir()
+    assert gpu.main(["--smoke", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"python -m benchmarks.gpu: {str(tmp_path / name)!r} cannot be written: it is a folder\n"
+
+
 @pytest.mark.parametrize("line", ["compile --matrix --profile", "compile --target sm_80 --profile"])
 def test_a_profile_writes_over_no_page_of_anybody_else(line, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which compile changes
