@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="revision to compare the working tree with")
     parser.add_argument("--out", type=options.file(), help="write the rows and their conditions to this JSON file")
-    parser.add_argument("--rounds", type=options.whole(1), default=11)
+    parser.add_argument("--rounds", type=options.whole(*options.COUNTS), default=11)
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--device", choices=options.DEVICES, help="a GPU where there is one")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to compare; by default this one")

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=options.file(), help="write the rows and their conditions to this JSON file")
     parser.add_argument("--stage", choices=_stages(), action="append", help="this stage alone; may be given again")
-    parser.add_argument("--rounds", type=options.whole(1), default=ROUNDS,
+    parser.add_argument("--rounds", type=options.whole(*options.COUNTS), default=ROUNDS,
                         help=f"times of each, quick calls many at a time ({ROUNDS})")
     parser.add_argument("--small", action="store_true", help="models of the smallest sizes")
     return options.run(parser, arguments, measure)
@@ -105,6 +105,7 @@ def measure(asked: argparse.Namespace) -> int:
     from fused_attn import files, options
     from fused_attn.report import print_table
 
+    options.check_call("cpu")
     found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads(),
              "load": os.getloadavg()}
     key = f"CPU, {found['threads']} threads/torch {found['torch']}/triton {found['triton']}/{found['source']}"

@@ -31,7 +31,7 @@ import torch
 from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
 from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
-from fused_attn import options, rungs, settings
+from fused_attn import files, options, rungs, settings
 from fused_attn.bench import contest, peers
 from fused_attn.bench.cases import Case
 from fused_attn.bench.contest import Contest, Subject
@@ -67,7 +67,7 @@ class Rows:
         self.rows: list[Row] = []
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if text and not text.endswith("\n"):  # a run was killed while it wrote
-            path.write_text(text + "\n", encoding="utf-8")
+            files.write(path, text + "\n")
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
@@ -338,9 +338,9 @@ def finish(run: Run, out: Path) -> int:
     failed = sum(row.get("ok") is False for row in checked + timed)
     found = {"conditions": run.conditions, "stages": run.stages, "failed": failed}
     for name, rows in (("summary", run.rows.of(*STAGES, "restart")), ("correctness", checked)):
-        (out / f"{name}.json").write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        files.write(out / f"{name}.json", json.dumps({**found, "rows": rows}, indent=1) + "\n")
     text = report.summary(run.conditions, run.stages, checked, timed, plots.draw(timed, run.conditions, out))
-    (out / "summary.md").write_text(text, encoding="utf-8")
+    files.write(out / "summary.md", text)
     report.show(text)
     return 1 if failed else 0
 
@@ -367,6 +367,8 @@ def measure(arguments: list[str] | None, asked: argparse.Namespace) -> int:
     elif not torch.cuda.is_available():
         raise options.BadInputError("torch finds no GPU here; --smoke runs tiny shapes on the CPU")
     device = "cpu" if asked.smoke else "cuda"
+    options.writable(*(asked.out / name for name in ("rows.jsonl", "summary.json", "correctness.json", "summary.md")),
+                     *plots.pictures(asked.out))
     asked.out.mkdir(parents=True, exist_ok=True)
     found = conditions(device, asked.commit)
     print(json.dumps(found), flush=True)

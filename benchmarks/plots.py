@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fused_attn import options
+from fused_attn import files, options
 from fused_attn.bench.plots import COLOURS, STYLE, bars, legend, short
 
 Row = dict[str, Any]
@@ -174,6 +174,11 @@ def _rest(figure: Any, rows: list[Row]) -> None:
     axes.margins(x=0.25, y=0.01)
 
 
+def pictures(out: Path) -> list[Path]:
+    """Those that ``draw`` may make."""
+    return [out / f"{name}.png" for name in ("forward", "backward", "ratio", "features")]
+
+
 def draw(timed: list[Row], conditions: Row, out: Path) -> str:
     """Draws forward.png, backward.png, ratio.png and features.png as far as there are rows; says what was drawn."""
     try:
@@ -201,7 +206,7 @@ def draw(timed: list[Row], conditions: Row, out: Path) -> str:
         for name, make in makers.items():
             figure = make()
             if figure is not None:
-                figure.savefig(out / f"{name}.png")
+                files.write_figure(out / f"{name}.png", figure)
                 plt.close(figure)
                 drawn.append(f"{name}.png")
     return f"Pictures: {', '.join(drawn)}" if drawn else "No pictures: nothing was timed."
@@ -210,6 +215,7 @@ def draw(timed: list[Row], conditions: Row, out: Path) -> str:
 def redraw(asked: argparse.Namespace) -> int:
     """Draws the pictures of a run that was measured before."""
     options.need("matplotlib", "bench")
+    options.writable(*pictures(asked.directory))
     file = asked.directory / "summary.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HARNESS = Path(__file__).resolve().parent.parent
+DEVICES = ("cuda", "cpu")  # of fused_attn.options, which comes from the tree
 KEPT = contextlib.ExitStack()  # what holds until the process ends
 
 
@@ -72,6 +73,9 @@ def calls(device: str) -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
 def main() -> None:
     """Answers {"list": true}, {"prepare": name} and {"measure": pass, "repeat": calls} until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks, and closes this one's input
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "fused_attn" / "__init__.py").is_file() or sys.argv[2] not in DEVICES:
+        print(f"revision.py: expected a checkout and one of {', '.join(DEVICES)}; got {sys.argv[1:]}", file=sys.stderr)
+        raise SystemExit(2)
     tree, device = Path(sys.argv[1]).resolve(), sys.argv[2]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer

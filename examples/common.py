@@ -25,8 +25,9 @@ from fused_attn import files, options
 SAVE_EVERY = 200  # steps
 
 
-def run(description: str, name: str, trainings: Sequence[str], main: Callable[[argparse.Namespace], None]) -> int:
-    """A program from its command line to its exit status; ``trainings`` are those that it makes, by name."""
+def run(description: str, name: str, trainings: Sequence[str], pictures: Sequence[str],
+        main: Callable[[argparse.Namespace], None]) -> int:
+    """A program from its command line to its exit status; ``trainings`` and ``pictures`` are those that it makes, by name."""
     parser = options.Parser(description=description)
     parser.add_argument("--out", type=options.folder, default=Path("examples-output"),
                         help="folder for pictures and checkpoints")
@@ -36,9 +37,12 @@ def run(description: str, name: str, trainings: Sequence[str], main: Callable[[a
     parser.set_defaults(program=name)
 
     def command(asked: argparse.Namespace) -> int:
+        checkpoints = [file(asked, f"{training}.pt") for training in trainings]
+        options.writable(*checkpoints, *(file(asked, f"{picture}.png") for picture in pictures), file(asked, "summary.json"))
+        options.check_call(device())
         asked.out.mkdir(parents=True, exist_ok=True)
-        for training in trainings if asked.fresh else ():
-            file(asked, f"{training}.pt").unlink(missing_ok=True)
+        for checkpoint in checkpoints if asked.fresh else ():
+            checkpoint.unlink(missing_ok=True)
         torch.manual_seed(asked.seed)
         main(asked)
         return 0
@@ -81,7 +85,8 @@ def train(name: str, model: nn.Module, loss_of: Callable[[Any], torch.Tensor], b
           out: Path, *, lr: float = 1e-3, warmup: int = 50) -> History:
     """AdamW with a warm-up and a cosine; ``batch_at(step)`` must depend on the step alone, so that a resumed run is the same.
 
-    The checkpoint ``out/name.pt`` is written every 200 steps and at the end, and taken up where it is of the same training.
+    The checkpoint ``out/name.pt`` is written every 200 steps and at the end, and taken up. Raises BadInputError where it is of
+    another training, which is not written over.
     """
     run = {"steps": steps, "lr": lr, "seed": torch.initial_seed(), "parameters": sum(x.numel() for x in model.parameters())}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -94,8 +99,11 @@ def train(name: str, model: nn.Module, loss_of: Callable[[Any], torch.Tensor], b
     try:
         saved = torch.load(path, weights_only=True) if path.exists() else None
         if saved is not None and saved["run"] != run:
-            print(f"{name}: {path} is of another training; starting over")
-        elif saved is not None:
+            other = ", ".join(f"{what} {saved['run'].get(what)}, here {value}" for what, value in run.items()
+                              if saved["run"].get(what) != value)
+            raise options.BadInputError(f"{path} is of another training ({other}); choose another folder with --out, or give "
+                                        "it up with --fresh")
+        if saved is not None:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
@@ -104,6 +112,8 @@ def train(name: str, model: nn.Module, loss_of: Callable[[Any], torch.Tensor], b
                 torch.cuda.set_rng_state_all(saved["rng"][1:])
             history = History(list(saved["losses"]), float(saved["seconds"]))
             print(f"{name}: {len(history.losses)} of {steps} steps were done before")
+    except options.BadInputError:
+        raise
     except Exception as error:  # whatever a file that was cut short, or is none of ours, makes of torch.load
         raise options.BadInputError(f"{path} is damaged or no checkpoint of {name} ({type(error).__name__}); delete it, or "
                                     "train from the beginning with --fresh") from error
@@ -164,4 +174,4 @@ def loss_picture(histories: dict[str, History], path: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="training loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    files.write_figure(path, figure, dpi=150)

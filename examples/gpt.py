@@ -118,4 +118,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__.splitlines()[0], "gpt", ("pre-train", "fine-tune", "from-scratch"), main))
+    sys.exit(run(__doc__.splitlines()[0], "gpt", ("pre-train", "fine-tune", "from-scratch"), ("loss", "attention"), main))

@@ -126,4 +126,5 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__.splitlines()[0], "masked", ("gaps", "packages", "from-scratch"), main))
+    sys.exit(run(__doc__.splitlines()[0], "masked", ("gaps", "packages", "from-scratch"), ("loss", "attention", "rollout"),
+                 main))

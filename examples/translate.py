@@ -16,7 +16,6 @@ import io
 import keyword
 import random
 import sys
-import time
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -28,8 +27,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import fused_attn
-from fused_attn import viz
+from fused_attn import files, viz
 from fused_attn.nn import SinusoidalPositions, Transformer, generate
+from fused_attn.options import check_call
 
 PAD, BEGIN, END = 0, 1, 2
 LONGEST, FREQUENT, BINS = 32, 120, (8, 16, 24, 32)
@@ -279,12 +279,12 @@ def comparison(results: dict[str, dict], histories: dict[str, History], path) ->
                color=[f"C{i}" for i in range(len(histories))])
     right.set(xlabel=f"seconds for {len(next(iter(histories.values())).losses)} steps on {device()}")
     right.invert_yaxis()
-    figure.savefig(path, dpi=150)
+    files.write_figure(path, figure, dpi=150)
 
 
 def main(options: argparse.Namespace) -> None:
     steps, batch, width, most = (600, 64, 64, 300) if options.quick else (4000, 64, 128, 3000)
-    started = time.perf_counter()
+    check_call(device(), score_weight=torch.zeros(16, device=device()))  # of the additive alignment
     corpus = Corpus(options.seed, "*.py" if options.quick else "**/*.py")
     print(f"{len(corpus.train)} pairs to learn, {len(corpus.test)} to test, {len(corpus.words)} words; e.g.")
     source, target = corpus.test[0]
@@ -312,9 +312,10 @@ def main(options: argparse.Namespace) -> None:
     found = {name: {"accuracy": {str(edge): part for edge, (part, _) in results[name].items()},
                     "seconds": histories[name].seconds, "last_loss": sum(histories[name].losses[-20:]) / 20,
                     "parameters": sizes[name]} for name in MODELS}
-    summarise({"seconds": time.perf_counter() - started, "steps": steps, "pairs": len(corpus.train), "models": found},
-              options)
+    whole = sum(history.seconds for history in histories.values())  # those before an interruption too
+    summarise({"training_seconds": whole, "steps": steps, "pairs": len(corpus.train), "models": found}, options)
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__.splitlines()[0], "translate", [training(name) for name in MODELS], main))
+    sys.exit(run(__doc__.splitlines()[0], "translate", [training(name) for name in MODELS],
+                 ("comparison", "loss", "alignment"), main))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fused_attn import rungs, settings, tuned
+from fused_attn import rungs, tuned
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import Split, launch_forward
@@ -33,11 +33,6 @@ from fused_attn.tuning import (
     n_shares,
     unseen_keys,
 )
-
-if settings.interpreted():
-    from fused_attn import interpreter
-
-    interpreter.repair()
 
 
 def _as_rows(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:

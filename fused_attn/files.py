@@ -1,9 +1,11 @@
 """Files that results go to: found to be writable before the work that fills them, and replaced whole or not at all."""
 
+import io
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
 
 def _unused(folder: Path) -> Path:
@@ -40,17 +42,29 @@ def write(path: Path, content: str | bytes) -> None:
     """Makes ``content`` the whole of the file at ``path``, in one step: a run that is cut short leaves the old file or the new.
 
     It is written to a new file beside it, so that writers do not meet, and no link is followed: one at ``path`` itself gives
-    way to the file. Text is UTF-8. Raises OSError where that cannot be, as for a device or a folder.
+    way to the file. Who may read and write the old file may the new one, and nobody else. Text is UTF-8. Raises OSError where
+    that cannot be, as for a device or a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if reason := _against_kind(path):
         raise OSError(f"{path}: {reason}")
+    mode = None if path.is_symlink() or not path.exists() else stat.S_IMODE(path.stat().st_mode) & 0o777
     fresh = _unused(path.parent)
-    with fresh.open("xb") as file:  # which fails where the name exists, as a link too
+    # "x" fails where the name exists, as a link too; there is no moment in which more may read it than the old one.
+    with open(fresh, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)) as file:
         try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
+            if mode is not None:
+                fresh.chmod(mode)
             fresh.replace(path)
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
+
+
+def write_figure(path: Path, figure: Any, dpi: float | None = None) -> None:
+    """Writes a figure of matplotlib as ``write`` does, in the format that the name ends in."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower(), **({} if dpi is None else {"dpi": dpi}))
+    write(path, picture.getvalue())

@@ -4,8 +4,9 @@ Under TRITON_INTERPRET=1 kernels run as NumPy code. Unrepaired, bfloat16 arithme
 truncate instead of rounding to nearest even, NumPy >= 2.4 breaks loops with run-time bounds on Triton 3.6, and a Python
 float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be converted inside it, and one that is not
 declared keeps digits that a GPU rounds away. NumPy also warns of infinities and NaN where a GPU computes on in silence (a
-padded row that is never stored may hold them). Two thirds of the time goes into work whose results nobody looks at. While a
-kernel runs, triton.language itself is another one, for the whole process: two launches at once would leave it so for good.
+padded row that is never stored may hold them). Two thirds of the time goes into work whose results nobody looks at. A function
+that a kernel calls must see triton.language in its module, which the compiler does not ask. While a kernel runs,
+triton.language itself is another one, for the whole process: two launches at once would leave it so for good.
 """
 
 import dataclasses
@@ -133,9 +134,12 @@ def repair() -> None:
     patched: set[int] = set()
 
     def patch_lang_once(fn: Any) -> Any:
-        """Patches triton.language once a launch and module, where Triton does at every call of a jit function."""
+        """Patches triton.language once a launch and module, where Triton does at every call of a jit function; a function
+        that names nothing of it, as a mod may, needs none."""
         if id(fn.__globals__) in patched:
             return None  # only the launch looks at what it gets, and it comes first
+        if patched and not any(value is tl or value is tl.core for value in fn.__globals__.values()):
+            return None
         first = not patched
         scope = patch_lang(fn)
         patched.add(id(fn.__globals__))  # not before: what cannot be patched is not restored either

@@ -62,6 +62,7 @@ def problems(row: dict[str, Any]) -> list[str]:
 def compile_one(arguments: argparse.Namespace) -> int:
     """Compiles for one target, prints the reports and keeps them in ``--out``; the status says whether a kernel did not
     compile, or ``--gate`` found a problem."""
+    _check_page(arguments.out, arguments.profile)
     passes = ("forward", "backward") if arguments.which == "all" else (arguments.which,)
     for dtype, head_dim in product(arguments.dtype, arguments.head_dim):
         if reason := offline.refusal(arguments.target, head_dim, dtype, arguments.feature, arguments.rung):
@@ -105,6 +106,23 @@ def _show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         shown = ("kernel", "dtype", "head_dim", "config", "registers", "spill_bytes", "local_in_loops", "shared_bytes",
                  "matrix", "loop_instructions", "warnings", "compile_seconds")
         print_table([{**{key: row[key] for key in shown}, "matrix": sum(row["matrix"].values())} for row in rows], title)
+
+
+def _check_page(out: Path | None, static_profile: bool) -> None:
+    """Raises BadInputError where the readable table of a profile cannot be written beside the rows, or would take the place of
+    a file that is none."""
+    if out is None or not static_profile:
+        return
+    page = out.with_suffix(".md")
+    options.writable(page)
+    try:
+        foreign = page.exists() and not page.read_bytes().startswith(profile.TITLE.encode())
+    except OSError as error:
+        raise options.BadInputError(f"--out: {str(page)!r}, for the table beside the rows, is there and cannot be read: "
+                                    f"{error.strerror}") from error
+    if foreign:
+        raise options.BadInputError(f"--out: the table beside the rows is {str(page)!r}, which is there and no profile; "
+                                    "expected another name")
 
 
 def _keep(rows: list[dict[str, Any]], out: Path, static_profile: bool) -> None:
@@ -168,6 +186,7 @@ def profiled() -> Iterator[Job]:
 def run(out: Path | None, static_profile: bool) -> int:
     """Compiles the whole matrix, or all that is profiled, a process a job, writes the rows, and of the profile a readable
     table beside them; fails where a rule is broken. Ctrl-C ends the jobs at work, and what was done until then is kept."""
+    _check_page(out, static_profile)
     work = list(profiled() if static_profile else jobs())
     rows: list[dict[str, Any]] = []
     failures: list[str] = []

@@ -13,15 +13,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from fused_attn import files
+from fused_attn.functional import explain
 
 PICTURES = (".png", ".svg", ".pdf")
 SIZES = (1, 2**31 - 1)  # of what a tensor has: batches, heads, rows
 SEEDS = (0, 2**63 - 1)
+COUNTS = (1, 1_000_000)  # of rounds, and of whatever else is done one after the other
 DEVICES = ("cuda", "cpu")
 
 
@@ -36,15 +38,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+def whole(least: int, most: int) -> Callable[[str], int]:
     """The type of an option: a whole number within a range."""
 
     def value(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if (number := int(text)) >= least and (most is None or number <= most):
+            if least <= (number := int(text)) <= most:
                 return number
-        span = f"from {least} to {most}" if most is not None else f"of at least {least}"
-        raise argparse.ArgumentTypeError(f"expected a whole number {span}; got {text!r:.80}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}; got {text!r:.80}")
 
     return value
 
@@ -77,6 +78,13 @@ def file(*suffixes: str) -> Callable[[str], Path]:
     return value
 
 
+def writable(*paths: Path) -> None:
+    """Raises BadInputError where one of the files that a command will write cannot be written."""
+    for path in paths:
+        if reason := files.against(path):
+            raise BadInputError(f"{str(path)!r} cannot be written: {reason}")
+
+
 def folder(text: str) -> Path:
     """The type of an option: a folder that files can be written to, made where it is missing."""
     path = Path(text)
@@ -91,6 +99,15 @@ def device(asked: str | None) -> str:
     if asked == "cuda" and not found:
         raise BadInputError("--device cuda: torch finds no GPU here")
     return asked or ("cuda" if found else "cpu")
+
+
+def check_call(device: str | torch.device, **arguments: Any) -> None:
+    """Raises BadInputError where the environment has such calls of ``attention`` answered by what cannot answer them here."""
+    q = torch.empty(1, 1, 8, 16, device=device)
+    try:
+        explain(q, q, q, **arguments)
+    except (ValueError, RuntimeError) as error:
+        raise BadInputError(str(error)) from error
 
 
 def need(module: str, extra: str) -> None:
@@ -121,22 +138,43 @@ def status(complete: bool, ok: bool) -> int:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
     """The exit status of a command, called with what it was asked; whatever ends it early is one line on stderr."""
     program = parser.prog
+    _open_streams()
     try:
-        asked = parser.parse_args(argv)
-        program = " ".join(filter(None, (parser.prog, getattr(asked, "command", None))))
-        done = command(asked)
+        try:
+            asked = parser.parse_args(argv)
+            program = " ".join(filter(None, (parser.prog, getattr(asked, "command", None))))
+            done = command(asked)
+        except SystemExit as stopped:  # of the parser: its errors, --help and --version
+            if not isinstance(stopped.code, int):
+                raise
+            done = stopped.code
         sys.stdout.flush()
-    except SystemExit as stopped:  # of the parser: its errors, --help and --version
-        if not isinstance(stopped.code, int):
-            raise
-        return stopped.code
     except BadInputError as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads the output has seen enough; what is left of it goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who reads the output has seen enough
+        _leave_output()
         return 141
+    except OSError as error:  # a disk that is full, for one
+        print(f"{program}: {error}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _leave_output()
+        return 2
     return done
+
+
+def _open_streams() -> None:
+    """Has the streams that the process was started without (``>&-``) lead nowhere, rather than to the next file it opens."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process lasts
+
+
+def _leave_output() -> None:
+    """What is left of the output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,6 +21,7 @@ from typing import Any
 from fused_attn.offline import Report
 from fused_attn.sass import FAMILIES, Loop
 
+TITLE = "# Static profile of the kernels"  # the first line of the readable table
 SCHEDULERS = 4  # of an NVIDIA multiprocessor; SIMDs of AMD's compute unit
 
 
@@ -281,7 +282,7 @@ def _shown(value: object) -> object:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The readable table of the rows of a profile: a line a kernel, with the main loop over tiles that need no mask."""
     text = [
-        "# Static profile of the kernels",
+        TITLE,
         "",
         f"Made by `make profile` with Triton {rows[0]['triton']}. All of it is static: read from machine code and modelled; "
         "nothing was run or",

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = "fused-attn"
+PROGRAMS = ("benchmarks", "examples", "tests")  # folders of a checkout that have programs of their own
 
 
 def find_kernels() -> None:
@@ -24,12 +25,28 @@ def find_kernels() -> None:
 
 def command() -> str | None:
     """The project's own command that this process runs, or None within any other program."""
-    n, script = len(sys.argv), Path(sys.argv[0])
-    # By the interpreter's own words: argv[0] is not the module's path yet while the package of that module is imported.
-    module = sys.orig_argv[-n] if sys.orig_argv[-n - 1 : -n] == ["-m"] else ""
-    if module == "fused_attn" or script.stem == PROGRAM:
+    script, module = Path(sys.argv[0]), _module()
+    if module.partition(".")[0] == "fused_attn" or script.stem == PROGRAM:
         return PROGRAM
-    return f"python -m {module}" if module.startswith("benchmarks.") else None
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    checkout = Path(__file__).resolve().parent.parent
+    if main is None or not any(Path(main).resolve().is_relative_to(checkout / folder) for folder in PROGRAMS):
+        return None
+    return f"python -m {module}" if module else script.name
+
+
+def _module() -> str:
+    """What ``python -m`` runs, or "" where it is something else.
+
+    By the interpreter's own words: argv[0] is not the module's path yet while the package of that module is imported.
+    """
+    at = len(sys.orig_argv) - len(sys.argv)
+    if not 0 < at < len(sys.orig_argv) or sys.argv[0] == "-c":
+        return ""
+    option, word = sys.orig_argv[at - 1], sys.orig_argv[at]
+    if word.startswith("-"):
+        return word.partition("m")[2]  # -mfused_attn
+    return word if option.startswith("-") and option.endswith("m") else ""
 
 
 find_kernels()

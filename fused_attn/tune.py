@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fused_attn import files, options, report, settings, tuned
+from fused_attn import options, report, settings, tuned
 from fused_attn.bench.timing import measure
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
 from fused_attn.kernels.forward import launch_forward
@@ -174,8 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = torch.device("cpu") if settings.interpreted() else torch.device("cuda", torch.cuda.current_device())
     file: Path = arguments.out or tuned.default_path(device)
-    if reason := files.against(file):
-        raise options.BadInputError(f"{str(file)!r} cannot be written: {reason}")
+    options.writable(file)
     content, starts = _content(file, device)
     known = {(row["kernel"], row["head_dim"]): row for row in content["tiles"]}
     dtype = torch.float16 if arguments.dtype == "fp16" else torch.bfloat16
@@ -224,14 +223,15 @@ def _against(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.d
 
 
 def _content(file: Path, device: torch.device) -> tuple[dict[str, Any], tuned.Found]:
-    """What the file holds of this card and Triton with its configurations, else an empty one; another card's file is not
-    written over, nor anything else that is there."""
+    """What the file holds of this card and Triton with its configurations, an empty one where there is no file; that of another
+    card or Triton is not written over, nor anything else that is there."""
     here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": tuned.triton_name()}
     try:
         content = tuned.read(file) if file.exists() else None
-        if content is not None and (content.get("arch") != here["arch"] or content.get("gpu") != here["gpu"]):
-            raise ValueError(f"{file} holds tiles of {content.get('gpu')!r:.80}")
-        if content is not None and content.get("triton") == here["triton"]:
+        if content is not None:
+            if other := [name for name in ("arch", "gpu", "triton") if content.get(name) != here[name]]:
+                told = "; ".join(f"{name} {content.get(name)!r:.80}, here {here[name]!r}" for name in other)
+                raise ValueError(f"{file} holds tiles of another card or Triton: {told}")
             return content, tuned.tiles(file, content)
     except ValueError as error:
         raise options.BadInputError(f"{error}; delete it, or choose another --out") from error

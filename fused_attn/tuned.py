@@ -154,14 +154,16 @@ def read(file: Path) -> dict[str, Any]:
     expected = f"{file}: expected tiles as `fused-attn tune` writes them"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        form, rows = content["format"], content["tiles"]
+        form, arch, rows = content["format"], content["arch"], content["tiles"]
         whole = isinstance(rows, list) and all({"kernel", "head_dim", "config"} <= row.keys() for row in rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{expected}; {error!r:.200}") from error
-    if form != FORMAT:
+    if type(form) is not int or form != FORMAT:  # true and 1.0 are equal to 1
         raise ValueError(f"{file}: expected tiles of format {FORMAT}; got format {form!r:.80}")
     if not whole:
         raise ValueError(f"{expected}; an entry lacks its kernel, head_dim or config")
+    if not isinstance(arch, str):
+        raise ValueError(f"{expected}; arch: expected a string; got {arch!r:.80}")
     return dict(content)
 
 

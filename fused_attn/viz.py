@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
+from fused_attn import files
 from fused_attn.inspection import attention_weights
 from fused_attn.nn import KVCache, MemoryCache, MultiheadAttention
 
@@ -167,7 +168,7 @@ def side_by_side(maps: Mapping[str, torch.Tensor], rows: Sequence[str] | None = 
 
 
 def save(figure: Figure, path: str | Path, title: str = "attention") -> Path:
-    """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path.
+    """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path. A link there gives way.
 
     Raises ValueError for a name with another ending, which would go to another file, and for a folder.
     """
@@ -175,14 +176,13 @@ def save(figure: Figure, path: str | Path, title: str = "attention") -> Path:
     known = (".html", *(f".{ending}" for ending in figure.canvas.get_supported_filetypes()))
     if path.suffix.lower() not in known or path.is_dir():
         raise ValueError(f"path: expected a file's name that ends in one of {', '.join(known)}; got {str(path)!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() != ".html":
-        figure.savefig(path, dpi=150)
+        files.write_figure(path, figure, dpi=150)
         return path
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     data = base64.b64encode(picture.getvalue()).decode()
     name = html.escape(title)
-    path.write_text(f'<!doctype html><meta charset="utf-8"><title>{name}</title><h1>{name}</h1>'
-                    f'<img alt="{name}" style="max-width:none" src="data:image/png;base64,{data}">\n', encoding="utf-8")
+    files.write(path, f'<!doctype html><meta charset="utf-8"><title>{name}</title><h1>{name}</h1>'
+                      f'<img alt="{name}" style="max-width:none" src="data:image/png;base64,{data}">\n')
     return path

@@ -2,7 +2,6 @@
 
 import torch
 
-from fused_attn import execution  # noqa: F401  # repairs Triton's interpreter where that is what runs
 from fused_attn.describe import Described
 from fused_attn.kernels.inspection import launch_column_sums, launch_row_stats, launch_weights
 from fused_attn.kernels.launch import Call

@@ -12,8 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn import interpreter, settings
 from fused_attn.kernels.tiles import Sequences
 from fused_attn.spec import TileConfig
+
+if settings.interpreted():
+    interpreter.repair()
 
 # (kernel, number of programs, arguments before TILE, configuration) -> None. `run` launches; offline compilation and
 # the overhead benchmark bring their own.

@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from support.features import Shape
 from support.fuzzing import Trial, check, search
 
+from fused_attn import files, options
 from fused_attn.report import conditions, git
 
 __all__ = ["Shape", "Trial", "check", "main"]
@@ -86,30 +87,30 @@ def fuzz(seed: int, count: int | None, minutes: float, progress: Progress) -> tu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a call failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, help="of the first calls; drawn where none is given")
-    parser.add_argument("--count", type=int, help="how many calls")
-    parser.add_argument("--minutes", type=float, help="for how long; 10 where no count is given")
+    parser = options.Parser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=options.whole(*options.SEEDS), help="of the first calls; drawn where none is given")
+    parser.add_argument("--count", type=options.whole(*options.COUNTS), help="how many calls")
+    parser.add_argument("--minutes", type=options.real(0, open_below=True), help="for how long; 10 where no count is given")
     parser.add_argument("--record", action="store_true", help="count in docs/fuzz.json and docs/numerics.md what passed")
-    options = parser.parse_args(argv)
-    if options.count is not None and options.count < 1:
-        parser.error(f"argument --count: expected 1 or more; got {options.count}")
-    if options.minutes is not None and not 0 < options.minutes < math.inf:
-        parser.error(f"argument --minutes: expected a positive number; got {options.minutes}")
-    seed = random.SystemRandom().randrange(10**9) if options.seed is None else options.seed
-    minutes = options.minutes or (10.0 if options.count is None else math.inf)
+    return options.run(parser, argv, run)
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Fuzzes as it was asked, and tells what came of it."""
+    seed = random.SystemRandom().randrange(10**9) if asked.seed is None else asked.seed
+    minutes = asked.minutes or (10.0 if asked.count is None else math.inf)
     torch.set_num_threads(1)
     began = time.monotonic()
     with Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
-        seen, failure = fuzz(seed, options.count, minutes, progress)
-    if options.record:
-        run = {"seed": seed, "calls": seen["calls"], "minutes": round((time.monotonic() - began) / 60, 1),
+        seen, failure = fuzz(seed, asked.count, minutes, progress)
+    if asked.record:
+        ran = {"seed": seed, "calls": seen["calls"], "minutes": round((time.monotonic() - began) / 60, 1),
                "commit": git("describe", "--always", "--dirty"),
                **{name: value for name, value in conditions().items() if name in ("torch", "triton")}}
         before = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-        record = recorded(before, run, seen, failure and failure[0])
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(with_sentence(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
+        record = recorded(before, ran, seen, failure and failure[0])
+        files.write(RECORD, json.dumps(record, indent=1) + "\n")
+        files.write(PAGE, with_sentence(PAGE.read_text(encoding="utf-8"), record))
     if failure is None:
         print(f"{seen['calls']} calls passed; seed {seed}")
         return 0

@@ -32,7 +32,8 @@ BAD = [
     *(f"bench {name}={value}" for name in ("--batch", "--heads", "--kv-heads", "--length", "--keys", "--head-dim")
       for value in NO_WHOLE),
     *(f"explain {name}={value}" for name in ("--batch", "--length") for value in NO_WHOLE),
-    *(f"bench --rounds={value}" for value in ("0", "-3", "x")), *(f"bench --softcap={value}" for value in (*NO_REAL, "0")),
+    *(f"bench --rounds={value}" for value in ("0", "-3", "x", "9" * 23)), "bench --window 3 99999999999",
+    *(f"bench --softcap={value}" for value in (*NO_REAL, "0")),
     "bench --heads 4 --kv-heads 3", "bench --window 3", "bench --window 3 -2", "bench --window x 3", "bench --dtype fp8",
     "bench --device cuda", "explain --device cuda", "bench --device tpu", "bench --preset decode --pass backward",
     "bench --backend cudnn", "bench --plot x", "bench --plot x.foo", "bench --plot /tmp", "bench --plot /proc/x.png",
@@ -86,7 +87,8 @@ def test_bad_input_is_one_line_before_any_work(line, monkeypatch, capsys, tmp_pa
 @pytest.mark.parametrize(("main", "line"), [
     *((gpu.main, f"--smoke --minutes={value}") for value in (*NO_REAL, "0")), (gpu.main, "--smoke --stage nonsense"),
     (gpu.main, "--smoke --out /dev/null/x"), (gpu.main, "--minutes 1"), (gpu.main, "--nonsense"),
-    (compare.main, ""), (compare.main, "HEAD --rounds 0"), (compare.main, "HEAD --device cuda"),
+    (compare.main, ""), (compare.main, "HEAD --rounds 0"), (compare.main, "HEAD --rounds 99999999999"),
+    (compare.main, "HEAD --device cuda"),
     (compare.main, "HEAD --out /proc/x"), (compare.main, "nonsense"), (compare.main, "HEAD --root /proc"),
     (cpu.main, "--stage nonsense"), (cpu.main, "--rounds x"), (cpu.main, "--rounds 0"), (cpu.main, "--out /dev/null/x"),
     (host.main, "--out /tmp"), (host.main, "extra"), (plots.main, ""), (plots.main, "/proc"), (plots.main, "."),
@@ -115,22 +117,31 @@ def test_what_is_missing_is_told_before_the_work(module, lines, monkeypatch, cap
         assert f": needs {module}: pip install 'fused-attn[" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["FUSED_ATTN_BACKEND=cudnn", "FUSED_ATTN_HOPPER=volta"])
-@pytest.mark.parametrize("program", ["fused_attn", "benchmarks.cpu"])
-def test_a_bad_environment_is_one_line_of_a_command_and_an_exception_elsewhere(text, program):
-    name, _, value = text.partition("=")
+PROGRAMS = {  # how a program is run, and what it calls itself
+    "fused-attn": ("-m", "fused_attn", "--help"), "python -m benchmarks.cpu": ("-m", "benchmarks.cpu", "--help"),
+    "fused-attn ": ("-mfused_attn", "info"), "fused-attn  ": ("-Bm", "fused_attn"), "gpt.py": ("examples/gpt.py", "--quick"),
+    "python -m tests.fuzz": ("-m", "tests.fuzz", "--help"), "revision.py": ("benchmarks/revision.py", str(ROOT), "cpu"),
+}
 
-    def run(*command):
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT,
-                              env={**os.environ, "PYTHONPATH": str(ROOT), name: value})
 
-    done = run("-m", program, "--help")
+def python(*command, **environment):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_bad_environment_is_one_line_of_a_program(program):
+    done = python(*PROGRAMS[program], FUSED_ATTN_STRICT="2")
     (told,) = done.stderr.splitlines()
     assert done.returncode == 2
-    called = {"fused_attn": "fused-attn", "benchmarks.cpu": "python -m benchmarks.cpu"}[program]
-    assert told.startswith(f"{called}: {name}: expected one of")
-    for other in (("-c", "import fused_attn", "-m", program), ("-m", "timeit", "-n1", "-r1", "import fused_attn")):
-        assert f"ValueError: {name}: expected one of" in run(*other).stderr
+    assert told.startswith(f"{program.strip()}: FUSED_ATTN_STRICT: expected 1, ")
+
+
+@pytest.mark.parametrize("command", [
+    ("-c", "import fused_attn", "-m", "fused_attn"), ("-c", "import fused_attn", "-mfused_attn"),
+    ("-m", "timeit", "-n1", "-r1", "import fused_attn")], ids=" ".join)
+def test_a_bad_environment_is_an_exception_elsewhere(command):
+    assert "ValueError: FUSED_ATTN_BACKEND: expected one of" in python(*command, FUSED_ATTN_BACKEND="cudnn").stderr
 
 
 def test_tiles_of_the_environment_are_read_before_the_work(monkeypatch, capsys, tmp_path):
@@ -282,10 +293,58 @@ def test_interrupted_benchmarks_keep_their_rows(monkeypatch, capsys, tmp_path):
     assert json.loads(out.read_text())["rows"][0]["case"] == "a"
 
 
-def test_a_reader_that_leaves_is_no_error():
-    done = subprocess.run(f"{sys.executable} -m fused_attn info --json | head -c 1", shell=True, capture_output=True, text=True,
+@pytest.mark.parametrize(("redirected", "told"), [
+    ("info --json | head -c 1", (0, "{", "")), ("info >&-", (0, "", "")), ("nonsense 2>&-", (2, "", "")),
+    ("info >/dev/full", (2, "", "fused-attn info: [Errno 28] No space left on device\n"))])
+def test_an_output_that_takes_nothing_is_no_traceback(redirected, told):
+    done = subprocess.run(f"{sys.executable} -m fused_attn {redirected}", shell=True, capture_output=True, text=True,
                           check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert (done.stdout, done.stderr) == ("{", "")
+    assert (done.returncode, done.stdout, done.stderr) == told
+
+
+@pytest.mark.parametrize("arguments", [(), ("/tmp", "cpu"), (str(ROOT), "tpu"), (str(ROOT), "cpu", "more")])
+def test_a_revision_alone_says_what_it_expects(arguments):
+    done = python("benchmarks/revision.py", *arguments)
+    assert (done.returncode, done.stderr) == (
+        2, f"revision.py: expected a checkout and one of cuda, cpu; got {list(arguments)}\n")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "summary.json", "correctness.json", "summary.md", "ratio.png"])
+def test_a_folder_in_the_place_of_a_result_is_told_before_the_work(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "conditions", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(settings, "BACKEND", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which a smoke run changes
+    (tmp_path / name).mkdir()
+    assert gpu.main(["--smoke", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"python -m benchmarks.gpu: {str(tmp_path / name)!r} cannot be written: it is a folder\n"
+
+
+@pytest.mark.parametrize("line", ["compile --matrix --profile", "compile --target sm_80 --profile"])
+def test_a_profile_writes_over_no_page_of_anybody_else(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which compile changes
+    monkeypatch.setattr(matrix.offline, "compile_kernel", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(matrix, "_subprocess", lambda *_: pytest.fail("work was begun"))
+    page = tmp_path / "notes.md"
+    page.write_text("precious")
+    assert cli.main([*words(line), "--out", str(tmp_path / "notes.json")]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"fused-attn compile: --out: the table beside the rows is {str(page)!r}, which is there and no ")
+    assert page.read_text() == "precious"
+    page.unlink()
+    page.mkdir()
+    assert cli.main([*words(line), "--out", str(tmp_path / "notes.json")]) == 2
+    assert capsys.readouterr().err == f"fused-attn compile: {str(page)!r} cannot be written: it is a folder\n"
+    assert os.listdir(tmp_path) == ["notes.md"]
+
+
+def test_a_profile_takes_the_place_of_its_own_page(tmp_path):
+    page = tmp_path / "rows.md"
+    page.write_text((ROOT / "docs" / "profile.md").read_text(encoding="utf-8"), encoding="utf-8")
+    matrix._check_page(tmp_path / "rows.json", True)
+    rows = json.loads((ROOT / "docs" / "profile.json").read_text(encoding="utf-8"))
+    matrix._keep(rows[:1], tmp_path / "rows.json", True)
+    assert matrix.profile.TITLE in page.read_text(encoding="utf-8")
+    matrix._check_page(tmp_path / "rows.json", True)
 
 
 def test_every_known_target_is_one_that_calls_take():

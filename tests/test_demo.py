@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from fused_attn import demo
+from fused_attn import demo, options
 from fused_attn.demo import data, train
 from fused_attn.demo.model import GPT, GPTConfig
 
@@ -210,6 +210,14 @@ def test_a_second_run_says_what_it_overwrites_and_leaves_the_rest(tiny, tmp_path
     assert "will overwrite loss.png\n" in capsys.readouterr().out
     assert (tmp_path / "loss.png").read_bytes() != b"old"
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"mine.txt"}
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_folder_in_the_place_of_a_file_is_told_before_the_work(tiny, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(options.BadInputError, match=f"{name}' cannot be written: it is a folder"):
+        demo.run(tmp_path, quick=True, seed=0, check=lambda: pytest.fail("work was begun"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_write_that_does_not_finish_keeps_the_old_file(tiny, tmp_path, monkeypatch):

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import cpu
+from fused_attn import dispatch, settings
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # where a program finds its neighbours
 
@@ -66,19 +69,22 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path, capsys):
+def test_a_checkpoint_of_another_training_is_neither_taken_up_nor_lost(tmp_path):
     common = pytest.importorskip("common")
 
-    def losses(width, steps):
-        torch.manual_seed(0)
+    def losses(width, steps, seed=0):
+        torch.manual_seed(seed)
         model = torch.nn.Linear(width, 1)
         return common.train("model", model, lambda x: model(x).square().mean(), lambda step: torch.ones(2, width), steps,
                             tmp_path).losses
 
     assert len(losses(3, 4)) == 4
-    assert len(losses(5, 4)) == 4  # other weights, which would not even load
-    assert len(losses(5, 2)) == 2  # fewer steps than were done
-    assert capsys.readouterr().out.count("of another training; starting over") == 2
+    before = (tmp_path / "model.pt").read_bytes()
+    for width, steps, seed, told in ((5, 4, 0, "parameters 4, here 6"), (3, 2, 0, "steps 4, here 2"),
+                                     (3, 4, 1, "seed 0, here 1")):
+        with pytest.raises(common.options.BadInputError, match=rf"of another training \({told}\); .*--out.*--fresh"):
+            losses(width, steps, seed)
+    assert (tmp_path / "model.pt").read_bytes() == before
 
 
 @pytest.fixture
@@ -96,7 +102,7 @@ def tiny(monkeypatch):
 
     def runs(folder, *more):
         monkeypatch.setattr(sys, "argv", ["tiny.py", "--out", str(folder), *more])
-        return common.run("A program.", "tiny", ("first", "second"), main)
+        return common.run("A program.", "tiny", ("first", "second"), ("loss",), main)
 
     return runs
 
@@ -118,7 +124,7 @@ def test_fresh_forgets_the_programs_own_checkpoints_alone(tiny, tmp_path, capsys
 
 
 def test_programs_share_a_folder_and_no_file():
-    """By their source: every file is named after its program, and every training is one that --fresh knows."""
+    """By their source: every file is named after its program, and is one that is checked before the work."""
     seen = set()
     for name in ("gpt", "masked", "translate"):
         text = (ROOT / "examples" / f"{name}.py").read_text()
@@ -127,6 +133,8 @@ def test_programs_share_a_folder_and_no_file():
         assert files
         assert not files & seen
         seen |= files
+        pictures = re.search(r"\((\"[^()]*\")\),\s*main\)\)", text.rpartition("__main__")[2])
+        assert files == {f"{name}-{picture}.png" for picture in re.findall(r'"(\w+)"', pictures[1])}
     gpt, masked = ((ROOT / "examples" / f"{name}.py").read_text() for name in ("gpt", "masked"))
     assert set(re.findall(r'fit\("([\w-]+)"', gpt)) == {"pre-train", "fine-tune", "from-scratch"}
     assert {"masked-gaps", *(f"masked-{name}" for name in re.findall(r'tune\("([\w-]+)"', masked))} == {
@@ -135,7 +143,7 @@ def test_programs_share_a_folder_and_no_file():
     assert '("gaps", "packages", "from-scratch")' in masked
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "garbled", "keys", "weights", "folder", "object"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "garbled", "keys", "weights", "object"])
 def test_a_damaged_checkpoint_is_one_line_with_the_way_out(tiny, tmp_path, capsys, damage):
     assert tiny(tmp_path) == 0
     file = tmp_path / "tiny-first.pt"
@@ -143,9 +151,6 @@ def test_a_damaged_checkpoint_is_one_line_with_the_way_out(tiny, tmp_path, capsy
     if damage in ("empty", "cut", "text", "garbled"):
         half = len(whole) // 2
         file.write_bytes({"empty": b"", "cut": whole[:half], "text": b"notes", "garbled": whole[:half] + bytes(half)}[damage])
-    elif damage == "folder":
-        file.unlink()
-        file.mkdir()
     else:
         torch.save({"keys": {"run": saved["run"]}, "weights": {**saved, "model": {}}, "object": [1]}[damage], file)
     capsys.readouterr()
@@ -153,8 +158,35 @@ def test_a_damaged_checkpoint_is_one_line_with_the_way_out(tiny, tmp_path, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tiny.py: {file} is damaged or no checkpoint of tiny-first (")
     assert line.endswith("delete it, or train from the beginning with --fresh")
-    if damage != "folder":
-        assert tiny(tmp_path, "--fresh") == 0
+    assert tiny(tmp_path, "--fresh") == 0
+
+
+@pytest.mark.parametrize("name", ["tiny-first.pt", "tiny-second.pt", "tiny-loss.png", "tiny-summary.json"])
+@pytest.mark.parametrize("more", [(), ("--fresh",)])
+def test_a_folder_in_the_place_of_a_file_is_told_before_the_work(tiny, tmp_path, capsys, name, more):
+    assert tiny(tmp_path) == 0
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert tiny(tmp_path, *more) == 2
+    assert capsys.readouterr().err == f"tiny.py: {str(tmp_path / name)!r} cannot be written: it is a folder\n"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_backend_that_cannot_run_here_is_told_before_the_work(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(settings, "BACKEND", "triton")
+    monkeypatch.setattr(dispatch, "device_reasons", lambda *_: ("there is no card",))
+    assert tiny(tmp_path / "new") == 2
+    assert capsys.readouterr().err == "tiny.py: FUSED_ATTN_BACKEND: 'triton' cannot run this call: there is no card\n"
+    assert cpu.main(["--rounds", "1"]) == 2
+    assert "'triton' cannot run this call: there is no card\n" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_seconds_of_the_committed_summary_are_those_of_its_models():
+    summary = json.loads((ROOT / "docs" / "images" / "translate-summary.json").read_text())
+    assert summary["training_seconds"] == pytest.approx(sum(model["seconds"] for model in summary["models"].values()))
 
 
 @pytest.mark.parametrize("more", [("--seed", "x"), ("--seed", "-1"), ("--seed", "1" * 30), ("--out", "/dev/null/x"),
@@ -207,6 +239,7 @@ def test_translation_tells_its_story(tmp_path):
     summary, _ = run("translate", tmp_path / "out")
     assert set(summary["models"]) == {"LSTM", "LSTM, additive alignment", "LSTM, dot-product scores", "transformer"}
     losses = {name: found["last_loss"] for name, found in summary["models"].items()}
+    assert summary["training_seconds"] == sum(found["seconds"] for found in summary["models"].values())
     assert losses["transformer"] < losses["LSTM"]
     assert max(losses.values()) < 3.5
     assert all(is_png(tmp_path / "out" / f"translate-{name}.png") for name in ("comparison", "alignment", "loss"))

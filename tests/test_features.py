@@ -11,8 +11,6 @@ from support.features import BY_NAME, COMBINED, FEATURES, Call, Inputs, Shape, c
 from support.gates import check_bounded, check_ratio, packs
 from support.guard import is_poison, memory_guard
 
-import fused_attn.execution  # noqa: F401  # repairs the interpreter, which the guard would undo at its end if it did it within one
-
 pytestmark = pytest.mark.kernels
 
 HALVES = (torch.float16, torch.bfloat16)

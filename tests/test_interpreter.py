@@ -327,3 +327,46 @@ def test_threads_at_once_and_kernels_that_fail_leave_it_whole(tmp_path):
     done = subprocess.run([sys.executable, str(tmp_path / "at_once.py")], capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"})
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stdout + done.stderr[-2000:]
+
+
+OTHERS = [f"kernels.{name}" for name in ("backward", "combine", "mask", "operand_grad", "inspection", "rotary",
+                                         "hopper.workspace")]
+
+
+@pytest.mark.parametrize("module", ["kernels.forward", *(pytest.param(name, marks=pytest.mark.slow)
+                                                         for name in (*OTHERS, "tune", "check", "weights"))])
+def test_whoever_imports_a_kernel_has_the_interpreter_repaired(module):
+    """In a process that imports nothing else."""
+    program = (f"import fused_attn.{module}; from triton.runtime.interpreter import InterpreterBuilder as builder; "
+               "print(getattr(builder, '_fused_attn_repaired', False))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"})
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr[-2000:]
+
+
+WITHOUT_LANGUAGE = """
+import torch, triton, fused_attn
+
+@triton.jit
+def scaled_by(score, q_pos, k_idx, head, batch, args):
+    return score * args[0]
+
+@triton.jit
+def near(q_pos, k_idx, head, batch, args):
+    return q_pos - k_idx < 3
+
+scaled = fused_attn.ScoreMod("scaled", scaled_by, reference=lambda score, q_pos, k_idx, head, batch, args: score * args[0])
+nearby = fused_attn.MaskMod("nearby", near, reference=lambda q_pos, k_idx, head, batch, args: q_pos - k_idx < 3)
+q, factor = torch.randn(1, 2, 20, 16), torch.rand(2, 1, 1)
+found = [fused_attn.attention(q, q, q, causal=True, score_mod=scaled(factor), mask_mod=nearby(), backend=backend)
+         for backend in ("triton", "reference")]
+torch.testing.assert_close(*found)
+"""
+
+
+def test_functions_of_a_user_need_not_see_the_language(tmp_path):
+    """What they do not name they need not import, as under the compiler."""
+    (tmp_path / "mods.py").write_text(WITHOUT_LANGUAGE)
+    done = subprocess.run([sys.executable, str(tmp_path / "mods.py")], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,6 @@ from support.oracle import EPS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_attn import execution  # noqa: F401  # repairs first
 from fused_attn.rotary import apply_rotary
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import files, settings, tune, tuned
+from fused_attn import settings, tune, tuned
 from fused_attn.kernels import launch
 from fused_attn.spec import TileConfig
 from fused_attn.tuning import KNOWN_TARGETS, served
@@ -83,7 +83,8 @@ def nested(depth):
 @pytest.mark.parametrize("text", [
     "", "null", "3", '"tiles"', "[]", "{}", '{"format": 1}', '{"format": 1, "tiles": 3}', '{"format": 1, "tiles": {}}',
     '{"format": 1, "tiles": ["dq"]}', '{"format": 1, "tiles": [[]]}', '{"format": 1, "tiles": [{}]}',
-    '{"format": [], "tiles": []}',
+    '{"format": [], "tiles": []}', *(json.dumps({**HERE, "format": form, "tiles": []}) for form in (True, 1.0, "1", 2)),
+    json.dumps({"format": 1, "tiles": []}), *(json.dumps({**HERE, "arch": arch, "tiles": []}) for arch in (None, [], {}, 90)),
     nested(200_000), nested(900), "9" * 5000, "\x00", '{"format": 1, "tiles": [{"kernel": "dq", "head_dim": 16, "config": '
     + "[" * 900 + "]" * 900 + "}]}"], ids=lambda text: f"{text:.30}")
 def test_what_holds_no_tiles_is_one_error(use, text):
@@ -171,43 +172,3 @@ def test_writers_at_once_leave_one_of_their_files_whole(tmp_path):
             assert len(set(tuned.read(file)["by"])) == 1
     assert not errors
     assert os.listdir(tmp_path) == ["tiles.json"]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    file = tmp_path / "kept.json"
-    files.write(file, "old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(file), "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        files.write(file, "new")
-    assert file.read_text() == "old"
-    assert os.listdir(tmp_path) == ["kept.json"]
-
-
-@pytest.mark.parametrize("place", [".", "there/x.json", "/dev/null", "/proc/none/x.json", "n" * 300, "pipe"])
-def test_what_cannot_be_written_is_found_before(tmp_path, place):
-    (tmp_path / "there").write_text("a file where a folder is asked for")
-    os.mkfifo(tmp_path / "pipe")
-    path = tmp_path / place
-    assert files.against(path)
-    with pytest.raises(OSError):  # noqa: PT011  # whatever the system calls it
-        files.write(path, "x")
-    assert sorted(os.listdir(tmp_path)) == ["pipe", "there"]
-
-
-def test_what_can_be_written_leaves_no_trace_when_it_is_asked(tmp_path):
-    for place in ("new.json", "a/b/new.json"):
-        assert files.against(tmp_path / place) is None
-        assert not os.listdir(tmp_path)
-    files.write(tmp_path / "a/b/new.json", "ü")
-    assert (tmp_path / "a/b/new.json").read_bytes() == "ü".encode()
-    assert (tmp_path / "a/b/new.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask():
-    now = os.umask(0)
-    os.umask(now)
-    return now

@@ -289,12 +289,14 @@ def test_the_command_searches_writes_and_goes_on(tmp_path, monkeypatch, capsys, 
     assert launched()["forward_kernel"] == tuned.config_of(rows[0])
 
 
-def test_a_file_of_another_card_is_not_written_over(tmp_path, capsys):
-    file = saved(tmp_path, gpu="another card")
+@pytest.mark.parametrize("name", ["arch", "gpu", "triton"])
+def test_a_file_of_another_card_or_triton_is_not_written_over(tmp_path, capsys, name):
+    file = saved(tmp_path, **{name: "another"})
     before = file.read_bytes()
     assert cli.main(["tune", "--out", str(file)]) == 2
     assert capsys.readouterr().err == (
-        f"fused-attn tune: {file} holds tiles of 'another card'; delete it, or choose another --out\n")
+        f"fused-attn tune: {file} holds tiles of another card or Triton: {name} 'another', here {HERE[name]!r}; delete it, or "
+        "choose another --out\n")
     assert file.read_bytes() == before
 
 

@@ -40,7 +40,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=size, nargs="+", metavar="D")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), nargs="+")
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--window", type=options.whole(-1), nargs=2, metavar=("LEFT", "RIGHT"),
+    parser.add_argument("--window", type=options.whole(-1, options.SIZES[1]), nargs=2, metavar=("LEFT", "RIGHT"),
                         help="keys on either side; -1: all")
     parser.add_argument("--softcap", type=options.real(0, open_below=True))
     parser.add_argument("--backend", choices=settings.BACKENDS, help="of ours; by default what a call chooses")
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "16384, both masks; decode: one query over many keys. Shapes given beside it are not looked at")
     add_shape(parser)
     parser.add_argument("--pass", dest="which", choices=PASSES, nargs="+", default=PASSES)
-    parser.add_argument("--rounds", type=options.whole(1), help="timed calls of each; by default what fits 120 ms, 10 at least")
+    parser.add_argument("--rounds", type=options.whole(*options.COUNTS),
+                        help="timed calls of each; by default what fits 120 ms, 10 at least")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=options.file(), help="write rows and conditions to this JSON file")
     parser.add_argument("--plot", type=options.file(*options.PICTURES), help="draw bars into this picture; needs matplotlib")
@@ -171,6 +172,5 @@ def run(asked: argparse.Namespace) -> int:
     if asked.plot is not None and timed:
         from fused_attn.bench import plots
 
-        asked.plot.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(timed, title, str(asked.plot))
+        plots.save(timed, title, asked.plot)
     return options.status(complete, all(row["ok"] is not False for row in rows))

@@ -1,7 +1,10 @@
 """Bars in the manner of the FlashAttention papers; matplotlib is the caller's."""
 
 import textwrap
+from pathlib import Path
 from typing import Any
+
+from fused_attn import files
 
 Row = dict[str, Any]
 
@@ -50,7 +53,7 @@ def legend(figure: Any) -> None:
     figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order))
 
 
-def save(rows: list[Row], title: str, path: str) -> None:
+def save(rows: list[Row], title: str, path: Path) -> None:
     """Draws rows of timings, a panel for each pass, into a picture."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -65,7 +68,7 @@ def save(rows: list[Row], title: str, path: str) -> None:
             axes.set_title(which, fontsize=9)
         figure.suptitle(textwrap.fill(title, int(16 * figure.get_figwidth())), fontsize=8)
         legend(figure)
-        figure.savefig(path)
+        files.write_figure(path, figure)
 
 
 def _label(row: Row) -> str:

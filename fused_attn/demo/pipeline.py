@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import fused_attn
-from fused_attn import files, report
+from fused_attn import files, options, report
 from fused_attn.demo import data, plots, train
 from fused_attn.demo.model import GPT
 
@@ -28,7 +28,9 @@ _Result = TypeVar("_Result")
 
 
 def run(console: Console, out: Path, recipe: train.Recipe, seed: int, check: Callable[[], dict[str, Any]]) -> int:
-    """Every step in order; returns the exit status. Raises DemoError where going on makes no sense, writing nothing."""
+    """Every step in order; returns the exit status. Raises DemoError where going on makes no sense, BadInputError where a file
+    cannot be written, both writing nothing."""
+    options.writable(*(out / name for name in FILES))
     out.mkdir(parents=True, exist_ok=True)
     existing = [name for name in FILES if (out / name).exists()]
     if existing:

@@ -319,7 +319,7 @@ def memory_guard() -> Iterator[Guard]:
     """Checks every launch within it; see the top of this file. Needs TRITON_INTERPRET=1."""
     import triton.runtime.interpreter as interpreter
 
-    import fused_attn.execution  # noqa: F401  # its repair of the interpreter goes beneath the guard, not away with it
+    import fused_attn.kernels.launch  # noqa: F401  # its repair of the interpreter goes beneath the guard, not away with it
 
     guard = Guard(interpreter)
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
