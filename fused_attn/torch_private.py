@@ -42,6 +42,8 @@ _dispatch_keys: Callable[[torch.Tensor], Any] | None = _private("_C._dispatch_ke
 cuda_sleep: Callable[[int], None] = _private("cuda._sleep", lambda cycles: None)
 # A context below autograd, in which an op that answers for autograd calls its own implementation.
 below_autograd: Callable[[], Any] | None = _private("_C._AutoDispatchBelowAutograd", None)
+# What torch.compile keeps of the one trace that goes on; where it does not say, all traces of the process are one.
+current_trace: Callable[[], Any] = _private("_guards.TracingContext.try_get", lambda: torch)
 
 
 def forward_mode() -> bool:

@@ -69,6 +69,7 @@ NAMES = {  # where each stands, and what works without it
     "_C._autograd._profiler_enabled": lambda: watches(),
     "_C._disabled_torch_function_impl": lambda: same(fused_attn.attention),
     "_C._dispatch_keys": lambda: not_batched(),
+    "_guards.TracingContext.try_get": lambda: traces_are_one(),
     "cuda._sleep": lambda: torch_private.cuda_sleep(10),
     "_C._AutoDispatchBelowAutograd": lambda: without_a_guard(),
     "autograd.forward_ad._current_level": lambda: forward_mode_is_assumed(),
@@ -96,6 +97,10 @@ def watches():
 
 def not_batched():
     assert not torch_private.is_batched(torch.ones(2))
+
+
+def traces_are_one():
+    assert torch_private.current_trace() is torch_private.current_trace() is not None
 
 
 def without_a_guard():
