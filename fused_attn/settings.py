@@ -51,7 +51,7 @@ DETERMINISTIC = _flag("FUSED_ATTN_DETERMINISTIC")
 # torch.compile cannot trace a context variable, but it guards a compiled call on what a module's attribute is when called.
 _defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "RUNG": _choice("FUSED_ATTN_HOPPER", RUNGS) or "pointers"}
 _entered: dict[str, ContextVar[tuple[list[Any], ...]]] = {name: ContextVar(name, default=()) for name in _defaults}
-# Of a ``with`` inside a function that torch.compile traces, {trace: {(name, number): value}}; it ends with its trace at the latest.
+# Of a ``with`` in a function that is being compiled, {trace: {(name, number): value}}; it ends with its trace at the latest.
 _traced: MutableMapping[Any, dict[tuple[str, str], Any]] = WeakKeyDictionary()
 _numbers = map(str, itertools.count())
 _this = sys.modules[__name__]
@@ -84,7 +84,8 @@ def _now(name: str) -> Any:
 
 @torch_private.constant_when_traced
 def _inside_trace(name: str) -> tuple[Any, ...]:
-    return tuple(value for (entered, _), value in _traced.get(torch_private.current_trace(), {}).items() if entered == name)[-1:]
+    entered = _traced.get(torch_private.current_trace(), {})
+    return tuple(value for (of, _), value in entered.items() if of == name)[-1:]
 
 
 @torch_private.constant_when_traced
