@@ -1,8 +1,13 @@
 """Fused attention in other people's code, while a ``with`` lasts: torch's scaled_dot_product_attention answered by ours."""
 
+import contextlib
+import sys
+import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,53 +37,136 @@ class PatchReport:
         return "\n".join(lines)
 
 
-class patch_sdpa(TorchFunctionMode):
+class patch_sdpa:
     """Within it, calls of ``torch.nn.functional.scaled_dot_product_attention`` run on the kernels where they can.
 
-    However the function was imported, and inside ``torch.nn.MultiheadAttention``; in this thread alone; nothing in torch is
-    changed. ``with patch_sdpa() as report``: print the report. A call that the kernels cannot run is torch's, exactly, with
-    its reason in the report; CPU tensors are.
+    However the function was imported, and inside ``torch.nn.MultiheadAttention``; nothing in torch is changed. In this thread
+    alone, and of its tasks in the one that entered it and those started within. ``with patch_sdpa() as report``: print the
+    report. A call that the kernels cannot run is torch's, exactly, with its reason in the report; CPU tensors are. Patches may
+    be nested, entered again, and left in any order.
 
     Args:
         strict: raise RuntimeError instead, with the reasons.
+
+    Raises:
+        RuntimeError: where it is left more often than it was entered.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
-        super().__init__()
         self.strict = strict
         self.report = PatchReport()
-        self._module_attention = _undispatched(F.multi_head_attention_forward, scaled_dot_product_attention=self._attend)
+        self._stays: list[_Stay] = []
 
     def __enter__(self) -> PatchReport:
-        super().__enter__()
+        torch_private.drop_function_modes(_is_over)
+        stay = _Stay(self)
+        self._stays.append(stay)
+        _entered.set((*(other for other in _entered.get() if not _is_over(other)), stay))
+        stay.__enter__()
         return self.report
+
+    def __exit__(self, *raised: object) -> None:
+        stays = [stay for stay in self._stays if stay in _entered.get()] or self._stays
+        if not stays:
+            raise RuntimeError("patch_sdpa: expected to be left as often as it was entered; got one more __exit__")
+        stay = stays[-1]
+        self._stays.remove(stay)
+        stay.over = True  # which ends it, wherever its mode is; one that was entered in another thread stays on that stack
+        torch_private.drop_function_modes(_is_over)
+
+
+class _Mode(TorchFunctionMode):
+    """Has a patch answer."""
+
+    def __init__(self, patch: patch_sdpa) -> None:
+        super().__init__()
+        self.patch = patch
+        self._module_attention = _undispatched(F.multi_head_attention_forward, scaled_dot_product_attention=self._attend)
+
+    def strictness(self) -> bool | None:
+        """Whether a call that cannot run fused raises; None where the patch does not hold."""
+        return self.patch.strict
+
+    def around_backward(self) -> AbstractContextManager[Any]:
+        """Has the patch answer in a backward too, which may run forwards again, of checkpoints."""
+        return self
 
     def __torch_function__(self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        answered = func is torch_private.sdpa or func is F.multi_head_attention_forward or func in _BACKWARD
+        if not answered or self.strictness() is None:
+            return func(*args, **kwargs)
         if func is torch_private.sdpa:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._module_attention(*args, **kwargs)
-        if func in _BACKWARD:  # which may run forwards again, of checkpoints
-            with self:
-                return _BACKWARD[func](*args, **kwargs)
-        return func(*args, **kwargs)
+        with self.around_backward():
+            return _BACKWARD[func](*args, **kwargs)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         named = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
         call, reasons = describe_sdpa(query, key, value, **named)
         counts = not torch.compiler.is_compiling()  # a count that changes would have every call compiled anew
-        shown = _shown(query, key, value, named) if counts or self.strict else ""
+        strict = self.strictness()
+        shown = _shown(query, key, value, named) if counts or strict else ""
         if call is not None:
             if counts:
-                self.report.fused[shown] += 1
+                self.patch.report.fused[shown] += 1
             return scaled_dot_product_attention(query, key, value, **named)
-        if self.strict:
+        if strict:
             raise RuntimeError(f"strict: scaled_dot_product_attention({shown}) cannot run fused: {'; '.join(reasons)}")
         if counts:
-            self.report.kept[shown, "; ".join(reasons)] += 1
+            self.patch.report.kept[shown, "; ".join(reasons)] += 1
         return by_torch(query, key, value, **named)
+
+
+class _Stay(_Mode):
+    """Of one ``with``. All tasks of a thread meet its modes, so that each asks whether it was entered in the present one."""
+
+    def __init__(self, patch: patch_sdpa) -> None:
+        super().__init__(patch)
+        self.over = False
+        self.thread = threading.get_ident()
+
+    def strictness(self) -> bool | None:
+        if torch.compiler.is_dynamo_compiling():
+            present: bool | None = _this.STRICTNESS
+            return present
+        return self.patch.strict if self in _holding() else None
+
+    @contextlib.contextmanager
+    def around_backward(self) -> Iterator[None]:
+        """In autograd's own threads there is no task to ask about: modes that do not ask take the place of all that hold."""
+        stays = _holding()
+        token = _entered.set(())
+        try:
+            with contextlib.ExitStack() as modes:
+                for stay in stays:
+                    modes.enter_context(_Mode(stay.patch))
+                yield
+        finally:
+            _entered.reset(token)
+
+
+_entered: ContextVar[tuple[_Stay, ...]] = ContextVar("patches", default=())
+_this = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> Any:
+    """STRICTNESS: that of all patches that hold, together. A compiled call counts nothing, so that it need not know them apart;
+    torch.compile cannot trace a context variable, but guards a compiled call on what a module's attribute is when called."""
+    if name != "STRICTNESS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return any(stay.patch.strict for stay in _holding()) if _holding() else None
+
+
+def _holding() -> list[_Stay]:
+    return [stay for stay in _entered.get() if not stay.over and stay.thread == threading.get_ident()]
+
+
+def _is_over(mode: TorchFunctionMode) -> bool:
+    return isinstance(mode, _Stay) and mode.over
 
 
 def _shown(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, named: dict[str, Any]) -> str:

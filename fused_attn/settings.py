@@ -11,14 +11,18 @@ TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU te
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+
+from fused_attn import torch_private
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 BACKENDS = ("triton", "torch", "reference")
@@ -47,7 +51,9 @@ DETERMINISTIC = _flag("FUSED_ATTN_DETERMINISTIC")
 # torch.compile cannot trace a context variable, but it guards a compiled call on what a module's attribute is when called.
 _defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "RUNG": _choice("FUSED_ATTN_HOPPER", RUNGS) or "pointers"}
 _entered: dict[str, ContextVar[tuple[list[Any], ...]]] = {name: ContextVar(name, default=()) for name in _defaults}
-_traced: dict[str, list[Any]] = {name: [] for name in _defaults}  # of a ``with`` inside a function that is being compiled
+# Of a ``with`` in a function that is being compiled, {trace: {(name, number): value}}; it ends with its trace at the latest.
+_traced: MutableMapping[Any, dict[tuple[str, str], Any]] = WeakKeyDictionary()
+_numbers = map(str, itertools.count())
 _this = sys.modules[__name__]
 
 for _name in os.environ:
@@ -70,20 +76,39 @@ def _in_context(name: str) -> Any:
 
 
 def _now(name: str) -> Any:
-    if torch.compiler.is_compiling():
-        return _traced[name][-1] if _traced[name] else getattr(_this, name)
+    if torch.compiler.is_dynamo_compiling():
+        inside = _inside_trace(name)
+        return inside[0] if inside else getattr(_this, name)
     return _in_context(name)
+
+
+@torch_private.constant_when_traced
+def _inside_trace(name: str) -> tuple[Any, ...]:
+    entered = _traced.get(torch_private.current_trace(), {})
+    return tuple(value for (of, _), value in entered.items() if of == name)[-1:]
+
+
+@torch_private.constant_when_traced
+def _enter_trace(name: str, value: Any) -> str:
+    number = next(_numbers)
+    _traced.setdefault(torch_private.current_trace(), {})[name, number] = value
+    return number
+
+
+@torch_private.constant_when_traced
+def _leave_trace(name: str, number: str) -> None:
+    _traced.get(torch_private.current_trace(), {}).pop((name, number), None)
 
 
 @contextlib.contextmanager
 def _within(name: str, value: Any) -> Iterator[None]:
     """Contexts may overlap, in one thread, between tasks, or be left elsewhere than entered: each takes back its own entry."""
-    if torch.compiler.is_compiling():
-        _traced[name].append(value)
+    if torch.compiler.is_dynamo_compiling():
+        number = _enter_trace(name, value)
         try:
             yield
         finally:
-            _traced[name].pop()
+            _leave_trace(name, number)
         return
     entry = [value]
     _entered[name].set((*filter(None, _entered[name].get()), entry))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -43,6 +44,10 @@ _dispatch_keys: Callable[[torch.Tensor], Any] | None = _private("_C._dispatch_ke
 cuda_sleep: Callable[[int], None] = _private("cuda._sleep", lambda cycles: None)
 # A context below autograd, in which an op that answers for autograd calls its own implementation.
 below_autograd: Callable[[], Any] | None = _private("_C._AutoDispatchBelowAutograd", None)
+# The modes of torch.overrides in this thread, outermost first; none where it does not say.
+_function_modes: Callable[[], list[Any]] = _private("overrides._get_current_function_mode_stack", list)
+# What torch.compile keeps of the one trace that goes on; where it does not say, all traces of the process are one.
+current_trace: Callable[[], Any] = _private("_guards.TracingContext.try_get", lambda: torch)
 
 
 def forward_mode() -> bool:
@@ -78,6 +83,17 @@ def known(condition: Any) -> bool:
     except ImportError:
         return bool(condition)
     return bool(guard_or_false(condition))
+
+
+def drop_function_modes(is_over: Callable[[TorchFunctionMode], bool]) -> None:
+    """Takes the modes that are over off this thread's stack, wherever they are in it."""
+    modes = _function_modes()
+    if any(map(is_over, modes)):
+        for mode in reversed(modes):
+            TorchFunctionMode.__exit__(mode, None, None, None)  # the base class's: those above stay entered
+        for mode in modes:
+            if not is_over(mode):
+                TorchFunctionMode.__enter__(mode)
 
 
 def constant_when_traced(function: _F) -> _F:

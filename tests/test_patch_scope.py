@@ -1,5 +1,8 @@
 """How far patch_sdpa reaches: a ``with``, one thread, other modes, recomputation, and compiled functions."""
 
+import asyncio
+import contextvars
+import itertools
 import threading
 
 import pytest
@@ -130,6 +133,146 @@ def test_within_and_around_other_modes(build, other):
     with patch_sdpa() as report, other():
         call()
     assert report.kept.total() == 1
+
+
+# --- patches that overlap ---
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
+def test_patches_are_left_in_any_order(order):
+    """Each counts until it is left; another mode, entered between them, stays."""
+    patches, other = [patch_sdpa() for _ in range(3)], Bystander()
+    for i, patch in enumerate(patches):
+        patch.__enter__()
+        if i == 1:
+            other.__enter__()
+    left = set()
+    for i in order:
+        before = [patch.report.kept.total() for patch in patches]
+        ask()
+        counted = [patch.report.kept.total() - count for patch, count in zip(patches, before, strict=True)]
+        assert counted == [int(k not in left) for k in range(3)]
+        patches[i].__exit__(None, None, None)
+        left.add(i)
+    assert _get_current_function_mode_stack() == [other]
+    other.__exit__(None, None, None)
+
+
+def test_one_patch_entered_in_two_generators():
+    def within():
+        with patch:
+            yield
+
+    patch = patch_sdpa()
+    first, second = within(), within()
+    next(first)
+    next(second)
+    first.close()
+    ask()
+    assert patch.report.kept.total() == 1
+    second.close()
+    ask()
+    assert patch.report.kept.total() == 1
+    assert _get_current_function_mode_stack() == []
+
+
+def test_left_more_often_than_entered():
+    patch = patch_sdpa()
+    with patch_sdpa() as report:
+        with patch:
+            pass
+        with pytest.raises(RuntimeError, match="patch_sdpa: expected to be left as often as it was entered"):
+            patch.__exit__(None, None, None)
+        ask()
+    assert report.kept.total() == 1
+
+
+def test_left_in_another_thread():
+    """It ends at once; the next patch takes its mode off."""
+    patch = patch_sdpa(strict=True)
+    patch.__enter__()
+    thread = threading.Thread(target=patch.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    ask()
+    with patch_sdpa():
+        ask()
+    assert _get_current_function_mode_stack() == []
+
+
+def in_two_tasks(call):
+    """Whether ``call`` is refused: in a task inside a strict patch, in one that was started there, and in one beside it."""
+    async def run():
+        entered, asked = asyncio.Event(), asyncio.Event()
+
+        async def inside():
+            with patch_sdpa(strict=True):
+                entered.set()
+                started = asyncio.create_task(attempt())
+                await asked.wait()
+                return await attempt(), await started
+
+        async def attempt():
+            try:
+                call()
+            except Exception as error:
+                return "strict" in str(error)
+            return False
+
+        async def beside():
+            await entered.wait()
+            with patch_sdpa() as report:
+                refused = await attempt()
+            refused |= await attempt()
+            asked.set()
+            return refused, report.kept.total()
+
+        return await asyncio.gather(inside(), beside())
+
+    return asyncio.run(run())
+
+
+def test_tasks_do_not_see_each_other():
+    assert in_two_tasks(ask) == [(True, True), (False, 1)]
+    assert _get_current_function_mode_stack() == []
+
+
+def test_tasks_do_not_see_each_other_in_compiled_calls():
+    torch._dynamo.reset()
+    call = torch.compile(ask, backend="aot_eager", fullgraph=True)
+    for _ in range(2):  # compiled, and found compiled
+        assert in_two_tasks(call) == [(True, True), (False, 0)]
+
+
+def test_a_function_that_patches_compiled():
+    torch._dynamo.reset()
+
+    def within(x, strict):
+        with patch_sdpa(strict=strict):
+            return sdpa(x, x, x)
+
+    x, call = torch.randn(1, 1, 4, 8), torch.compile(within, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="strict"):
+        call(x, True)
+    assert _get_current_function_mode_stack() == []
+    torch.testing.assert_close(call(x, False), sdpa(x, x, x))
+    assert _get_current_function_mode_stack() == []
+
+
+# --- recomputation ---
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_a_checkpoint_recomputes_in_a_thread_of_autograds(reentrant):
+    """Where context variables have their defaults, as in the empty context here; all patches that hold are asked."""
+    x = torch.randn(1, 1, 4, 8, requires_grad=True)
+    with patch_sdpa() as outer, patch_sdpa() as inner:
+        out = checkpoint(lambda x: contextvars.Context().run(sdpa, x, x, x), x, use_reentrant=reentrant)
+        assert (outer.kept.total(), inner.kept.total()) == (0, 0)
+        out.sum().backward()
+        ask()
+    assert (outer.kept.total(), inner.kept.total()) == (2, 2)
+    assert _get_current_function_mode_stack() == []
 
 
 @pytest.mark.kernels

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -249,6 +250,54 @@ def test_contexts_inside_a_compiled_function():
     with pytest.raises(Exception, match="strict: only the quadratic reference"):
         torch.compile(refused, backend="eager", fullgraph=True)(x)
     assert settings.is_strict(None) is False
+
+
+def unfinished(enter, x):
+    """A generator that is left inside its context."""
+    def chunks():
+        with enter():
+            yield x + 1
+            yield x + 2
+
+    return next(chunks())
+
+
+def unleft(enter, x):
+    context = enter()
+    context.__enter__()
+    return x + 1
+
+
+def broken_off(enter, x):
+    with enter():
+        raise KeyError
+
+
+@pytest.mark.parametrize("leave", [unfinished, unleft, broken_off])
+@switches
+def test_a_context_of_a_compiled_function_ends_with_it(enter, now, off, on, leave):
+    torch._dynamo.reset()
+    with contextlib.suppress(Exception):
+        torch.compile(lambda x: leave(enter, x), backend="eager")(torch.ones(3))
+    seen = torch.compile(lambda x: (x + 1, now()), backend="eager", fullgraph=True)(torch.ones(3))[1]
+    assert (seen, now()) == (off, off)
+    gc.collect()
+    assert not settings._traced  # nor is anything kept of it
+
+
+def test_contexts_that_overlap_inside_a_compiled_function():
+    torch._dynamo.reset()
+
+    def attend(x):
+        outer, inner = fused_attn.hopper("gluon"), fused_attn.hopper("descriptors")
+        outer.__enter__()
+        inner.__enter__()
+        outer.__exit__(None, None, None)
+        seen = settings.rung()
+        inner.__exit__(None, None, None)
+        return x + 1, (seen, settings.rung())
+
+    assert torch.compile(attend, backend="eager", fullgraph=True)(torch.ones(3))[1] == ("descriptors", "pointers")
 
 
 # --- the environment ---

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import _get_current_function_mode_stack
 
 import fused_attn
 from fused_attn import nn, replay, torch_private
@@ -69,6 +70,8 @@ NAMES = {  # where each stands, and what works without it
     "_C._autograd._profiler_enabled": lambda: watches(),
     "_C._disabled_torch_function_impl": lambda: same(fused_attn.attention),
     "_C._dispatch_keys": lambda: not_batched(),
+    "overrides._get_current_function_mode_stack": lambda: patches_end(),
+    "_guards.TracingContext.try_get": lambda: traces_are_one(),
     "cuda._sleep": lambda: torch_private.cuda_sleep(10),
     "_C._AutoDispatchBelowAutograd": lambda: without_a_guard(),
     "autograd.forward_ad._current_level": lambda: forward_mode_is_assumed(),
@@ -96,6 +99,23 @@ def watches():
 
 def not_batched():
     assert not torch_private.is_batched(torch.ones(2))
+
+
+def patches_end():
+    """Their modes stay on the stack and do nothing."""
+    x = torch.randn(1, 2, 4, 8)
+    with fused_attn.patch_sdpa(strict=True) as report, pytest.raises(RuntimeError, match="strict"):
+        F.scaled_dot_product_attention(x, x, x)
+    same(fused_attn.attention)
+    assert not report.kept
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(torch_private, "_function_modes", _get_current_function_mode_stack)
+        with fused_attn.patch_sdpa():
+            pass
+
+
+def traces_are_one():
+    assert torch_private.current_trace() is torch_private.current_trace() is not None
 
 
 def without_a_guard():

@@ -1,7 +1,4 @@
-"""What the transformers plug takes for a mask, pattern by pattern, and under which names models run it."""
-
-import copy
-import sys
+"""What the transformers plug takes for a mask, pattern by pattern, and what families make of their own."""
 
 import pytest
 import torch
@@ -44,8 +41,8 @@ PATTERNS = {  # dimensions of the mask, 0 for none; pattern, its window, and wha
     "left padding": (2, causal, None, {"attention_mask": LEFT}),
     "right padding": (2, causal, None, {"attention_mask": LEFT.flip(1)}),
     "mask of the past alone": (2, causal, None, {"q_length": 3, "q_offset": 4, "attention_mask": ALL[:, :5]}),
-    "window": (3, windowed(3), 3, {}),
-    "window, padding": (3, windowed(3), 3, {"attention_mask": LEFT}),
+    "window": (5, windowed(3), 3, {}),
+    "window, padding": (5, windowed(3), 3, {"attention_mask": LEFT}),
     "window, the past cut off": (2, windowed(4), 4, {
         "q_length": 1, "kv_length": 4, "q_offset": 6, "kv_offset": 3, "attention_mask": LEFT.roll(2, 1)}),
     "window, padding cut off": (2, windowed(4), 4, {
@@ -146,108 +143,51 @@ def test_a_mask_that_was_expanded_is_read_by_its_values(batch, length, counts):
     assert (out.abs().sum() > 0) == counts
 
 
-# --- names ---
+def test_a_mask_of_one_key_that_was_cut_from_an_expanded_one():
+    """Torch calls it contiguous whatever its stride."""
+    mask = fused.attention_mask(2, 1, 1, attention_mask=torch.zeros(2, 1, dtype=torch.bool).expand(2, 5)[:, 3:4])
+    q = torch.randn(2, 2, 1, 8)
+    assert not fused.attention_forward(nn.Module(), q, q, q, mask)[0].any()
 
 
-def test_any_name_from_a_config_or_a_checkpoint(tmp_path):
-    fused.register("mine")
-    model = T.LlamaForCausalLM(T.LlamaConfig(**SMALL, intermediate_size=32)).eval()
-    model.save_pretrained(tmp_path)
-    loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="mine").eval()
-    made = T.AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="mine").eval()
-    made.load_state_dict(model.state_dict())
-    ids, mask = torch.randint(3, 61, (2, 7)), LEFT.long()
-    model.set_attn_implementation("eager")
-    for twin in (loaded, made):
-        assert twin.config._attn_implementation == "mine"
-        close(twin(ids, attention_mask=mask).logits[LEFT], model(ids, attention_mask=mask).logits[LEFT], 2e-6)
+WIDE = torch.ones(2, 7, 7, dtype=torch.bool).tril()
+FORMS = {  # masks in no form that transformers has, whatever their strides
+    "bool": WIDE, "float": torch.zeros(2, 7, 7), "int": WIDE.long(), "expanded": LEFT[:, :, None].expand(-1, -1, 7),
+    "expanded over queries": LEFT[:, None].expand(-1, 7, -1), "five dimensions": WIDE[:, None, None],
+    "an additive window": torch.zeros(2, 7, 1, 1, 3), "one dimension": LEFT[0],
+}
 
 
-@pytest.mark.parametrize("family", ["Bloom", "Falcon", "Mpt", "Deberta", "DebertaV2", "XLNet", "Sam", "Git", "GPTNeo"])
-def test_families_beside_the_interface(family):
-    """Their attention is their own: a model is not made, and one that is there stays with eager, as transformers warns."""
-    config = getattr(T, f"{family}Config")(**{name: 2 for name in ("num_hidden_layers", "n_layers") if family != "GPTNeo"})
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("where", ["model", "encoder", "attention"])
+def test_other_forms_are_refused(form, where):
     fused.register()
-    with pytest.raises(ValueError, match=r"attn_implementation: .*such as 'eager'.*code of its own"):
-        getattr(T, f"{family}Model")._from_config(config, attn_implementation="fused_attn")
+    mask = FORMS[form]
+    if where == "attention":
+        q = torch.randn(2, 2, 7, 8)
+        call = lambda: fused.attention_forward(nn.Module(), q, q, q, mask)  # noqa: E731
+    else:
+        config, model = (T.LlamaConfig, T.LlamaModel) if where == "model" else (T.BertConfig, T.BertModel)
+        model = model._from_config(config(**SMALL, intermediate_size=32), attn_implementation="fused_attn")
+        call = lambda: model(torch.randint(3, 61, (2, 7)), attention_mask=mask)  # noqa: E731
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[batch, keys\].*; got "):
+        call()
 
 
-def test_one_beside_the_interface_stays_with_eager():
-    model = T.BloomModel(T.BloomConfig(**SMALL))
-    before = model.config._attn_implementation
-    fused.register()
-    model.set_attn_implementation("fused_attn")  # transformers warns
-    assert model.config._attn_implementation == before == "eager"
+def test_a_window_is_known_wherever_it_went():
+    """Moved to a device, it loses its strides; compiled, its identity; from generation, it comes back."""
+    mask = fused.attention_mask(2, 7, 7, mask_function=windowed(3), local_size=3, attention_mask=LEFT)
+    moved = mask.to("meta", copy=True)
+    assert (moved.shape, moved.dtype) == (mask.shape, mask.dtype)
+    assert fused.attention_mask(2, 7, 7, attention_mask=mask) is mask
+    q = torch.randn(2, 2, 7, 8)
+    expected = fused.attention_forward(nn.Module(), q, q, q, mask)[0]
+    close(fused.attention_forward(nn.Module(), q, q, q, mask.contiguous())[0], expected)
+    compiled = torch.compile(fused.attention_forward, backend="eager", fullgraph=True)
+    close(compiled(nn.Module(), q, q, q, mask)[0], expected, 1e-6)
 
 
-def llama(**options):
-    return T.AutoModelForCausalLM.from_config(T.LlamaConfig(**SMALL, intermediate_size=32), **options)
-
-
-def test_an_attention_with_arguments_that_are_not_known_is_refused(monkeypatch):
-    """As of one whose eager code takes a bias or a sink under a name of its own."""
-    module = sys.modules[T.LlamaModel.__module__]
-
-    def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, extra_sinks=None, **kwargs):
-        raise AssertionError
-
-    fused.register()
-    llama(attn_implementation="fused_attn")
-    monkeypatch.setattr(module, "eager_attention_forward", eager_attention_forward)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM can use.*gives attention extra_sinks, which is not known"):
-        llama(attn_implementation="fused_attn")
-
-
-@pytest.mark.parametrize("make", [lambda name: llama(attn_implementation=name),
-                                  lambda name: llama().set_attn_implementation(name)], ids=["made", "set"])
-def test_paged_variants_are_refused(make):
-    fused.register()
-    with pytest.raises(ValueError, match=r"no paged variant of 'fused_attn'"):
-        make("paged|fused_attn")
-
-
-@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "my_flash", "sdpa_mine", "flex_attention", "org/kernel",
-                                  "paged|eager", "a|b", "a:b", "a@b", "", None, 3, "of_others"])
-def test_names_that_mean_something_else_are_refused(name, monkeypatch):
-    monkeypatch.setitem(T.AttentionInterface._global_mapping, "of_others", lambda *args: None)
-    before = dict(T.AttentionInterface._global_mapping), dict(T.AttentionMaskInterface._global_mapping)
-    with pytest.raises(ValueError, match="name: expected"):
-        fused.register(name)
-    assert before == (T.AttentionInterface._global_mapping, T.AttentionMaskInterface._global_mapping)
-
-
-def test_unregister_leaves_transformers_as_it_was(monkeypatch):
-    monkeypatch.setattr(fused, "_names", {})
-    for methods in fused._CHECKS.values():
-        monkeypatch.setattr(T.PreTrainedModel, methods[0].__name__, methods[0])
-
-    def state():
-        return (dict(T.AttentionInterface._global_mapping), dict(T.AttentionMaskInterface._global_mapping),
-                [getattr(T.PreTrainedModel, method) for method in fused._CHECKS])
-
-    for interface in (T.AttentionInterface, T.AttentionMaskInterface):
-        for name in ("fused_attn", "mine"):
-            interface._global_mapping.pop(name, None)
-    before = state()
-    for name in ("fused_attn", "mine", "mine"):
-        fused.register(name)
-    fused.unregister("mine")
-    llama(attn_implementation="fused_attn")
-    with pytest.raises(ValueError, match="mine"):
-        llama(attn_implementation="mine")
-    fused.unregister()
-    assert state() == before
-    with pytest.raises(KeyError, match="expected one that is registered"):
-        fused.unregister()
-    fused.register()
-
-
-@pytest.mark.parametrize(("version", "told"), [("5.3.9", ImportError), ("4.57.6", ImportError), ("5.99.0.dev0", RuntimeWarning),
-                                               ("6.0.0", RuntimeWarning)])
-def test_versions_beyond_the_tested_ones(version, told, monkeypatch):
-    monkeypatch.setattr(fused.transformers, "__version__", version)
-    with pytest.warns(told, match=version) if issubclass(told, Warning) else pytest.raises(told, match=version):
-        fused.register()
+# --- families ---
 
 
 INDEXED = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,

@@ -9,7 +9,8 @@ gradients; plain causal, sliding and padded batches need no mask of N x N. docs/
 compared with the eager implementation; one that does not go through the interface is refused when a model of it is made.
 
 The mask alone says what attends, as in eager code, and its shape says how: None is everything, keys that count [B, Nk] are
-causal, the same with a window as long as their last, expanded extent [B, Nk, w], and [B, 1, Nq or 1, Nk] is the whole matter.
+causal, the same with a window as long as their last, expanded extent [B, Nk, 1, 1, w] (five dimensions, which no mask of a
+caller's has), and [B, 1 or H, Nq or 1, Nk] is the whole matter.
 What a layer says of its causality or window is not asked: not every layer says it truly.
 """
 
@@ -23,14 +24,17 @@ from typing import Any
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
 from fused_attn.functional import attention, attention_varlen
 from fused_attn.inspection import attention_and_weights
+from fused_attn.integrations.model_code import attends_on_its_own
 from fused_attn.mods import BIAS
 
 try:
     from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
         and_masks,
         bidirectional_mask_function,
         causal_mask_function,
@@ -75,14 +79,18 @@ def register(name: str = NAME) -> None:
 
 
 def unregister(name: str = NAME) -> None:
-    """Undoes ``register``. Models that run under the name must be given another implementation first.
+    """Undoes ``register``. Models that run under the name must be given another implementation first. What others have put
+    under the name since stays.
 
     Raises:
         KeyError: of a name that ``register`` was not called with.
     """
     if name not in _names:
         raise KeyError(f"name: expected one that is registered ({', '.join(_names) or 'none is'}); got {name!r}")
-    del _names[name], AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+    for interface, ours in ((AttentionInterface, attention_forward), (AttentionMaskInterface, attention_mask)):
+        if interface._global_mapping.get(name) is ours:
+            del interface._global_mapping[name]
+    del _names[name]
     if not _names:
         for method, (theirs, ours) in _CHECKS.items():
             if getattr(PreTrainedModel, method) is ours:  # unless others have put theirs around it
@@ -101,10 +109,18 @@ def _check_version(version: str) -> None:
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name:
         raise ValueError(f"name: expected a name; got {name!r}")
-    taken = {"eager", *AttentionInterface._global_mapping, *AttentionMaskInterface._global_mapping} - set(_names)
-    read = [part for part in ("flash", "sdpa", "flex_attention", "/", "|", ":", "@") if part in name]
-    if name in taken or read:
-        why = f"{read[0]!r} in it means something else to transformers" if read else "it is taken"
+    read = [part for part in ("flash", "sdpa", "flex_attention", "/", "|", ":", "@") if part in name.lower()]
+    why = None
+    if read:
+        why = f"{read[0]!r} in it means something else to transformers"
+    elif name.lower() in ("eager", "paged", "default", "auto", "none"):
+        why = "it means something else to transformers"
+    elif not re.fullmatch(r"[\w.-]+", name):
+        why = "a name is letters, digits, '_', '-' and '.'"
+    elif (ALL_ATTENTION_FUNCTIONS.get(name, attention_forward) is not attention_forward
+          or ALL_MASK_ATTENTION_FUNCTIONS.get(name, attention_mask) is not attention_mask):
+        why = "it is taken"
+    if why:
         raise ValueError(f"name: expected one of your own, such as {NAME!r}; got {name!r}: {why}")
 
 
@@ -137,7 +153,7 @@ def _against(model: type[PreTrainedModel]) -> str | None:
     """Why a model cannot run here, None if it can."""
     names = vars(sys.modules[model.__module__]) if model.__module__ in sys.modules else {}
     tables = [x for x in names.values() if isinstance(x, dict) and isinstance(x.get("eager"), type)]
-    if tables or not model._can_set_attn_implementation():
+    if tables or not model._can_set_attn_implementation() or attends_on_its_own(model):
         return "computes attention in code of its own, past transformers' interface"
     eager = [x for name, x in names.items() if name.endswith("eager_attention_forward") and inspect.isfunction(x)]
     named = [(name, parameter) for x in eager for name, parameter in [*inspect.signature(x).parameters.items()][5:]]
@@ -145,27 +161,36 @@ def _against(model: type[PreTrainedModel]) -> str | None:
     return f"gives attention {', '.join(sorted(unknown))}, which is not known here" if unknown else None
 
 
-_MASKS: dict[type, str] = {}
+_MASKS: dict[type, tuple[str, str | None]] = {}
 _SLICED = re.compile(r"mask.*\[:, :, [^\]]*, ?:|\[:, :, [^\]]*, ?:.*mask")  # all four dimensions of a mask, in a family's code
 
 
 def _masks_of(config: Any) -> str:
     """What the models of a config can be given for a mask: "opaque" only pass it on, as flash attention's have no one shape;
-    "sdpa" expect what torch's function takes, bool [B, 1, Nq, Nk]; "eager" want additive ones."""
+    "sdpa" expect what torch's function takes, bool [B, 1, Nq, Nk]; "eager" want additive ones.
+
+    ValueError where none of them can run here: the name was put into the config of one, past the checks of ``_CHECKS``.
+    """
     kind = type(config)
     if kind not in _MASKS:
         _MASKS[kind] = _look(kind)
-    return _MASKS[kind]
+    masks, reason = _MASKS[kind]
+    if reason:
+        raise ValueError(f"attn_implementation: expected one that models of a {kind.__name__} can use, such as 'eager'; got "
+                         f"{config._attn_implementation!r}, but each {reason}")
+    return masks
 
 
-def _look(config: type) -> str:
+def _look(config: type) -> tuple[str, str | None]:
     module = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
     found = () if module is None else tuple(vars(module).values())
     models = [x for x in found if isinstance(x, type) and issubclass(x, PreTrainedModel) and x is not PreTrainedModel]
     models = [x for x in models if x.config_class is config] or models
+    reasons = [_against(x) for x in models]
+    reason = reasons[0] if reasons and all(reasons) else None
     if all(x._supports_flash_attn for x in models):
-        return "sdpa" if module is not None and _SLICED.search(inspect.getsource(module)) else "opaque"
-    return "sdpa" if all(x._supports_sdpa for x in models) else "eager"
+        return "sdpa" if module is not None and _SLICED.search(inspect.getsource(module)) else "opaque", reason
+    return "sdpa" if all(x._supports_sdpa for x in models) else "eager", reason
 
 
 def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
@@ -175,11 +200,13 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
     """What ``attention_forward`` needs to know of who attends to whom, in as little memory as that takes.
 
     None where everything attends to everything; for causal attention bool [B, Nk], True for keys that count, of stride
-    0 along them where they all do; the same expanded to [B, Nk, window] under a sliding window that reaches somewhere; bool
-    [B, 1, 1, Nk] for padding in both directions; bool [B, 1, Nq, Nk] for every other pattern, for static caches, of which
+    0 along them where they all do; the same expanded to [B, Nk, 1, 1, window] under a sliding window that reaches somewhere;
+    bool [B, 1, 1, Nk] for padding in both directions; bool [B, 1, Nq, Nk] for every other pattern, for static caches, of which
     only a part counts, and for models that ask for a mask to look at. Families that work on their masks get those that
-    transformers makes for its own SDPA, or for eager code where it refuses SDPA.
+    transformers makes for its own SDPA, or for eager code where it refuses SDPA. ValueError of a mask given in another form.
     """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        _check_form(attention_mask)
     kind = "opaque" if more.get("config") is None else _masks_of(more["config"])
     if kind != "opaque":
         make = eager_mask if kind == "eager" else sdpa_mask
@@ -198,7 +225,7 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
             return None
         device = more.get("device", "cpu") if padding is None else padding.device
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(batch_size, 1, q_length, kv_length)
-    if attention_mask is not None and attention_mask.dim() == 3:  # made ahead, in generation, and now come back
+    if attention_mask is not None and attention_mask.dim() == 5:  # made ahead, in generation, and now come back
         return attention_mask
     window = _window(mask_function, local_size)
     at_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
@@ -212,7 +239,7 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
         return mask
     keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if keys is not None:
-        keys = keys[:, kv_offset : kv_offset + kv_length].contiguous()
+        keys = keys[:, kv_offset : kv_offset + kv_length].clone(memory_format=torch.contiguous_format)  # with no stride of 0
         # One look for the whole model, as transformers' own masks take, saves every layer the mask.
         if not is_tracing(keys) and bool(keys.all()):
             keys = None
@@ -220,7 +247,7 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
         keys = torch.ones(1, 1, dtype=torch.bool, device=more.get("device", "cpu")).expand(batch_size, kv_length)
     if not window or window >= kv_length:  # every key is within reach
         return keys
-    return keys[:, :, None].expand(-1, -1, window)
+    return keys[:, :, None, None, None].expand(-1, -1, -1, -1, window)
 
 
 def _parts(mask_function: Callable[..., Any]) -> tuple[Any, ...]:
@@ -262,8 +289,12 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: torch.T
     """One attention of a model, as transformers calls it.
 
     query [B, H, Nq, D], key and value [B, Hkv, Nk, D] and Dv; masks as ``attention_mask`` above gives them, or an additive
-    float one. Returns ([B, Nq, H, Dv], weights [B, H, Nq, Nk] if ``output_attentions``, else None).
+    float one. Returns ([B, Nq, H, Dv], weights [B, H, Nq, Nk] if ``output_attentions``, else None). ValueError of a mask in
+    another form, and of a module whose config names an implementation that transformers makes no masks for.
     """
+    _check_called_name(module)
+    if attention_mask is not None:
+        _check_form(attention_mask)
     if query.shape[0] != key.shape[0]:  # learned queries, one set for the whole batch
         query = query.expand(key.shape[0], -1, -1, -1)
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout,
@@ -272,7 +303,7 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: torch.T
         window, whole = _within_sequences(attention_mask)
         if whole:
             return _by_ends(query, key, value, {**arguments, "window": window}, more), None
-    if attention_mask is not None and attention_mask.dim() < 4:
+    if attention_mask is not None and attention_mask.dim() != 4:
         arguments["window"], keys = _reach(attention_mask)
         attention_mask = None if keys.stride(1) == 0 else keys[:, None, None, :]
     if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -293,16 +324,32 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: torch.T
 _KNOWN = {*inspect.signature(attention_forward).parameters, "is_causal", "sliding_window"}  # the mask says the last two
 
 
+def _check_called_name(module: torch.nn.Module) -> None:
+    """The name may have been put into the config as it is, past ``_CHECKS``, or have lost its masks since."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if name is not None and name not in AttentionMaskInterface._global_mapping:
+        paged = ", and paged caches are not read here" if name.startswith("paged|") else ""
+        raise ValueError(f"attn_implementation: expected a name that register() was called with, such as {NAME!r}; got "
+                         f"{name!r}: transformers makes no masks for it{paged}")
+
+
+def _check_form(mask: torch.Tensor) -> None:
+    ours = mask.dtype == torch.bool and (mask.dim() == 2 or (mask.dim() == 5 and mask.shape[2:4] == (1, 1)))
+    if mask.dim() != 4 and not ours:
+        raise ValueError(f"attention_mask: expected [batch, keys], 1 for those that count, or bool or additive [batch, 1 or "
+                         f"heads, queries, keys]; got {str(mask.dtype)[6:]} {list(mask.shape)}")
+
+
 def _reach(mask: torch.Tensor) -> tuple[tuple[int | None, int], torch.Tensor]:
-    """The window that a mask of less than four dimensions says by its shape, and the keys that count in it, [B, Nk]."""
-    return ((mask.shape[2] - 1, 0), mask[:, :, 0]) if mask.dim() == 3 else ((None, 0), mask)
+    """The window that a causal mask says by its shape, and the keys that count in it, [B, Nk]."""
+    return ((mask.shape[4] - 1, 0), mask[:, :, 0, 0, 0]) if mask.dim() == 5 else ((None, 0), mask)
 
 
 def _within_sequences(mask: torch.Tensor | None) -> tuple[tuple[int | None, int] | None, bool]:
     """The window inside each sequence of a packed batch, and whether that, with their ends, is all that the mask says."""
     if mask is None:
         return None, True
-    if mask.dim() < 4:
+    if mask.dim() != 4:
         window, keys = _reach(mask)
         return window, keys.stride(1) == 0
     packed = getattr(mask, "fused_attn_packed", None)
