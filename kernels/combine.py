@@ -55,7 +55,7 @@ def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rest
     pivot = tl.where(largest == float("-inf"), 0.0, largest)  # no key at all: -inf - -inf would be NaN
     total = tl.sum(share_weights(every_lse, pivot, rests, lse_row, every, lse_step, n_shares), 0)
     total += tl.exp2((sink - pivot) * LOG2E)
-    factor, lse, rest = softmax_finish(pivot, total, True)
+    factor, lse, rest = softmax_finish(pivot, total)
 
     COLUMNS: tl.constexpr = triton.next_power_of_2(DV)
     columns = tl.arange(0, COLUMNS)

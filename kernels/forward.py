@@ -14,7 +14,7 @@ from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, 
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
-from fused_attn.kernels.softmax import LOG2E, lse_views, softmax_finish, softmax_start, softmax_step
+from fused_attn.kernels.softmax import LN2, LOG2E, lse_views, softmax_finish, softmax_sink, softmax_step
 from fused_attn.kernels.tiles import (
     Place,
     boxed,
@@ -121,7 +121,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         load_first = first + (n_shares - 1)
     # [BLOCK_M, D]
     q = load_tile(q_view, load_first, D, BLOCK_M, True, TILE.wide)
-    row_max, row_sum = softmax_start(sinks_ptr, head, BLOCK_M, ACC, len(extras.mods) > 0)
+    row_max, row_sum = tl.full([BLOCK_M], float("-inf"), ACC), tl.zeros([BLOCK_M], ACC)
     sums = tl.zeros([BLOCK_M], ACC) if PRECISE else 0
     state = zeros(DV, BLOCK_M, ACC), row_max, row_sum, sums, sums
 
@@ -151,7 +151,11 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
             state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
                            True)
 
-    factor, lse, rest = softmax_finish(state[1], state[2], len(extras.mods) > 0)
+    row_max, row_sum, shrink = state[1] if len(extras.mods) > 0 else state[1] * LN2, state[2], 1.0
+    if sinks_ptr is not None:
+        row_max, row_sum, shrink = softmax_sink(row_max, row_sum, sinks_ptr, head)
+    factor, lse, rest = softmax_finish(row_max, row_sum)
+    factor *= shrink
     if len(extras.dropout) > 0:
         factor *= extras.dropout.factor
     if PRECISE:

@@ -13,7 +13,7 @@ from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, 
 from fused_attn.kernels.mask import keep_tile
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
-from fused_attn.kernels.softmax import LN2, LOG2E, load_lse, lse_views, softmax_finish
+from fused_attn.kernels.softmax import LN2, LOG2E, load_lse, lse_views, softmax_finish, softmax_sink
 from fused_attn.kernels.tiles import (
     Place,
     head_view,
@@ -68,20 +68,14 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
         row_max = new_max
 
     empty = row_sum == 0.0
-    top = row_max
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(ACC) + tl.zeros([BLOCK_M], ACC)
-        top = tl.maximum(row_max, sink)
-    base = tl.where(top == float("-inf"), 0.0, top)
     # All sums were taken relative to the largest score of a key, exp(row_max - base) of which is in the total.
-    height = tl.exp2((row_max - base) * LOG2E)
-    total = row_sum * height
+    base, total, height = row_max, row_sum, 1.0
     if sinks_ptr is not None:
-        total += tl.exp2((sink - base) * LOG2E)
-    factor, lse, rest = softmax_finish(base, total, True)
-    largest = height * factor
-    above = tl.where(empty, 0.0, (base - row_max) - tl.log2(factor) * LN2)  # LSE - row_max
-    entropy = largest * tl.where(empty, 0.0, row_sum * above - row_dot)
+        base, total, height = softmax_sink(row_max, row_sum, sinks_ptr, head)
+    factor, lse, rest = softmax_finish(base, total)
+    largest = tl.where(empty, 0.0, height * factor)
+    above = (base - row_max) - tl.log2(factor) * LN2  # LSE - row_max
+    entropy = tl.where(largest == 0.0, 0.0, largest * (row_sum * above - row_dot))  # which may be inf, or NaN of an empty row
     sequences = extras.sequences
     views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries)
     store_rows(views[0], first, lse, BLOCK_M)

@@ -18,23 +18,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_start(sinks_ptr, head, ROWS: tl.constexpr, ACC: tl.constexpr, NATURAL: tl.constexpr):
-    """Maximum and sum [ROWS] before the first key: nothing, or the head's sink, a logit that takes weight and gives none.
-
-    The maximum is in base 2, or natural with ``NATURAL``. Source of sinks: Xiao et al. 2023, "Efficient Streaming Language
-    Models with Attention Sinks"; gpt-oss (2025).
-    """
-    if sinks_ptr is None:
-        return tl.full([ROWS], float("-inf"), ACC), tl.zeros([ROWS], ACC)
-    else:
-        sink = tl.load(sinks_ptr + head).to(ACC)
-        if not NATURAL:
-            sink *= LOG2E
-        # A sink of -inf is no sink.
-        return tl.zeros([ROWS], ACC) + sink, tl.zeros([ROWS], ACC) + tl.where(sink == float("-inf"), 0.0, 1.0).to(ACC)
-
-
-@triton.jit
 def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr, NATURAL: tl.constexpr):
     """Takes one tile of scores [M, N] into the running maximum and sum [M].
 
@@ -56,17 +39,28 @@ def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr, NATURA
 
 
 @triton.jit
-def softmax_finish(row_max, row_sum, NATURAL: tl.constexpr):
-    """(factor that normalises the accumulated sum, natural LSE, what rounding took from it), each [M]; a row with no key
-    gives LSE -inf."""
+def softmax_sink(row_max, row_sum, sinks_ptr, head):
+    """Maximum and sum [ROWS], natural, with the head's sink: a logit that takes weight and gives none. And the factor [ROWS]
+    by which everything accumulated before must shrink.
+
+    It comes last, and in natural units, since it may be of any size that its type holds; a sink of -inf is no sink. Source:
+    Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"; gpt-oss (2025).
+    """
+    sink = tl.load(sinks_ptr + head).to(row_max.dtype)
+    top = tl.maximum(row_max, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    shrink = tl.exp2((row_max - top) * LOG2E)
+    return top, row_sum * shrink + tl.exp2((sink - top) * LOG2E), shrink
+
+
+@triton.jit
+def softmax_finish(row_max, row_sum):
+    """(factor that normalises the accumulated sum, LSE, what rounding took from it), each [M], of a natural maximum; a row
+    with no key gives LSE -inf."""
     empty = row_sum == 0.0  # not `> 0`, which would hide a NaN
     row_sum = tl.where(empty, 1.0, row_sum)
-    if NATURAL:
-        lse = row_max + tl.log2(row_sum) * LN2
-        rest = (row_max - lse) + tl.log2(row_sum) * LN2
-    else:
-        lse = (row_max + tl.log2(row_sum)) * LN2
-        rest = 0.0
+    lse = row_max + tl.log2(row_sum) * LN2
+    rest = (row_max - lse) + tl.log2(row_sum) * LN2
     return 1.0 / row_sum, tl.where(empty, float("-inf"), lse), tl.where(empty, 0.0, rest)
 
 

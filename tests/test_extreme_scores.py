@@ -228,3 +228,26 @@ def test_a_mod_that_padding_makes_nan_leaves_no_trace(additive, arguments):
     want = gradients(leaves, dout, "reference", score_mod=ROOT(), scale=1.0, **arguments)
     for name, expected in want.items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+SINKS = {torch.float32: (1e30, 2.3e38, 3e38, LARGEST, -LARGEST), torch.float64: (1e300, 1.7e308, -1.7e308)}
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(dtype, value) for dtype, values in SINKS.items() for value in values], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"n_queries": 1, "n_keys": 1100}, {"causal": True, "precise": True}, {"bias": True}],
+                         ids=["plain", "shares", "precise", "bias"])
+def test_sinks_of_any_size(dtype, value, shape):
+    """One that takes everything, or nothing, beside one of a common size."""
+    sizes = {name: size for name, size in shape.items() if name.startswith("n_")}
+    leaves, dout = draw(dtype, **sizes)
+    arguments = {name: x for name, x in shape.items() if name in ("causal", "precise")}
+    if "bias" in shape:
+        leaves["bias"] = torch.randn(20, 35, dtype=dtype)
+    leaves["sinks"] = torch.tensor([value, 1.5], dtype=dtype)
+    got, want = (gradients(leaves, dout, backend, **arguments) for backend in ("triton", "reference"))
+    for name, expected in want.items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    stats = (fused_attn.attention_stats(leaves["q"], leaves["k"], sinks=leaves["sinks"], backend=backend)
+             for backend in ("triton", "reference"))
+    for found, expected in zip(*stats, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)

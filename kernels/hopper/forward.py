@@ -157,10 +157,6 @@ def attend(q_tile, k, v, base, row, last, count, item, problem, BLOCK_N: gl.cons
     of_row: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
     row_max = gl.full([ROWS], NEG_INF, gl.float32, of_row)
     row_sum = gl.full([ROWS], 0.0, gl.float32, of_row)
-    if len(problem.sinks) > 0:  # a logit that takes weight and gives none; -inf is no sink
-        sink = gl.load(problem.sinks[0] + item.head).to(gl.float32) * LOG2E
-        row_max = row_sum + sink
-        row_sum = row_sum + gl.where(sink == NEG_INF, 0.0, 1.0)
     acc = gl.zeros([ROWS, D], gl.float32, accumulator_layout(D))
     await_tile(k, base)
     s = warpgroup_mma_wait(0, deps=(issue_scores(q_tile, k, base),))
@@ -186,8 +182,17 @@ def finish(acc, row_max, row_sum, which: gl.constexpr, q, out_desc, row, item, p
     rows = row + gl.arange(0, ROWS, layout=row_max.type.layout)
     lse = problem.lse + gl.to_tensor(item.batch).to(gl.int64) * problem.lse_batch
     lse += gl.to_tensor(item.head).to(gl.int64) * problem.lse_head + item.q_start
-    gl.store(lse + rows, (row_max + gl.log2(row_sum)) * LN2, mask=rows < item.n_queries)
-    inverse = gl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
+    row_max *= LN2
+    shrink = 1.0
+    if len(problem.sinks) > 0:  # as ``softmax.softmax_sink``
+        sink = gl.load(problem.sinks[0] + item.head).to(gl.float32)
+        top = gl.maximum(row_max, sink)
+        top = gl.where(top == NEG_INF, 0.0, top)
+        shrink = gl.exp2((row_max - top) * LOG2E)
+        row_sum = row_sum * shrink + gl.exp2((sink - top) * LOG2E)
+        row_max = top
+    gl.store(lse + rows, row_max + gl.log2(row_sum) * LN2, mask=rows < item.n_queries)
+    inverse = gl.where(row_sum == 0.0, 0.0, shrink / row_sum)
     tile_at(q, which).store((acc * by_row(inverse, acc)).to(q.tiles.dtype))
     fence_async_shared()
     tma_store(out_desc, box(problem, item.batch, item.head, item.q_start, item.n_queries, row), q.tiles.index(which))
