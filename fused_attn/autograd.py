@@ -1,13 +1,14 @@
-"""Gradients: thin autograd Functions over the ops, and the only file with a ``ctx``."""
+"""Gradients: thin autograd Functions over the ops, what the ops do where autograd reaches them, and the only file with a
+``ctx``."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fused_attn import ops, replay, torch_private
-from fused_attn.kernels import launch
-from fused_attn.schema import Needs, Saved
+from fused_attn.schema import FORWARD, Needs, Saved
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
 
 
@@ -120,7 +121,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # Forward AD gets torch's own clear error from the Function, before the op's guard would raise.
     transformed = torch_private.transforms_active()
-    if not wanted and not transformed and not torch_private.forward_mode():
+    exported = torch.compiler.is_exporting()  # a program of ops, which are differentiable themselves where it runs
+    if exported or (not wanted and not transformed and not torch_private.forward_mode()):
         out, lse, _ = ops.forward(q, k, v, companions, spec)
         return out, _rounded(lse)
     if transformed and torch.compiler.is_compiling():  # which gives a Function of transforms a ctx that it does not take
@@ -140,6 +142,8 @@ def attention_to_repeat(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, 
     """``attention``, whose launches the next call of this kind may repeat."""
     if (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))) or replay.watched((q, k, v)):
         return attention(q, k, v, spec)
+    from fused_attn.kernels import launch  # here, so that the package imports without Triton
+
     with launch.recorded() as launches:
         out, lse = attention(q, k, v, spec)
     replay.keep(key, q, k, v, out, lse, launches, launch.run)
@@ -183,11 +187,15 @@ class TransformedRotary(torch.autograd.Function):
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False) -> torch.Tensor:
     """x [B, H, N, D] turned by the kernel, with cos and sin [B, N, pairs]."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        function = TransformedRotary if torch_private.transforms_active() else Rotary
-        result: torch.Tensor = function.apply(x, cos, sin, interleaved, back)
-        return result
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting():
+        return _rotary(x, cos, sin, interleaved, back)
     return ops.rotary(x, cos, sin, interleaved, back)
+
+
+def _rotary(*arguments: Any) -> torch.Tensor:
+    function = TransformedRotary if torch_private.transforms_active() else Rotary
+    result: torch.Tensor = function.apply(*arguments)
+    return result
 
 
 class Recomputed(torch.autograd.Function):
@@ -208,3 +216,50 @@ class Recomputed(torch.autograd.Function):
             wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
             grads = iter(torch.autograd.grad(ctx.twin(*tensors), wanted, grad, create_graph=again, allow_unused=True))
         return None, None, *(next(grads) if need else None for need in needs)
+
+
+# --- the ops where autograd reaches them: in exported programs, and called by themselves ---
+
+
+def _forward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    (q, k, v), companions, spec = FORWARD.records(arguments)
+    out, lse, residual = TransformedAttention.apply(spec, q, k, v, *companions.flat())
+    return out, lse, ops.some(residual, out)
+
+
+def _rotary_op(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
+    if not x.requires_grad or cos.requires_grad or sin.requires_grad:
+        raise RuntimeError("fused_attn::rotary: expected cos and sin without gradients, which they do not receive")
+    return _rotary(x, cos, sin, interleaved, back)
+
+
+def _refuse_gradients(*_: Any) -> Any:
+    raise NotImplementedError("fused_attn: the kernels give this no gradients; backend='reference' has them, with memory "
+                              "quadratic in the sequence length")
+
+
+_DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
+    "forward": _forward_op, "rotary": _rotary_op, "backward": AttentionBackward.backward, "statistics": _refuse_gradients,
+    "weights": _refuse_gradients}
+
+
+def _at_autograd(name: str, below_autograd: Callable[[], Any]) -> Callable[..., Any]:
+    """What the op does for autograd: its gradients, or an error where torch would see a constant."""
+
+    def at_autograd(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
+        if any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
+            raise NotImplementedError("fused_attn: forward AD over backend 'triton' is not built yet; backend='reference' has "
+                                      "it, with memory quadratic in the sequence length")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return _DIFFERENTIABLE[name](*args)
+        with below_autograd():
+            return getattr(torch.ops.fused_attn, name).default(*args)
+
+    return at_autograd
+
+
+if torch_private.below_autograd is not None:
+    for _name in _DIFFERENTIABLE:
+        torch.library.impl(ops.LIBRARY, _name, "Autograd")(_at_autograd(_name, torch_private.below_autograd))

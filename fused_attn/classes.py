@@ -9,18 +9,28 @@ from fused_attn import torch_private
 from fused_attn.mods import Bound, RelativeBias
 
 
-def is_causal_bias(name: str, x: Any, n_queries: int, n_keys: int) -> bool:
-    """Whether ``x`` is torch.nn.attention.bias's way to say ``causal=True``; of another length or alignment it raises."""
-    bias = sys.modules.get("torch.nn.attention.bias")  # who has one has imported it
-    if bias is None or not isinstance(x, bias.CausalBias):
+def is_causal_bias(x: Any) -> bool:
+    """Whether ``x`` is torch.nn.attention.bias's way to say ``causal=True``: two lengths and an alignment, and no elements."""
+    if x is None or type(x) is torch.Tensor:
         return False
+    bias = sys.modules.get("torch.nn.attention.bias")  # who has one has imported it
+    return bias is not None and isinstance(x, bias.CausalBias)
+
+
+def check_causal_bias(name: str, x: Any, n_queries: int, n_keys: int) -> None:
+    """Refuses one of another length or alignment than ``causal=True`` has."""
     if (x.seq_len_q, x.seq_len_kv) != (n_queries, n_keys):
         raise ValueError(f"{name}: expected a CausalBias of {n_queries} queries and {n_keys} keys; "
                          f"got one of {x.seq_len_q} and {x.seq_len_kv}")
-    if x.variant != bias.CausalVariant.LOWER_RIGHT and n_queries != n_keys:
+    if x.variant.name != "LOWER_RIGHT" and n_queries != n_keys:
         raise ValueError(f"{name}: expected causal_lower_right, which aligns the last query with the last key as causal=True "
                          "does; got causal_upper_left, which scaled_dot_product_attention(is_causal=True) computes")
-    return True
+
+
+def check_layout(name: str, x: torch.Tensor) -> None:
+    """Refuses what is stored in another way than by strides: sparse tensors, those of mkldnn."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got one of layout {x.layout}; x.to_dense() makes it dense")
 
 
 def check_classes(**arguments: Any) -> None:
@@ -28,6 +38,8 @@ def check_classes(**arguments: Any) -> None:
     for name, argument in arguments.items():
         values = argument.args if isinstance(argument, Bound) else argument if isinstance(argument, tuple) else (argument,)
         for x in (y.values if isinstance(y, RelativeBias) else y for y in values):
+            if isinstance(x, torch.Tensor):
+                check_layout(name, x)
             if isinstance(x, torch.Tensor) and type(x) is not torch.Tensor and _speaks_for_itself(type(x)):
                 raise TypeError(f"{name}: expected a plain tensor; got a {type(x).__name__}, whose values may not be those it "
                                 "stores; x.as_subclass(torch.Tensor) passes what it stores")

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import mods, replay, settings, torch_private
-from fused_attn.classes import check_classes, is_causal_bias
+from fused_attn import mods, ops, replay, settings, torch_private
+from fused_attn.classes import check_causal_bias, check_classes, check_layout, is_causal_bias
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHERS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
-_NARROWEST, _WIDEST = 2.0**-126, 2.0**126  # of a factor that kernels hold in fp32, together with its reciprocal and log2(e)
+NARROWEST, WIDEST = 2.0**-126, 2.0**126  # of a factor that kernels hold in fp32, together with its reciprocal and log2(e)
 
 
 class Described(NamedTuple):
@@ -47,7 +47,8 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
     """
     q, k, v = check_tensors(q, k, v)
     for name in ("bias", "mask"):
-        if others.get(name) is not None and is_causal_bias(name, others[name], q.shape[2], k.shape[2]):
+        if is_causal_bias(others.get(name)):
+            check_causal_bias(name, others[name], q.shape[2], k.shape[2])
             causal, others[name] = True, None
     check_classes(key_lengths=key_lengths, score_weight=score_weight, **others)
     scale = 1.0 if scale is None and score_weight is not None else scale
@@ -95,6 +96,10 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     if q.device.type == "cpu" and not (replay.traced(cu_seqlens_q) or replay.traced(cu_seqlens_k)):  # looking costs nothing
         _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
+    for name in ("bias", "mask"):
+        if is_causal_bias(others.get(name)):
+            raise ValueError(f"{name}: expected none of torch's causal biases, which know one length; causal=True is causal in "
+                             "each sequence")
     check_classes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
                    score_weight=score_weight, **others)
     scale = 1.0 if scale is None and score_weight is not None else scale
@@ -134,7 +139,9 @@ def seeded(call: Described) -> Described:
     """
     if call.spec.dropout_p == 0 or call.companions.seed is not None:
         return call
-    return call._replace(companions=call.companions._replace(seed=torch.ops.fused_attn.seed(call.q)))
+    # A transform draws by itself, by its own rules of randomness.
+    draw = ops.draw_seed if torch_private.transforms_active() else torch.ops.fused_attn.seed
+    return call._replace(companions=call.companions._replace(seed=draw(call.q)))
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,6 +151,7 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[to
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
         if x.is_nested:
             raise ValueError(f"{name}: expected a dense tensor; got a nested one, which attention takes as q, k and v alike")
+        check_layout(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim]; got shape {tuple(x.shape)}")
     q, k, v = autocast(q, k, v)
@@ -180,6 +188,8 @@ def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
 def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | None, softcap: float | None,
                     fp32_precision: str | None = None, precise: bool = False) -> AttentionSpec:
     """The part of a description that no tensor but q has a say in."""
+    if torch.compiler.is_compiling() and (isinstance(scale, torch.Tensor) or isinstance(softcap, torch.Tensor)):
+        raise TypeError("scale, softcap: expected Python numbers under torch.compile, which does not know a tensor's value")
     causal, precise, scale, softcap = number(causal), number(precise), number(scale), number(softcap)
     for name, value in (("causal", causal), ("precise", precise)):
         if not isinstance(value, bool):
@@ -198,7 +208,7 @@ def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | Non
     if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
         raise ValueError(f"softcap: expected a positive finite float or None; got {softcap!r}")
     for name, factor in (("scale", scale), ("softcap", softcap)):
-        if factor and not _NARROWEST <= abs(factor) <= _WIDEST:
+        if factor and not NARROWEST <= abs(factor) <= WIDEST:
             raise ValueError(f"{name}: expected a magnitude from 2**-126 to 2**126, which fp32 holds; got {factor!r}")
     if fp32_precision is not None and fp32_precision not in FP32_PRECISIONS:
         raise ValueError(f"fp32_precision: expected one of {', '.join(FP32_PRECISIONS)} or None; got {fp32_precision!r}")
@@ -300,7 +310,7 @@ def _companions(q: torch.Tensor, extents: Extents, spec: AttentionSpec, companio
     score_mods = tuple(_member(bound, extents, q, operands) for bound in score_bounds if bound is not None)
     mask_mods = tuple(_member(bound, extents, q, operands) for bound in mask_bounds if bound is not None)
     if sinks is not None:
-        if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
+        if not isinstance(sinks, torch.Tensor) or sinks.dtype not in FLOATS:
             raise TypeError(f"sinks: expected a float tensor [{extents.heads}]; got {getattr(sinks, 'dtype', sinks)!r}")
         if sinks.shape != (extents.heads,) or sinks.device != q.device:
             raise ValueError(f"sinks: expected shape ({extents.heads},) on {q.device}; "
@@ -318,16 +328,17 @@ def _score_weight(weight: Any, q: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
         raise TypeError(f"score_weight: expected a float tensor [{head_dim}] or [{heads}, {head_dim}]; "
                         f"got {getattr(weight, 'dtype', weight)!r}")
-    if weight.shape not in ((head_dim,), (heads, head_dim)) or weight.device != q.device:
+    # Not `in` a tuple, which guards no size of a graph.
+    if not (weight.shape == (head_dim,) or weight.shape == (heads, head_dim)) or weight.device != q.device:
         raise ValueError(f"score_weight: expected shape ({head_dim},) or ({heads}, {head_dim}) on {q.device}; "
                          f"got {tuple(weight.shape)} on {weight.device}")
     return weight.contiguous().expand(heads, head_dim)
 
 
 def _slopes(slopes: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
-    if not isinstance(slopes, torch.Tensor) or not slopes.is_floating_point():
+    if not isinstance(slopes, torch.Tensor) or slopes.dtype not in FLOATS:
         raise TypeError(f"alibi_slopes: expected a float tensor [H] or [B, H]; got {getattr(slopes, 'dtype', slopes)!r}")
-    if slopes.shape not in ((extents.heads,), (extents.batch, extents.heads)) or slopes.device != q.device:
+    if not (slopes.shape == (extents.heads,) or slopes.shape == (extents.batch, extents.heads)) or slopes.device != q.device:
         raise ValueError(f"alibi_slopes: expected shape ({extents.heads},) or ({extents.batch}, {extents.heads}) "
                          f"on {q.device}; got {tuple(slopes.shape)} on {slopes.device}")
     return (slopes if slopes.dim() == 2 else slopes[None])[:, :, None, None]
@@ -377,7 +388,7 @@ def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> t
 
 def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
     """[B', H', Nq + Nk - 1]."""
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+    if not isinstance(values, torch.Tensor) or values.dtype not in FLOATS:
         raise TypeError(f"{name}: expected RelativeBias of a float tensor; got {getattr(values, 'dtype', values)!r}")
     differences = max(extents.n_queries + extents.n_keys - 1, 0)
     leading = values.shape[:-1]

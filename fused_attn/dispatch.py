@@ -138,6 +138,8 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
         reasons += ("torch's fused kernel has no mask functions",)
     if spec.longest is not None and (q.device.type != "cpu" or companions.operands or spec.dropout_p > 0):
         reasons += ("torch's fused kernel takes no packed sequences with masks or dropout, and on a GPU none at all",)
+    if spec.dropout_p > 0 and torch.compiler.is_compiling() and torch_private.activation_memory_budget() < 1:
+        reasons += ("below an activation_memory_budget of 1, torch draws another dropout mask in the backward",)
     if 0 in q.shape or 0 in call.k.shape or 0 in call.v.shape:
         reasons += ("torch's fused kernel takes no empty tensors",)
     return reasons
@@ -220,11 +222,12 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     left, right = spec.window
     offset = spec.offset(n_queries, n_keys)
     # A bound that no query reaches is no bound: decoding with one query is not masked at all.
-    left = None if left is None or offset + n_queries - 1 - left <= 0 else left
-    right = None if right is None or offset + right >= n_keys - 1 else right
+    surely = torch_private.surely  # a graph of lengths that vary keeps its mask, and is of every length
+    left = None if left is None or surely(offset + n_queries - 1 - left <= 0) else left
+    right = None if right is None or surely(offset + right >= n_keys - 1) else right
     masked = bool(companions.operands) or companions.used_k is not None
     # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
-    causal = _plain(left is None and right == 0 and offset == 0 and spec.scale > 0 and not masked)
+    causal = left is None and right == 0 and surely(offset == 0) and _plain(spec.scale > 0) and not masked
     windowed = not causal and (left is not None or right is not None)
     mask = reference.window_mask(spec, n_queries, n_keys, q.device) if windowed else None
     if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fused_attn import ops  # noqa: F401  # which are counted
-from fused_attn.schema import BACKWARD, FORWARD
+from fused_attn.schema import BACKWARD, FORWARD, INSPECTION
 from fused_attn.spec import AttentionSpec, Companions, Longest, MaybeTensor, attention_flops, kept_pairs
 
 _COUNTER = "torch.utils.flop_counter"
@@ -54,9 +54,16 @@ def _backward(*arguments: Any, **_: Any) -> int:
     return attention_flops(1, heads, pairs, head_dim, head_dim_v, products_qk=products_qk, products_v=products_v)
 
 
+def _inspection(*arguments: Any, **_: Any) -> int:
+    """Of statistics and of weights: both multiply Q and K twice, for the LSE and for what is asked."""
+    (q, k), companions, spec = INSPECTION.records(arguments)
+    return attention_flops(1, q.shape[1], _pairs(q, k, companions, spec), q.shape[3], 0, products_qk=2, products_v=0)
+
+
 def _register(counter: ModuleType) -> None:
-    for op, formula in ((torch.ops.fused_attn.forward, _forward), (torch.ops.fused_attn.backward, _backward)):
-        counter.register_flop_formula(op, get_raw=True)(formula)
+    formulas = {"forward": _forward, "backward": _backward, "statistics": _inspection, "weights": _inspection}
+    for name, formula in formulas.items():
+        counter.register_flop_formula(getattr(torch.ops.fused_attn, name), get_raw=True)(formula)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -71,10 +78,12 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)  # until it is imported: others may only ask whether it could be
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 execute(module)
                 _register(module)
 

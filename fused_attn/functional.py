@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import describe, dispatch, reference, replay, settings, torch_private
+from fused_attn import autograd, describe, dispatch, reference, replay, settings, torch_private
+from fused_attn.classes import is_causal_bias
 from fused_attn.describe import Described
 from fused_attn.dispatch import Explanation
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
@@ -30,8 +31,6 @@ def run(call: Described, return_lse: bool, backend: str | None, strict: bool | N
         return dispatch.torch_attention(*call), None
     call = describe.seeded(call)
     if chosen == "triton":
-        from fused_attn import autograd  # here, so that the package imports without Triton
-
         if key is not None:
             return autograd.attention_to_repeat(key, call.q, call.k, call.v, call.spec)
         return autograd.attention(*call)
@@ -255,8 +254,6 @@ def scaled_dot_product_attention(
         if isinstance(query, torch.Tensor) and query.device.type != "cpu" and settings.BACKEND is None:
             dispatch.warn_once(f"fused_attn: torch's scaled_dot_product_attention instead of the kernels: {'; '.join(reasons)}")
         return by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    from fused_attn import autograd  # here, so that the package imports without Triton
-
     out = autograd.attention(*describe.seeded(call))[0]
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads = (call.q.shape[1],) if max(query.dim(), key.dim(), value.dim()) > 2 else ()
@@ -266,23 +263,17 @@ def scaled_dot_product_attention(
 def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
              is_causal: bool = False, **named: Any) -> torch.Tensor:
     """torch's own function, also where ``torch.nn.functional`` holds another one, this module's say."""
-    if not is_causal and F.scaled_dot_product_attention is not torch_private.sdpa and _is_causal_bias(attn_mask):
+    if not is_causal and F.scaled_dot_product_attention is not torch_private.sdpa and is_causal_bias(attn_mask):
         # A causal bias knows the function by its place alone; handed to another one it would pass for its empty storage.
         n_queries, n_keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
         if n_queries == n_keys or attn_mask.variant.name == "UPPER_LEFT":
             attn_mask, is_causal = None, True
         else:
             attn_mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)
+    if torch.compiler.is_compiling() and dropout_p > 0 and torch_private.activation_memory_budget() < 1:
+        dispatch.warn_once("fused_attn: below an activation_memory_budget of 1, torch's scaled_dot_product_attention draws "
+                           "another dropout mask in the backward than in the forward")
     return torch_private.sdpa(query, key, value, attn_mask, dropout_p, is_causal, **named)
-
-
-def _is_causal_bias(mask: Any) -> bool:
-    """Whether a mask is ``torch.nn.attention.bias.CausalBias``: two lengths and an alignment, and no elements."""
-    if mask is None or type(mask) is torch.Tensor:
-        return False
-    from torch.nn.attention.bias import CausalBias  # here, since it imports torch._dynamo
-
-    return isinstance(mask, CausalBias)
 
 
 def describe_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
@@ -290,7 +281,7 @@ def describe_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, a
                   ) -> tuple[Described | None, list[str]]:
     """A call with torch's arguments as the kernels run it, or None and why they do not."""
     dropout_p, scale = describe.number(dropout_p), describe.number(scale)
-    bias: Any = attn_mask if not is_causal and _is_causal_bias(attn_mask) else None
+    bias: Any = attn_mask if not is_causal and is_causal_bias(attn_mask) else None
     if bias is not None:
         attn_mask, is_causal = None, True
     reasons = _against_fused_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -329,6 +320,10 @@ def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return ["arguments that torch will refuse"]
     if any(x.dtype != query.dtype or x.device != query.device for x in (key, value)):
+        return ["arguments that torch will refuse"]
+    if scale and not describe.NARROWEST <= abs(scale) <= describe.WIDEST:
+        return [f"a scale of {scale}, which fp32 does not hold"]
+    if enable_gqa and any(x.dim() < 3 for x in (query, key, value)):
         return ["arguments that torch will refuse"]
     if isinstance(scale, bool) or isinstance(dropout_p, bool):
         return ["a bool that stands for a number"]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fused_attn import dispatch, reference, settings, torch_private
+from fused_attn import autograd, dispatch, ops, reference, settings, torch_private
 from fused_attn.describe import Described, describe, seeded
 
 
@@ -62,8 +62,6 @@ def attention_and_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     """
     call = _described(q, k, v, arguments)
     if (settings.BACKEND == "triton" or call.q.device.type != "cpu") and _runs_kernels(call, None, None, quadratic=False):
-        from fused_attn import autograd  # here, so that the package imports without Triton
-
         return autograd.attention(*call)[0], _weights(call, True)
     weights = _reference_weights(call)
     values = call.v if call.v.shape[1] == call.q.shape[1] else call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
@@ -90,13 +88,13 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
     if not kernels or torch.compiler.is_compiling():  # which traces plain PyTorch, and has a kernel of its own made of it
         result: torch.Tensor = checkpoint(twin, *tensors, use_reentrant=False) if wanted else twin(*tensors)
         return result
-    from fused_attn.weights import run_weights  # here, so that the package imports without Triton
+
+    def run(*_: Any) -> torch.Tensor:
+        return ops.weights(call.q, call.k, companions, call.spec)
 
     if not wanted:
-        return run_weights(call)
-    from fused_attn import autograd
-
-    result = autograd.Recomputed.apply(lambda *_: run_weights(call), twin, *tensors)
+        return run()
+    result = autograd.Recomputed.apply(run, twin, *tensors)
     return result
 
 
@@ -125,9 +123,7 @@ def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = N
         raise ValueError(f"dropout_p: expected 0, statistics are of the weights before dropout; got {arguments['dropout_p']!r}")
     call = _described(q, k, v, arguments)
     if _runs_kernels(call, backend, strict, quadratic=True):
-        from fused_attn.weights import run_stats
-
-        return AttentionStats(*run_stats(call))
+        return AttentionStats(*ops.statistics(call.q, call.k, call.companions, call.spec))
     with _as_it_is(call.q.device):
         p, _ = reference.weights(call.q, call.k, call.spec, call.companions)
     maximum = p.amax(-1) if p.shape[-1] else p.sum(-1)

@@ -50,6 +50,17 @@ def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor
     return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)
 
 
+def like_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Empty [B, H, Nq, Nk] in q's dtype."""
+    return q.new_empty(*q.shape[:3], k.shape[2])
+
+
+def like_statistics(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty (received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
+    received = q.new_empty(*q.shape[:2], k.shape[2], dtype=accumulates(q))
+    return received, received.new_empty(q.shape[:3]), received.new_empty(q.shape[:3])
+
+
 def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
     """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact.
 

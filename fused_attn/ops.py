@@ -1,32 +1,32 @@
 """The kernels as torch ops: what torch.compile, FLOP counters, FakeTensors and profilers see.
 
-``fused_attn::forward`` and ``fused_attn::backward`` are ``execution`` behind a schema. They carry no autograd: gradients
-are the business of ``fused_attn.autograd``. Their arguments are the fields of the records in ``schema``, flat. The ops exist
-from ``import fused_attn`` on, for programs that were exported and for FLOP counters; the kernels, and Triton with them, are
-imported by the first call that runs one. Where nobody looks, ``forward``, ``backward`` and ``rotary`` go past the ops:
-thirty arguments through torch's dispatcher cost more than everything else that the host does for a call.
+``fused_attn::forward`` and ``fused_attn::backward`` are ``execution`` behind a schema, ``statistics`` and ``weights`` are
+those of ``fused_attn.weights``. Gradients are the business of ``fused_attn.autograd``. Their arguments are the fields of the
+records in ``schema``, flat. The ops exist from ``import fused_attn`` on, for programs that were exported and for FLOP
+counters; the kernels, and Triton with them, are imported by the first call that runs one. Where nobody looks, the functions
+here go past the ops: thirty arguments through torch's dispatcher cost more than everything else that the host does for a call.
 """
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fused_attn import torch_private
-from fused_attn.layout import check_rotary, keeps_residual, like, lse_like
+from fused_attn.layout import check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
 from fused_attn.replay import watched
-from fused_attn.schema import BACKWARD, FORWARD, Inputs, Needs, Saved
+from fused_attn.schema import BACKWARD, FORWARD, INSPECTION, Inputs, Needs, Pair, Saved
 from fused_attn.spec import AttentionSpec, Companions
 
-_LIBRARY = torch.library.Library("fused_attn", "DEF")
-_LIBRARY.define(f"forward({FORWARD.text}) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"backward({BACKWARD.text}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])")
-_LIBRARY.define("seed(Tensor like) -> Tensor")
-_LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor")
+LIBRARY = torch.library.Library("fused_attn", "DEF")
+LIBRARY.define(f"forward({FORWARD.text}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(f"backward({BACKWARD.text}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])")
+LIBRARY.define(f"statistics({INSPECTION.text}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(f"weights({INSPECTION.text}) -> Tensor")
+LIBRARY.define("seed(Tensor like) -> Tensor")
+LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor")
 _OPS = torch.ops.fused_attn
 
 
@@ -61,12 +61,36 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     return turned
 
 
+@torch.no_grad()
+def statistics(q: torch.Tensor, k: torch.Tensor, companions: Companions,
+               spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq]), without gradients."""
+    if not watched((q, k, *companions.flat())):
+        from fused_attn import weights as kernels
+
+        return kernels.statistics(q, k, spec, companions)
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _OPS.statistics.default(
+        *INSPECTION.flat(Pair(q, k), companions, spec))
+    return found
+
+
+@torch.no_grad()
+def weights(q: torch.Tensor, k: torch.Tensor, companions: Companions, spec: AttentionSpec) -> torch.Tensor:
+    """[B, H, Nq, Nk] in q's dtype, without gradients."""
+    if not watched((q, k, *companions.flat())):
+        from fused_attn import weights as kernels
+
+        return kernels.weights(q, k, spec, companions)
+    found: torch.Tensor = _OPS.weights.default(*INSPECTION.flat(Pair(q, k), companions, spec))
+    return found
+
+
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     from fused_attn import execution
 
     (q, k, v), companions, spec = FORWARD.records(arguments)
     out, lse, residual = execution.forward(q, k, v, spec, companions)
-    return out, lse, _some(residual, out)
+    return out, lse, some(residual, out)
 
 
 def _batched(*gradients: torch.Tensor | None) -> bool:
@@ -74,7 +98,7 @@ def _batched(*gradients: torch.Tensor | None) -> bool:
     return any(x is not None and torch_private.is_batched(x) for x in gradients)
 
 
-def _some(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def some(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """An op's outputs are fixed in number: an empty tensor stands for none."""
     return like.new_empty(0) if x is None else x
 
@@ -92,8 +116,8 @@ def _backward(*arguments: Any) -> tuple[Any, ...]:
     saved, companions, spec, needs = BACKWARD.records(arguments)
     *grads, doperands = execution.backward(saved, spec, companions, needs)
     whose = saved.q, saved.k, saved.v, saved.lse, saved.lse
-    return (*(_some(grad, x) for grad, x in zip(grads, whose, strict=True)),
-            [_some(grad, x) for grad, x in zip(doperands, companions.operands, strict=True)])
+    return (*(some(grad, x) for grad, x in zip(grads, whose, strict=True)),
+            [some(grad, x) for grad, x in zip(doperands, companions.operands, strict=True)])
 
 
 def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
@@ -115,7 +139,7 @@ def _rotary(*arguments: Any) -> torch.Tensor:
     return execution.rotary(*arguments)
 
 
-def _seed(like: torch.Tensor) -> torch.Tensor:
+def draw_seed(like: torch.Tensor) -> torch.Tensor:
     """A seed [1] for dropout, drawn on the device from torch's own generator: it follows torch.manual_seed, and CUDA graphs
     advance it.
 
@@ -136,23 +160,6 @@ def _seed(like: torch.Tensor) -> torch.Tensor:
         meta.update(before)
 
 
-def _guard(name: str, below_autograd: Callable[[], Any]) -> Callable[..., Any]:
-    """What the op does where autograd reaches it past ``fused_attn.autograd``: raise, where torch would see a constant."""
-
-    def guard(*args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if wanted or any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
-            instead = "apply_rotary" if name == "rotary" else "attention"
-            raise RuntimeError(f"fused_attn::{name} carries no gradient of its own: call fused_attn.{instead}; forward AD over "
-                               "backend 'triton' is not built yet, backend='reference' has it")
-        with below_autograd():
-            return getattr(torch.ops.fused_attn, name).default(*args)
-
-    return guard
-
-
 def refuse_batches(*_: Any) -> Any:
     raise NotImplementedError("fused_attn: vmap, and with it is_grads_batched and vectorised jacobians, is not built yet for "
                               "backend 'triton'; backend='reference' has it, with memory quadratic in the sequence length")
@@ -163,13 +170,36 @@ def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     return like(x, x.shape[3])
 
 
+def _statistics(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    from fused_attn import weights as kernels
+
+    (q, k), companions, spec = INSPECTION.records(arguments)
+    return kernels.statistics(q, k, spec, companions)
+
+
+def _statistics_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    (q, k), *_ = INSPECTION.records(arguments)
+    return like_statistics(q, k)
+
+
+def _weights(*arguments: Any) -> torch.Tensor:
+    from fused_attn import weights as kernels
+
+    (q, k), companions, spec = INSPECTION.records(arguments)
+    return kernels.weights(q, k, spec, companions)
+
+
+def _weights_fake(*arguments: Any) -> torch.Tensor:
+    (q, k), *_ = INSPECTION.records(arguments)
+    return like_weights(q, k)
+
+
 for _name, _run, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake),
+                           ("statistics", _statistics, _statistics_fake), ("weights", _weights, _weights_fake),
                            ("rotary", _rotary, _rotary_fake)):
-    torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_run)
-    if torch_private.below_autograd is not None:
-        torch.library.impl(_LIBRARY, _name, "Autograd")(_guard(_name, torch_private.below_autograd))
+    torch.library.impl(LIBRARY, _name, "CompositeExplicitAutograd")(_run)
     if _name != "rotary":  # which torch calls once for each of a batch
         for _vmap in ("FuncTorchBatched", "Batched"):  # torch.func's, and the one of is_grads_batched
-            torch.library.impl(_LIBRARY, _name, _vmap)(refuse_batches)
-    torch.library.register_fake(f"fused_attn::{_name}", _fake, lib=_LIBRARY)
-torch.library.impl(_LIBRARY, "seed", "CompositeImplicitAutograd")(_seed)
+            torch.library.impl(LIBRARY, _name, _vmap)(refuse_batches)
+    torch.library.register_fake(f"fused_attn::{_name}", _fake, lib=LIBRARY)
+torch.library.impl(LIBRARY, "seed", "CompositeImplicitAutograd")(draw_seed)

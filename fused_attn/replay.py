@@ -20,11 +20,13 @@ _made: dict[Any, "Replay"] = {}
 
 
 def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether a call must be a torch op: for a compiler, tracer, mode, transform, profiler, tensor subclass or meta device."""
+    """Whether a call must be a torch op: for a compiler, tracer, mode, transform, forward AD, profiler, tensor subclass or meta
+    device, or a tensor whose values are not those that it stores, such as ``x.conj().imag``."""
     if (torch.compiler.is_compiling() or torch_private.dispatch_modes() or torch_private.transforms_active()
-            or torch_private.profiler_enabled() or torch_private.is_tracing()):
+            or torch_private.forward_mode() or torch_private.profiler_enabled() or torch_private.is_tracing()):
         return True
-    return any(x is not None and (type(x) not in _CLASSES or x.is_meta) for x in tensors)
+    return any(x is not None and (type(x) not in _CLASSES or x.is_meta or x.is_neg() or torch_private.is_zero(x))
+               for x in tensors)
 
 
 def traced(x: torch.Tensor) -> bool:
@@ -67,7 +69,7 @@ def find(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     except TypeError:  # an argument that cannot be hashed: let the checks speak of it
         return None
     if (found is None or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-            or torch.is_autocast_enabled(q.device.type) or torch_private.forward_mode() or watched((q, k, v))):
+            or torch.is_autocast_enabled(q.device.type) or watched((q, k, v))):
         return None
     return found
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_attn import dispatch, settings
+from fused_attn import autograd, dispatch, settings
 from fused_attn.describe import FLOATS
 
 
@@ -32,8 +32,6 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inter
     if backend == "triton" and reasons:
         raise ValueError(f"backend: 'triton' cannot run this call: {'; '.join(reasons)}")
     if backend == "triton" or (backend is None and x.device.type != "cpu" and not reasons):
-        from fused_attn import autograd  # here, so that the package imports without Triton
-
         cos, sin = (t.expand(x.shape[0], *t.shape[-2:]) for t in (cos, sin))
         return autograd.rotary(x, cos, sin, interleaved)
     return _plain(x, cos, sin, interleaved)

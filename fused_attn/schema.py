@@ -24,6 +24,13 @@ class Inputs(NamedTuple):
     v: torch.Tensor
 
 
+class Pair(NamedTuple):
+    """What the inspection of weights is given beside companions and spec."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+
 class Saved(NamedTuple):
     """What a backward is given beside companions, spec and needs; ``dlse`` and ``residual`` may be None."""
 
@@ -112,4 +119,5 @@ class Signature:
 
 
 FORWARD = Signature(Inputs, Companions, AttentionSpec)
+INSPECTION = Signature(Pair, Companions, AttentionSpec)
 BACKWARD = Signature(Saved, Companions, AttentionSpec, Needs)

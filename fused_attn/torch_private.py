@@ -40,6 +40,8 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 disabled_torch_function: Any = _private("_C._disabled_torch_function_impl", None)
 # The set of dispatch keys of a tensor, by name: nothing else tells of the older vmap, of is_grads_batched.
 _dispatch_keys: Callable[[torch.Tensor], Any] | None = _private("_C._dispatch_keys", None)
+# Whether autograd made a tensor of zeros without storing them.
+is_zero: Callable[[torch.Tensor], bool] = _private("Tensor._is_zerotensor", lambda x: False)
 # Keeps a spin of that many cycles on the device, so that what is timed waits for nothing but its turn.
 cuda_sleep: Callable[[int], None] = _private("cuda._sleep", lambda cycles: None)
 # A context below autograd, in which an op that answers for autograd calls its own implementation.
@@ -85,6 +87,17 @@ def known(condition: Any) -> bool:
     return bool(guard_or_false(condition))
 
 
+def surely(condition: Any) -> bool:
+    """Whether a comparison of sizes holds whatever they are; of plain sizes, whether it holds. Nothing is guarded on."""
+    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
+        return bool(condition)
+    try:
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # here, since it imports SymPy
+    except ImportError:
+        return bool(condition)
+    return bool(statically_known_true(condition))
+
+
 def drop_function_modes(is_over: Callable[[TorchFunctionMode], bool]) -> None:
     """Takes the modes that are over off this thread's stack, wherever they are in it."""
     modes = _function_modes()
@@ -110,6 +123,7 @@ def keep_buffers_of_graphs() -> None:
         config.donated_buffer = False
 
 
+@constant_when_traced
 def activation_memory_budget() -> float:
     """What part of a graph's activations a compiler may save for the backward, 1 for all."""
     return float(getattr(_compiler_config(), "activation_memory_budget", 1))

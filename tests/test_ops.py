@@ -11,6 +11,7 @@ import torch
 from support.layouts import LAYOUTS
 from support.mods import COMB, NEAR
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -273,10 +274,42 @@ assert counter.get_total_flops() == 2 * 4 * 60 * 2 * 7 * 8, counter.get_flop_cou
 """
 
 
-@pytest.mark.parametrize("order", [1, -1], ids=["we first", "the counter first"])
-def test_the_first_count_of_a_process(order):
-    imports = ("import fused_attn", "from torch.utils.flop_counter import FlopCounterMode")[::order]
+OURS, COUNTER = "import fused_attn", "from torch.utils.flop_counter import FlopCounterMode"
+ASKED = "import importlib.util; assert importlib.util.find_spec('torch.utils.flop_counter')"
+
+
+@pytest.mark.parametrize("imports", [(OURS, COUNTER), (COUNTER, OURS), (OURS, ASKED, ASKED, COUNTER)],
+                         ids=["we first", "the counter first", "asked for first"])
+def test_the_first_count_of_a_process(imports):
     subprocess.run([sys.executable, "-c", FIRST.format(imports="\n".join(imports))], check=True, cwd=ROOT)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("inspect", [fused_attn.attention_weights, fused_attn.attention_stats])
+def test_inspection_is_an_op_that_is_counted_and_traced(inspect):
+    q, k, dims = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 10, 8), (torch.export.Dim("n", min=2), torch.export.Dim("m", min=2))
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k):
+            found = inspect(q, k, causal=True, softcap=3.0, backend="triton")
+            return found if isinstance(found, torch.Tensor) else tuple(found)
+
+    module = Module()
+    want = module(q, k)
+    with FlopCounterMode(display=False) as counter:
+        module(q, k)
+    assert counter.get_total_flops() == 2 * 2 * 4 * (5 + 6 + 7 + 8 + 9 + 10) * 8
+    torch._dynamo.reset()
+    others = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 17, 8)
+    exported = torch.export.export(module, (q, k), dynamic_shapes=({2: dims[0]}, {2: dims[1]})).module()
+    for made in (torch.compile(module, backend="aot_eager", fullgraph=True), make_fx(module)(q, k),
+                 torch.jit.trace(module, (q, k), check_trace=False), exported):
+        torch.testing.assert_close(made(q, k), want)
+    torch.testing.assert_close(exported(*others), module(*others))
+    with FakeTensorMode() as mode:
+        fake = module(*map(mode.from_tensor, (q, k)))
+    for x, y in zip(*(x if isinstance(x, tuple) else (x,) for x in (fake, want)), strict=True):
+        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
 
 
 def test_the_ops_exist_without_triton():

@@ -272,6 +272,8 @@ LEFT = {
     "wide values, dropout": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 577), {"dropout_p": 0.5}),
     "scale as bool": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), {"scale": True}),
     "mask and is_causal": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), {"is_causal": True, "attn_mask": torch.rand(5, 7) < 0.9}),
+    "a scale below fp32": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), {"scale": 1e-40}),
+    "a scale beyond fp32": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), {"scale": -1e38}),
     "dropout as bool": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), {"dropout_p": True}),
 }
 
@@ -313,6 +315,8 @@ BAD = {
     "mask is a list": ((Q, Q, Q, [[True]]), {}), "dropout above 1": ((Q, Q, Q, None, 1.5), {}),
     "dropout below 0": ((Q, Q, Q, None, -0.5), {}), "dropout None": ((Q, Q, Q, None, None), {}),
     "scale is a string": ((Q, Q, Q), {"scale": "a"}), "is_causal None": ((Q, Q, Q, None, 0.0, None), {}),
+    "grouped heads of two dimensions": ((Q[0, 0], Q[0, 0], Q[0, 0]), {"enable_gqa": True}),
+    "grouped heads, one of two dimensions": ((Q, Q[0, 0], Q[0, 0]), {"enable_gqa": True}),
     "enable_gqa None": ((Q, Q, Q), {"enable_gqa": None}), "unknown name": ((Q, Q, Q), {"causal": True}),
     "too many positions": ((Q, Q, Q, None, 0.0, False, 0.5), {}), "query twice": ((Q, Q, Q), {"query": Q}),
     "value missing": ((Q, Q), {}),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fused_attn.nn
 from fused_attn import attention
@@ -66,6 +67,11 @@ def test_first_derivatives_of_rotary_and_weights():
     torch.testing.assert_close(*grads)
 
 
+def tangent(function):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(Q, Q))).tangent
+
+
 Q, K, V = qkv()
 MISSING = {  # what is asked, and what the error says
     "vmap": (lambda: torch.vmap(lambda q: attention(q, K, V, backend="triton"))(Q[None]), "vmap"),
@@ -76,6 +82,13 @@ MISSING = {  # what is asked, and what the error says
     "second": (lambda: torch.func.grad(lambda q: torch.func.grad(lambda q: loss(q, K, V, {}))(q).sum())(Q),
                "second derivatives"),
     "jvp": (lambda: torch.func.jvp(lambda q: loss(q, K, V, {}), (Q,), (Q,)), "forward mode AD"),
+    "forward AD": (lambda: tangent(lambda q: attention(q, K, V, backend="triton")), "forward mode AD"),
+    "forward AD of rotary": (lambda: tangent(
+        lambda q: fused_attn.apply_rotary(q, torch.ones(5, 4), torch.ones(5, 4), backend="triton")), "forward AD over backend"),
+    "forward AD of weights": (lambda: tangent(lambda q: fused_attn.attention_weights(q, K, backend="triton")),
+                              "forward AD over backend"),
+    "forward AD of statistics": (lambda: tangent(lambda q: fused_attn.attention_stats(q, K, backend="triton").entropy),
+                                 "forward AD over backend"),
     "statistics": (lambda: torch.func.grad(
         lambda q: fused_attn.attention_stats(q, K, backend="triton").entropy.sum())(Q), "no transforms of torch.func"),
 }
@@ -113,6 +126,53 @@ def test_an_exported_program_loads_in_another_process(tmp_path):
     torch.export.save(torch.export.export(Module(), (Q, K, V)), tmp_path / "program.pt2")
     torch.save(((Q, K, V), Module()(Q, K, V)), tmp_path / "tensors.pt")
     subprocess.run([sys.executable, "-c", LOAD, tmp_path / "program.pt2", tmp_path / "tensors.pt"], check=True, cwd=ROOT)
+
+
+LEARNED = {
+    "projections": {}, "sinks": {"sinks": (4,)}, "slopes": {"alibi_slopes": (4,)}, "bias": {"bias": (9, 9)},
+    "additive": {"score_weight": (4, 8)}, "precise": {"bias": (4, 1, 9)},
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("backend", ["triton", None])
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_exported_program_has_the_gradients_of_its_parameters(name, backend, strict):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projection = torch.nn.Linear(32, 32, dtype=torch.float64)
+            self.learned = torch.nn.ParameterDict({key: torch.randn(shape).double() for key, shape in LEARNED[name].items()})
+
+        def forward(self, x):
+            q = self.projection(x).unflatten(-1, (4, 8)).transpose(1, 2)
+            k = fused_attn.apply_rotary(q, torch.full((9, 4), 0.6), torch.full((9, 4), 0.8), backend=backend and "triton")
+            return attention(q, k, q.sin(), backend=backend, precise=name == "precise", **self.learned)
+
+    module, x = Module(), torch.randn(2, 9, 32, dtype=torch.float64)
+    program = torch.export.export(module, (x,), strict=strict).module()
+    for one in (module, program):
+        one(x).sin().sum().backward()
+    want = dict(module.named_parameters())
+    found = dict(program.named_parameters())
+    assert found.keys() == want.keys()
+    for key, parameter in want.items():
+        torch.testing.assert_close(found[key].grad, parameter.grad, rtol=1e-11, atol=1e-11, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_vmap_draws_dropout_by_its_own_rules(backend):
+    q = torch.randn(1, 1, 4, 8).expand(2, -1, -1, -1)[:, None]
+
+    def of(randomness):
+        return torch.vmap(lambda x: attention(x, x, x, dropout_p=0.5, backend=backend), randomness=randomness)(q)
+
+    same, different = of("same"), of("different")
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        of("error")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
