@@ -10,6 +10,7 @@ triton.language itself is another one, for the whole process: two launches at on
 """
 
 import dataclasses
+import os
 import threading
 from typing import Any
 
@@ -125,6 +126,9 @@ def repair() -> None:
         return implicit_cvt(arg)
 
     one_at_a_time = threading.RLock()
+    if hasattr(os, "register_at_fork"):  # a process that forks waits for the launches of its other threads, as they leave it
+        os.register_at_fork(before=one_at_a_time.acquire, after_in_parent=one_at_a_time.release,
+                            after_in_child=one_at_a_time.release)
 
     def silent_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with one_at_a_time, np.errstate(all="ignore"):
