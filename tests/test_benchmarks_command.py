@@ -152,6 +152,7 @@ def test_small_subjects_are_those_of_the_stages():
 
 
 @pytest.mark.kernels
+@pytest.mark.slow
 def test_whole_command_on_tiny_shapes(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(tmp_path), "--commit", "abc"]
     variables = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -195,7 +195,8 @@ def test_a_trace_of_one_length_serves_every_other(name, backend, monkeypatch):
         close(traced(x), module(x))
 
 
-@EVERY
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ("stack, rope", "stack, alibi") else name
+                                  for name in MODULES])
 def test_ten_lengths_are_two_graphs(name):
     torch._dynamo.reset()
     counter, module = CompileCounterWithBackend("aot_eager"), made(name)

@@ -46,7 +46,10 @@ def test_repeated_calls_equal_first_ones(monkeypatch):
     """Every kind of call twice, in an order that mixes them, against calls that remember nothing."""
     monkeypatch.setattr(tuning, "MANY_KEYS", 128)
     monkeypatch.setattr(tuning, "SHARE", 64)
-    kinds, expected = list(itertools.product(TENSORS.values(), KINDS)), []
+    # Of tensors and arguments every one, and the two that choose what runs with all of the others.
+    kinds = [(make, arguments) for (name, make), arguments in itertools.product(TENSORS.items(), KINDS)
+             if name in ("plain", "decoding") or arguments in KINDS[1:3]]
+    expected = []
     inputs = [[make(), make()] for make, _ in kinds]
     for (_, arguments), both in zip(kinds, inputs, strict=True):
         for tensors in both:
