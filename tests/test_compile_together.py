@@ -15,7 +15,14 @@ pytestmark = pytest.mark.kernels
 
 SMALL = Shape(batch=2, heads=2, kv_heads=2, n_queries=10, n_keys=10, dim=8, dim_v=8)
 WIDE = ("dims_192", "dims_576")  # head dims, which tracing does not look at
-COMBINATIONS = [Call(names, SMALL) for names in covering(8, tuple(f for f in COMBINED if f.name not in WIDE))]
+
+
+def combinations(*without):
+    """Calls in which every feature, but for these, meets every other one."""
+    return [Call(names, SMALL) for names in covering(8, tuple(f for f in COMBINED if f.name not in (*WIDE, *without)))]
+
+
+COMBINATIONS = combinations()
 KERNELS, CPU = ("triton", True), (None, False)  # backend, return_lse: with the LSE torch's own kernel answers nothing
 
 
@@ -28,7 +35,8 @@ def some_of_each(calls):
             yield call
 
 
-FAST = list(some_of_each(COMBINATIONS))
+# Additive scores once: they take the interpreter ten times as long as others.
+FAST = [next(call for call in COMBINATIONS if "additive" in call.features), *some_of_each(combinations("additive"))]
 ALONE = ["plain", "causal", "window", "bias", "mask", "key_lengths", "gqa", "dims", "dropout", "packed", "seqused", "lengths"]
 
 
@@ -65,18 +73,15 @@ def test_every_feature_is_in_the_fast_selection():
     assert {name for call in FAST for name in call.features} == {name for call in COMBINATIONS for name in call.features}
 
 
-ADDITIVE = [call for call in FAST if "additive" in call.features]
 ways = pytest.mark.parametrize("way", [KERNELS, CPU], ids=["kernels", "CPU"])
 dynamics = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
 @pytest.mark.parametrize(("call", "dynamic", "way"), [
-    pytest.param(call, dynamic, way, marks=() if (dynamic, way == CPU) == (i % 2 == 1, i // 2 % 2 == 1) and call in (
-        ADDITIVE[0], *(call for call in FAST if call not in ADDITIVE)) else pytest.mark.slow)
+    pytest.param(call, dynamic, way, marks=() if (dynamic, way == CPU) == (i % 2 == 1, i // 2 % 2 == 1) else pytest.mark.slow)
     for i, call in enumerate(FAST) for dynamic in (False, True) for way in (KERNELS, CPU)], ids=str)
 def test_features_together_compile_whole(call, dynamic, way):
-    """In the fast part each once, in turns, static and dynamic, on the kernels and on a CPU; of additive ones, which take the
-    interpreter longest, one."""
+    """In the fast part each once, in turns: static and dynamic, on the kernels and on a CPU."""
     check_same(call, way, dynamic)
 
 
