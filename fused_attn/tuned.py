@@ -38,9 +38,10 @@ def gpu_name(device: torch.device) -> str:
 
 
 def default_path(device: torch.device) -> Path:
-    """Where tune leaves what it finds on a device, and where every process looks for it."""
+    """Where tune leaves what it finds on a device with this Triton, and where every process looks for it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fused_attn" / f"tiles-{re.sub(r'[^a-z0-9]+', '-', gpu_name(device).lower()).strip('-')}.json"
+    card = re.sub(r"[^a-z0-9]+", "-", gpu_name(device).lower()).strip("-")
+    return cache / "fused_attn" / f"tiles-{card}-triton-{triton_name()}.json"
 
 
 def path(device: torch.device) -> Path | None:

@@ -252,14 +252,17 @@ def test_none_means_shipped(use):
 
 
 def test_what_is_kept_is_found_again(monkeypatch, tmp_path):
-    """A card's own file, by its name; the environment's goes before it."""
+    """A card's and Triton's own file, by their names; the environment's goes before it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(settings, "TILES", None)
     card = torch.device("cuda", 0)
     file = tuned.default_path(card)
-    assert file == tmp_path / "fused_attn" / "tiles-nvidia-h100-80gb-hbm3.json"
+    assert file == tmp_path / "fused_attn" / f"tiles-nvidia-h100-80gb-hbm3-triton-{tuned.triton_name()}.json"
     assert tuned.path(card) is None
+    with monkeypatch.context() as patch:  # one who changes Triton tunes anew, and loses nothing
+        patch.setattr(tuned, "triton_name", lambda: "99.0.0")
+        assert tuned.default_path(card) not in (file, tuned.path(card))
     tuned.write(file, {**HERE, "tiles": []})
     assert tuned.path(card) == file
     monkeypatch.setattr(settings, "TILES", str(tmp_path / "mine.json"))
