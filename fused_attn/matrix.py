@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def gated(row: dict[str, Any]) -> bool:
 def problems(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row: the full rules where it is gated, else only what would not launch at all."""
     report = offline.Report(**row)
-    return report.problems() if gated(row) else report.problems(max_spill=sys.maxsize, local_in_loops=True)
+    if gated(row):
+        return report.problems()
+    return report.problems(max_spill=sys.maxsize, local_in_loops=True, max_seconds=math.inf)
 
 
 def compile_one(arguments: argparse.Namespace) -> int:

@@ -229,8 +229,6 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
 
     One report, or two, "dk" and "dv", where the configuration gives each a launch of its own. ``feature``: of ``FEATURES``;
     ``rung``: of ``settings.RUNGS``, for a forward on sm_90.
-
-    One target a process: Triton keeps compiled kernels by device, not by target.
     """
     element = DTYPES[dtype]
     head_dim_v = head_dim_v or head_dim
@@ -273,6 +271,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     compiled: list[tuple[Any, str, float]] = []
 
     def compile_only(function: Any, programs: int, args: tuple[Any, ...], tile: TileConfig) -> None:
+        function.device_caches.clear()  # which know kernels by device, whatever its target, and say nothing of what they hold
         log, start = io.StringIO(), _cpu_seconds()
         with contextlib.redirect_stdout(log):
             binary = function.warmup(*args, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages,

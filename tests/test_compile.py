@@ -87,6 +87,24 @@ def test_fp32_by_tf32():
     assert products[1] == 3 * products[0] > 0
 
 
+def test_a_kernel_that_was_compiled_before_is_compiled_again():
+    """The list of tiles is one kernel whatever the type, and a process may ask for one target after another."""
+    rows = compiled("--target", "sm_80", "--head-dim", "64", "--dtype", "bf16", "fp16", "--feature", "mask", "--pass",
+                    "forward")
+    assert [(row["kernel"], row["dtype"]) for row in rows] == [(kernel, dtype) for dtype in ("bf16", "fp16")
+                                                               for kernel in ("list", "forward")]
+    script = """if True:
+        from fused_attn import offline
+        for target in ("sm_80", "gfx942", "sm_90", "sm_80"):
+            report, = offline.compile_kernel(target, "delta", 64, "bf16", False)
+            print(report.instructions, type(report.code).__name__)
+    """
+    result = python("-c", script)
+    assert result.returncode == 0, result.stderr
+    first, _, other, last = result.stdout.splitlines()
+    assert first == last != other
+
+
 def test_the_gate_sees_a_kernel_that_spills():
     script = """if True:
         from fused_attn import offline
