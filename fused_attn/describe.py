@@ -98,8 +98,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
     for name in ("bias", "mask"):
         if is_causal_bias(others.get(name)):
-            raise ValueError(f"{name}: expected none of torch's causal biases, which know one length; causal=True is causal in "
-                             "each sequence")
+            raise ValueError(f"{name}: expected none of torch's causal biases, of one length; causal=True is of each sequence")
     check_classes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
                    score_weight=score_weight, **others)
     scale = 1.0 if scale is None and score_weight is not None else scale
@@ -139,7 +138,7 @@ def seeded(call: Described) -> Described:
     """
     if call.spec.dropout_p == 0 or call.companions.seed is not None:
         return call
-    # A transform draws by itself, by its own rules of randomness.
+    # A transform draws by its own rules of randomness.
     draw = ops.draw_seed if torch_private.transforms_active() else torch.ops.fused_attn.seed
     return call._replace(companions=call.companions._replace(seed=draw(call.q)))
 
@@ -328,7 +327,6 @@ def _score_weight(weight: Any, q: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
         raise TypeError(f"score_weight: expected a float tensor [{head_dim}] or [{heads}, {head_dim}]; "
                         f"got {getattr(weight, 'dtype', weight)!r}")
-    # Not `in` a tuple, which guards no size of a graph.
     if not (weight.shape == (head_dim,) or weight.shape == (heads, head_dim)) or weight.device != q.device:
         raise ValueError(f"score_weight: expected shape ({head_dim},) or ({heads}, {head_dim}) on {q.device}; "
                          f"got {tuple(weight.shape)} on {weight.device}")

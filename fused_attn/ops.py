@@ -89,8 +89,18 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     from fused_attn import execution
 
     (q, k, v), companions, spec = FORWARD.records(arguments)
-    out, lse, residual = execution.forward(q, k, v, spec, companions)
+    out, lse, residual = execution.forward(q, k, v, spec, _in_rows(companions))
     return out, lse, some(residual, out)
+
+
+def _in_rows(companions: Companions) -> Companions:
+    """``companions`` as kernels trust them to lie, whatever stood between a call and its op: torch may make zeros of one."""
+    rows = {name: x.contiguous() for name in ("cu_q", "cu_k", "used_q", "used_k", "sinks")
+            if (x := getattr(companions, name)) is not None}
+    weight = companions.score_weight
+    if weight is not None and weight.stride(-1) != 1:
+        rows["score_weight"] = weight.contiguous()
+    return companions._replace(**rows)
 
 
 def _batched(*gradients: torch.Tensor | None) -> bool:
@@ -114,7 +124,7 @@ def _backward(*arguments: Any) -> tuple[Any, ...]:
     from fused_attn import execution
 
     saved, companions, spec, needs = BACKWARD.records(arguments)
-    *grads, doperands = execution.backward(saved, spec, companions, needs)
+    *grads, doperands = execution.backward(saved, spec, _in_rows(companions), needs)
     whose = saved.q, saved.k, saved.v, saved.lse, saved.lse
     return (*(some(grad, x) for grad, x in zip(grads, whose, strict=True)),
             [some(grad, x) for grad, x in zip(doperands, companions.operands, strict=True)])
@@ -174,7 +184,7 @@ def _statistics(*arguments: Any) -> tuple[torch.Tensor, ...]:
     from fused_attn import weights as kernels
 
     (q, k), companions, spec = INSPECTION.records(arguments)
-    return kernels.statistics(q, k, spec, companions)
+    return kernels.statistics(q, k, spec, _in_rows(companions))
 
 
 def _statistics_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -186,7 +196,7 @@ def _weights(*arguments: Any) -> torch.Tensor:
     from fused_attn import weights as kernels
 
     (q, k), companions, spec = INSPECTION.records(arguments)
-    return kernels.weights(q, k, spec, companions)
+    return kernels.weights(q, k, spec, _in_rows(companions))
 
 
 def _weights_fake(*arguments: Any) -> torch.Tensor:

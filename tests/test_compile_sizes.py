@@ -32,11 +32,11 @@ def test_torchs_own_function_warns_of_its_dropout():
         compiled(q)
 
 
-WINDOWS = [(5, 0), (3, 3), (200, 0), (None, 2), (0, None)]
+SOME_WINDOWS = [(5, 0), (None, 2), *(pytest.param(window, marks=pytest.mark.slow) for window in ((3, 3), (200, 0), (0, None)))]
 
 
-@pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("lengths", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", SOME_WINDOWS, ids=str)
 def test_a_window_of_an_exported_length(window, lengths):
     """No length is ruled out, though for some no query reaches a bound."""
     class Module(torch.nn.Module):
@@ -55,7 +55,7 @@ def test_a_window_of_an_exported_length(window, lengths):
             torch.testing.assert_close(program(*inputs), Module()(*inputs))
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("window", SOME_WINDOWS, ids=str)
 def test_a_window_over_ten_lengths_is_two_graphs(window):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

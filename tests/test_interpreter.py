@@ -329,39 +329,6 @@ def test_threads_at_once_and_kernels_that_fail_leave_it_whole(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stdout + done.stderr[-2000:]
 
 
-FORKED = """
-import os, signal, threading, torch, fused_attn
-
-torch.set_num_threads(1)
-q = torch.randn(1, 2, 150, 16)
-want = fused_attn.attention(q, q, q, backend="triton")
-stop = threading.Event()
-
-def busy():
-    while not stop.is_set():
-        fused_attn.attention(q, q, q, backend="triton")
-
-thread = threading.Thread(target=busy)
-thread.start()
-for _ in range(5):
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        os._exit(0 if torch.equal(fused_attn.attention(q, q, q, backend="triton"), want) else 1)
-    print(os.waitpid(child, 0)[1])
-stop.set()
-thread.join()
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_process_forks_between_launches():
-    """A child that was made while another thread launched would wait for that thread, which it does not have."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"})
-    assert (done.returncode, done.stdout.split()) == (0, ["0"] * 5), done.stdout + done.stderr[-2000:]
-
-
 OTHERS = [f"kernels.{name}" for name in ("backward", "combine", "mask", "operand_grad", "inspection", "rotary",
                                          "hopper.workspace")]
 

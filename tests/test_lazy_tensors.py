@@ -6,10 +6,13 @@ from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
 from fused_attn import attention
+from fused_attn.schema import FORWARD, INSPECTION, Inputs, Pair
+from fused_attn.spec import AttentionSpec, Companions
 
 pytestmark = pytest.mark.kernels
 
 N, D, H = 16, 8, 2
+SPEC = AttentionSpec(0.3)
 STARTS = torch.tensor([0, N], dtype=torch.int32)
 
 
@@ -117,3 +120,23 @@ def test_floats_that_no_kernel_reads_are_refused(which):
     for backend in ("triton", "reference", None):
         with pytest.raises(TypeError, match=f"^{name}: expected .*float"):
             attention(q, q, q, backend=backend, **{name: x})
+
+
+STRIDED = {
+    "sinks": ((H,), {}), "score_weight": ((H, D), {}), "used_k": ((2,), {"dtype": torch.int32}),
+}
+
+
+@pytest.mark.parametrize("which", STRIDED)
+def test_ops_read_companions_of_any_stride(which):
+    """Called by themselves, past the checks of ``attention``, or in a program whose passes laid them out anew."""
+    q, k = torch.randn(2, H, 5, D), torch.randn(2, H, N, D)
+    shape, options = STRIDED[which]
+    x = torch.randint(1, 9, shape, **options) if options else torch.rand(shape)
+    spread = torch.stack((x, torch.full_like(x, 99)), -1)[..., 0]
+    assert spread.stride(-1) == 2
+    for of, flat in ((torch.ops.fused_attn.forward, lambda c: FORWARD.flat(Inputs(q, k, k), c, SPEC)),
+                     (torch.ops.fused_attn.weights, lambda c: INSPECTION.flat(Pair(q, k), c, SPEC)),
+                     (torch.ops.fused_attn.statistics, lambda c: INSPECTION.flat(Pair(q, k), c, SPEC))):
+        want, found = (of(*flat(Companions(**{which: y}))) for y in (x, spread))
+        torch.testing.assert_close(found, want, rtol=0, atol=0)

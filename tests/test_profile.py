@@ -155,8 +155,8 @@ def name(job: Job) -> str:
 
 
 def of_job(rows: list[dict], job: Job) -> list[dict]:
-    return [row for row in rows if row["head_dim"] in job.head_dims
-            and all(row[name] == getattr(job, name) for name in ("target", "dtype", "causal", "feature", "rung"))]
+    return [row for row in rows if row["head_dim"] in job.head_dims and row["dtype"] in job.dtypes
+            and all(row[name] == getattr(job, name) for name in ("target", "causal", "feature", "rung"))]
 
 
 @pytest.mark.kernels
