@@ -68,7 +68,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
 
     scores = _products(q.to(dtype), keys, companions.score_weight) * spec.scale
     if spec.softcap is not None:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        scores = spec.softcap * _tanh(scores / spec.softcap)
     operands = iter(companions.operands)
     where = _coordinates(spec, scores, first_batch, offset)
     for member in spec.score_mods:
@@ -97,11 +97,21 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
     return p, lse.squeeze(-1)
 
 
+def _tanh(x: torch.Tensor) -> torch.Tensor:
+    """tanh whose slope keeps its digits where tanh is near 1: autograd makes 4 e / (1 + e)^2 of it, and 1 - tanh^2 of torch's."""
+    if not torch.is_grad_enabled():
+        return x.tanh()
+    size = x.abs()
+    e = torch.exp(-2 * size)
+    return torch.where(size < 1, x.tanh(), x.sign() * (1 - e) / (1 + e))
+
+
 def _products(q: torch.Tensor, k: torch.Tensor, score_weight: torch.Tensor | None) -> torch.Tensor:
     """[B, H, Nq, Nk]: q . k, or sum_d w_d tanh(q_d + k_d)."""
     if score_weight is None:
         return q @ k.mT
-    tanh = (q[:, :, :, None, :] + k[:, :, None, :, :]).tanh()
+    sums = q[:, :, :, None, :] + k[:, :, None, :, :]
+    tanh = _tanh(sums) if q.dtype == torch.float64 else sums.tanh()  # ten times as fast, over D times as many numbers
     return (tanh * score_weight.to(q.dtype)[:, None, None, :]).sum(-1)
 
 

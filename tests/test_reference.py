@@ -349,3 +349,18 @@ def test_same_arguments_as_attention():
     defaults = {name: inspect.signature(attention).parameters[name].default for name in named}
     close(reference_attention(q, q, q, **defaults), reference_attention(q, q, q), 0)
     close(reference_attention(q, q, q, backend="triton"), reference_attention(q, q, q), 1e-6)
+
+
+@pytest.mark.parametrize(("product", "dtype"), [("softcap", torch.float32), ("softcap", torch.float64),
+                                                ("additive", torch.float64)], ids=str)
+def test_slopes_of_saturated_scores_keep_their_digits(product, dtype):
+    """Of two keys of one score dS is p (dP - delta) (1 - tanh^2), of whose slope fp32 has no digits left at 9."""
+    for size in (0.0, 0.3, 0.99, 1.01, 3.0, 9.0, 12.0):
+        q, key = torch.full((1, 1, 1, 1), size, dtype=dtype, requires_grad=True), float(product == "softcap")
+        k = torch.full((1, 1, 2, 1), key, dtype=dtype, requires_grad=True)
+        v = torch.tensor([1.0, -1.0], dtype=dtype).view(1, 1, 2, 1)
+        more = {"score_weight": torch.ones(1, dtype=dtype)} if product == "additive" else {"softcap": 1.0, "scale": 1.0}
+        (grad,) = torch.autograd.grad(reference_attention(q, k, v, **more).sum(), k)
+        slope = (size if product == "softcap" else 1.0) / math.cosh(size) ** 2
+        expected = 0.5 * slope * torch.tensor([1.0, -1.0], dtype=torch.float64)
+        torch.testing.assert_close(grad.flatten().double(), expected, rtol=3e-15 if dtype == torch.float64 else 1e-6, atol=0)

@@ -154,8 +154,9 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     if companions.score_weight is None:
         by_q, by_k = reach @ k.abs(), reach.mT @ q.detach().abs()
     else:
-        tanh = (q[:, :, :, None].detach() + k[:, :, None]).tanh()
-        slope = reach.unsqueeze(-1) * (1 - tanh**2) * companions.score_weight.detach().abs()[:, None, None]
+        sums = q[:, :, :, None].detach() + k[:, :, None]
+        tanh, e = sums.tanh(), torch.exp(-2 * sums.abs())
+        slope = reach.unsqueeze(-1) * (4 * e / (1 + e) ** 2) * companions.score_weight.detach().abs()[:, None, None]
         by_q, by_k = slope.sum(3), slope.sum(2)
         result["dscore_weight"] = (reach.unsqueeze(-1) * tanh.abs()).sum((0, 2, 3))
     largest = max((float(x.detach().abs().max()) for x in (raw, scores[keep]) if x.numel()), default=0.0)
