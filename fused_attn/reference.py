@@ -98,7 +98,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
 
 
 def _tanh(x: torch.Tensor) -> torch.Tensor:
-    """tanh whose slope keeps its digits where tanh is near 1: autograd makes 4 e / (1 + e)^2 of it, and 1 - tanh^2 of torch's."""
+    """tanh whose slope keeps its digits where tanh is near 1: autograd makes 4 e / (1 + e)^2 of it, of torch's 1 - tanh^2."""
     if not torch.is_grad_enabled():
         return x.tanh()
     size = x.abs()
