@@ -177,7 +177,8 @@ def bounded_error(x: torch.Tensor, ref: torch.Tensor, amplitude: torch.Tensor, l
     second = 2.0**-51 if x.dtype == torch.float64 else 2.0**-22
     unit = EPS[x.dtype] + second * largest_score
     error = x.double() - ref
-    tiny = 1e-300
+    # Below the smallest normal number of the sums there are no relative errors.
+    tiny = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).smallest_normal
     rows = error.norm(dim=-1) / (unit * amplitude.norm(dim=-1) + tiny)
     rows = torch.where(error.norm(dim=-1) == 0, torch.zeros_like(rows), rows)
     whole = 0.0 if not error.any() else float(error.norm() / (unit * amplitude.norm() + tiny))
