@@ -358,6 +358,7 @@ class Inputs:
         ``through`` changes the call before it is made, as torch.compile does.
         """
         leaves = {name: x.detach().requires_grad_() for name, x in self.leaves.items()}
+        assert len(self.cu) == 2  # made here, not by what is compiled
         torch.manual_seed(1)  # dropout draws one seed a call
         results = through(partial(self.attention, backend=backend, return_lse=return_lse))(leaves)
         results = results if return_lse else (results,)
