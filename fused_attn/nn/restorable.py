@@ -77,7 +77,8 @@ class all_or_nothing:  # read as a statement
 
     The layers and containers here, ``generate`` and ``stream`` have it about their own steps; a model that stacks layers by
     itself needs it, since a layer that succeeded does not hear of the next one's failure. ``cache`` is one, or a list of
-    them. What ``append`` did is taken back at no cost; ``truncate``, ``reorder`` and ``clear`` within it copy what they forget.
+    them. What ``append`` did is taken back without a copy of keys; ``truncate``, ``reorder`` and ``clear`` within it copy what
+    they forget.
     """
 
     def __init__(self, cache: Any) -> None:
