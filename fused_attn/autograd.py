@@ -1,5 +1,5 @@
-"""Gradients: thin autograd Functions over the ops, what the ops do where autograd reaches them, and the only file with a
-``ctx``."""
+"""Gradients of the kernels: thin autograd Functions over the ops, what the ops do where autograd reaches them, and the only
+file of theirs with a ``ctx``."""
 
 from collections.abc import Callable
 from typing import Any

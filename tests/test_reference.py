@@ -249,7 +249,7 @@ def test_no_queries():
 CALLS = [{}, {"causal": True}, {"window": (1, 1)}, {"softcap": 1.5, "scale": 0.7}, {"scale": -0.8, "causal": True}]
 
 
-@pytest.mark.parametrize("arguments", CALLS, ids=str)
+@pytest.mark.parametrize("arguments", [*CALLS, {"score_weight": torch.tensor([[0.7, -1.5], [2.0, 0.4]]).double()}], ids=str)
 def test_first_and_second_derivatives(arguments):
     q = normal(1, 2, 2, 2, requires_grad=True)
     k, v = normal(1, 1, 3, 2, requires_grad=True), normal(1, 1, 3, 1, requires_grad=True)
@@ -351,16 +351,41 @@ def test_same_arguments_as_attention():
     close(reference_attention(q, q, q, backend="triton"), reference_attention(q, q, q), 1e-6)
 
 
-@pytest.mark.parametrize(("product", "dtype"), [("softcap", torch.float32), ("softcap", torch.float64),
-                                                ("additive", torch.float64)], ids=str)
-def test_slopes_of_saturated_scores_keep_their_digits(product, dtype):
+@pytest.mark.parametrize("watcher", ["nobody", "functorch", "forward mode", "compiler"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("product", ["softcap", "additive"])
+def test_slopes_of_saturated_scores_keep_their_digits(product, dtype, watcher):
     """Of two keys of one score dS is p (dP - delta) (1 - tanh^2), of whose slope fp32 has no digits left at 9."""
-    for size in (0.0, 0.3, 0.99, 1.01, 3.0, 9.0, 12.0):
-        q, key = torch.full((1, 1, 1, 1), size, dtype=dtype, requires_grad=True), float(product == "softcap")
-        k = torch.full((1, 1, 2, 1), key, dtype=dtype, requires_grad=True)
+    more = {"score_weight": torch.ones(1, dtype=dtype)} if product == "additive" else {"softcap": 1.0, "scale": 1.0}
+
+    def total(k, q, v):
+        return reference_attention(q, k, v, **more).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+
+    def gradient(k, q, v):
+        if watcher == "functorch":
+            return torch.func.grad(total)(k, q, v)
+        if watcher == "forward mode":
+            tangents = torch.eye(2, dtype=dtype).view(2, *k.shape)
+            return torch.stack([torch.func.jvp(lambda k: total(k, q, v), (k,), (tangent,))[1] for tangent in tangents])
+        k.requires_grad_()
+        return torch.autograd.grad((compiled if watcher == "compiler" else total)(k, q, v), k)[0]
+
+    for size in (0.0, 0.3, 0.99, 1.01, 3.0, -3.0, 9.0, 12.0, -30.0):
+        q, key = torch.full((1, 1, 1, 1), size, dtype=dtype), float(product == "softcap")
         v = torch.tensor([1.0, -1.0], dtype=dtype).view(1, 1, 2, 1)
-        more = {"score_weight": torch.ones(1, dtype=dtype)} if product == "additive" else {"softcap": 1.0, "scale": 1.0}
-        (grad,) = torch.autograd.grad(reference_attention(q, k, v, **more).sum(), k)
+        grad = gradient(torch.full((1, 1, 2, 1), key, dtype=dtype), q, v)
         slope = (size if product == "softcap" else 1.0) / math.cosh(size) ** 2
         expected = 0.5 * slope * torch.tensor([1.0, -1.0], dtype=torch.float64)
-        torch.testing.assert_close(grad.flatten().double(), expected, rtol=3e-15 if dtype == torch.float64 else 1e-6, atol=0)
+        torch.testing.assert_close(grad.flatten().double(), expected, rtol=3e-15 if dtype == torch.float64 else 3e-6, atol=0)
+
+
+def test_additive_scores_keep_none_of_their_sums():
+    """[B, H, Nq, Nk, D] exists while it is reduced, and no longer."""
+    leaves = [torch.randn(1, 2, 9, 8, requires_grad=True), torch.randn(1, 2, 11, 8, requires_grad=True)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        reference_attention(*leaves, leaves[1], score_weight=torch.randn(2, 8, requires_grad=True))
+    assert kept
+    assert max(kept) < 2 * 9 * 11 * 8
