@@ -120,11 +120,12 @@ def test_what_is_drawn_covers_every_axis():
 
 
 @pytest.mark.parametrize("trial", [
+    Trial(shape=Shape(1, 1, 1, 1, 18, 1, 1), arguments={"precise": True, "scale": 0.0}, dtype="bf16", backend="triton"),
     Trial(arguments={"causal": True}, shape=Shape(n_queries=260, n_keys=256, dim=32, dim_v=32), dtype="bf16", backend="triton"),
     Trial(("alibi",), Shape(1, 2, 1, 33, 65, 17, 16), {"window": (9, 0)}, "fp32", "triton", compiled=True),
     Trial(("nested", "sinks"), Shape(3, 4, 2, 40, 33, 16, 8, "nested"), {}, "fp16", "reference"),
     Trial((), Shape(1, 2, 2, 30, 40, 16, 16), {"causal": True}, "bf16", "chosen", return_lse=False, shift=30.0),
-], ids=["ordinary", "compiled", "nested", "torch"])
+], ids=["equal weights", "ordinary", "compiled", "nested", "torch"])
 def test_a_call_of_every_kind(trial):
     fuzzing.check(trial)
 

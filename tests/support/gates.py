@@ -5,6 +5,8 @@ import torch
 from support import oracle
 from support.features import Call, Inputs, Leaves
 
+FEW = 64  # different numbers, whose roundings do not average: P, dS and the output once each make up to 3
+
 
 def packs(call: Call) -> bool:
     return call.shape.layout != "dense"
@@ -40,8 +42,11 @@ def check_bounded(inputs: Inputs, got: Leaves, dtype: torch.dtype, slack: float 
         assert torch.isfinite(got[name]).all(), f"{name} is not finite"
         bound = amplitude[name][0].transpose(0, 1) if packs(call) and name in ("out", "dq", "dk", "dv") else amplitude[name]
         whole, row = oracle.bounded_error(got[name].to(type_), want[name], bound, largest)
-        assert whole <= slack * oracle.E_LIMIT[type_], f"{name}: E = {whole:.2f}"
-        assert row <= slack * max(oracle.E_ROW_LIMIT, oracle.E_LIMIT[type_]), f"{name}: worst row E = {row:.2f}"
+        limit = oracle.E_LIMIT[type_]
+        limit_row = max(oracle.E_ROW_LIMIT, limit)
+        few = want[name].unique().numel() < FEW
+        assert whole <= slack * (limit_row if few else limit), f"{name}: E = {whole:.2f}"
+        assert row <= slack * limit_row, f"{name}: worst row E = {row:.2f}"
     if "lse" in got:
         _check_lse(inputs, got["lse"], want["lse"], dtype, amplitudes[dtype][1])
 
