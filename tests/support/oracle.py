@@ -133,7 +133,8 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
         v = v.masked_fill((torch.arange(n_keys) >= companions.used_k[:, None])[:, None, :, None], 0)
     k, v = (x.detach().repeat_interleave(group, 1) for x in (k, v))
     out, grad = (p * stays) @ v, dout.double()
-    row = (grad * out).abs().sum(-1, keepdim=True)
+    # Delta is made of the rounded output, of rounded weights, whose errors move it by the root of their squares.
+    row = (grad.abs() * (out.abs() + ((p * stays) ** 2 @ v**2).sqrt())).sum(-1, keepdim=True)
     if dlse is not None:
         row = row + dlse.double().abs().unsqueeze(-1)
     w = p * (stays * (grad.abs() @ v.abs().mT) + row)
