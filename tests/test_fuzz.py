@@ -124,8 +124,9 @@ def test_what_is_drawn_covers_every_axis():
     Trial(arguments={"causal": True}, shape=Shape(n_queries=260, n_keys=256, dim=32, dim_v=32), dtype="bf16", backend="triton"),
     Trial(("alibi",), Shape(1, 2, 1, 33, 65, 17, 16), {"window": (9, 0)}, "fp32", "triton", compiled=True),
     Trial(("nested", "sinks"), Shape(3, 4, 2, 40, 33, 16, 8, "nested"), {}, "fp16", "reference"),
+    Trial(("nested", "relative"), Shape(3, 2, 1, 5, 5, 3, 4, "nested"), {}, "fp32", "triton", compiled=True, return_lse=False),
     Trial((), Shape(1, 2, 2, 30, 40, 16, 16), {"causal": True}, "bf16", "chosen", return_lse=False, shift=30.0),
-], ids=["equal weights", "ordinary", "compiled", "nested", "torch"])
+], ids=["equal weights", "ordinary", "compiled", "nested", "nested compiled", "torch"])
 def test_a_call_of_every_kind(trial):
     fuzzing.check(trial)
 
