@@ -362,7 +362,8 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
 
 
 def _broadcasts(size: int, full: int) -> bool:
-    return torch_private.known(size == 1) or _equals(size, full, "an operand: expected a shape that broadcasts to the longest sequences")
+    return torch_private.known(size == 1) or _equals(
+        size, full, "an operand: expected a shape that broadcasts to the longest sequences")
 
 
 def _equals(size: int, full: int, otherwise: str) -> bool:
@@ -395,9 +396,10 @@ def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torc
     differences = max(extents.n_queries + extents.n_keys - 1, 0)
     leading = values.shape[:-1]
     # Of lengths that a compiler does not know, n and max(n, 0) are two sizes.
-    fits = values.dim() in (2, 3) and (
+    every = values.dim() in (2, 3) and (
         torch_private.known(values.shape[-1] == extents.n_queries + extents.n_keys - 1)
-        or _equals(values.shape[-1], differences, "RelativeBias: expected values for each k - q of the longest sequences")) and all(
+        or _equals(values.shape[-1], differences, f"{name}: expected RelativeBias values for each k - q of the longest sequences"))
+    fits = every and all(
         _broadcasts(size, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
     if not fits or values.device != q.device:
         raise ValueError(f"{name}: expected RelativeBias values [{extents.heads}, {differences}], one for each k - q, or "

@@ -142,6 +142,7 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     slopes = torch.autograd.grad((w * scores).sum(), (products, *operands.values()), retain_graph=True,
                                  allow_unused=True, materialize_grads=True)
     reach = slopes[0].abs()
+    reach = torch.where(reach == 0, reach, reach.clamp(min=torch.finfo(dtype).smallest_normal))  # as dS is rounded
     # Slopes of one sign: the sum of their products with W is the sum of the absolute values.
     result = {f"d{name}": slope.abs() for name, slope in zip(operands, slopes[1:], strict=True)}
     if "sinks" in leaves:
