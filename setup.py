@@ -57,7 +57,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fused_attn", "fused_attn.*"]), *KERNELS],
     package_dir={"fused_attn.kernels": "kernels"},
-    package_data={"fused_attn": ["py.typed", "versions.json"]},
+    package_data={"fused_attn": ["py.typed", "versions.json"], "fused_attn.emulator": ["machine/*"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.10",  # tensors, autograd, torch.library; which build of it is the user's choice

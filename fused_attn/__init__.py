@@ -5,6 +5,7 @@ from fused_attn import startup  # noqa: F401  # before what it prepares
 # isort: split
 from fused_attn import flops  # noqa: F401  # the ops, and what they cost, are there from here on
 from fused_attn.dispatch import Explanation
+from fused_attn.emulator import emulated
 from fused_attn.functional import (
     additive_attention,
     attention,
@@ -47,6 +48,7 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "document_mask",
+    "emulated",
     "explain",
     "hopper",
     "patch_sdpa",

@@ -398,7 +398,7 @@ def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torc
     # Of lengths that a compiler does not know, n and max(n, 0) are two sizes.
     every = values.dim() in (2, 3) and (
         torch_private.known(values.shape[-1] == extents.n_queries + extents.n_keys - 1)
-        or _equals(values.shape[-1], differences, f"{name}: expected RelativeBias values for each k - q of the longest sequences"))
+        or _equals(values.shape[-1], differences, f"{name}: expected RelativeBias values for every k - q of the longest"))
     fits = every and all(
         _broadcasts(size, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
     if not fits or values.device != q.device:

@@ -49,6 +49,8 @@ class Explanation:
 @torch_private.constant_when_traced
 def device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     """What stands against the kernels on a device, whatever the call."""
+    if device_type == "cpu" and settings.emulated_target() is not None:
+        return ()
     return _device_reasons(device_type, index)
 
 
@@ -83,7 +85,8 @@ def against_triton(call: Described) -> tuple[str, ...]:
     reasons = device_reasons(q.device.type, q.device.index)
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         reasons += (f"head dims {q.shape[3]} and {v.shape[3]}: the kernels carry up to {MAX_HEAD_DIM}",)
-    if q.is_cuda and not reasons and (reason := tuning.against(q.shape[3], v.shape[3], q.dtype, tuning.arch_of(q.device))):
+    compiled = q.is_cuda or settings.emulated_target() is not None
+    if compiled and not reasons and (reason := tuning.against(q.shape[3], v.shape[3], q.dtype, tuning.arch_of(q.device))):
         reasons += (reason,)
     if call.companions.score_weight is not None and q.shape[3] > tuning.MAX_ADDITIVE:
         reasons += (f"head dim {q.shape[3]}: the kernels carry additive scores up to {tuning.MAX_ADDITIVE}",)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+from fused_attn import settings
 from fused_attn.kernels.dropout import Dropout
 from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
@@ -27,7 +28,7 @@ class Lowered(NamedTuple):
 
 def precision(q: torch.Tensor, asked: str | None) -> str:
     """How fp32 products are computed: as asked, else IEEE unless torch's own setting for matmuls on GPUs says TF32."""
-    if q.dtype != torch.float32 or not q.is_cuda:
+    if q.dtype != torch.float32 or not (q.is_cuda or settings.emulated_target()):
         return "ieee"
     arch = arch_of(q.device)
     if asked == "tf32x3":

@@ -59,7 +59,7 @@ def kind(q: Any, k: Any, v: Any, causal: Any, window: Any, *others: Any) -> tupl
     if not (window is None or isinstance(window, tuple)):
         return None
     return (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype,
-            v.device, causal, window, *others, settings.BACKEND, settings.rung())
+            v.device, causal, window, *others, settings.BACKEND, settings.rung(), settings.emulated_target())
 
 
 def find(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Replay | None:

@@ -55,6 +55,7 @@ _entered: dict[str, ContextVar[tuple[list[Any], ...]]] = {name: ContextVar(name,
 _traced: MutableMapping[Any, dict[tuple[str, str], Any]] = WeakKeyDictionary()
 _numbers = map(str, itertools.count())
 _this = sys.modules[__name__]
+_emulated: list[str] = []  # targets that are emulated in this process, the innermost last
 
 for _name in os.environ:
     if _name.startswith("FUSED_ATTN_") and _name[11:] not in ("BACKEND", "STRICT", "DETERMINISTIC", "TILES", "HOPPER"):
@@ -121,6 +122,21 @@ def _within(name: str, value: Any) -> Iterator[None]:
 def interpreted() -> bool:
     """Whether kernels run in Triton's CPU interpreter; Triton asks once, when it decorates them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in (*_TRUE, "y")
+
+
+def emulated_target() -> str | None:
+    """The card that stands for the CPU now (``emulated``), or None."""
+    return _emulated[-1] if _emulated else None
+
+
+@contextlib.contextmanager
+def emulating(target: str) -> Iterator[None]:
+    """Within it, for the whole process, kernels see ``target`` where tensors are on the CPU."""
+    _emulated.append(target)
+    try:
+        yield
+    finally:
+        _emulated.pop()
 
 
 def is_strict(argument: bool | None) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from fused_attn import settings
 from fused_attn.spec import AttentionSpec, Companions
 from fused_attn.spec import TileConfig as T
 
@@ -122,7 +123,9 @@ def against(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> st
 
 
 def arch_of(device: torch.device) -> str:
-    """Target name of a device: sm_90, gfx942, ..., or "interpreter" for the CPU."""
+    """Target name of a device: sm_90, gfx942, ..., or for the CPU "interpreter", or the card that is emulated there."""
+    if device.type == "cpu" and (target := settings.emulated_target()) is not None:
+        return target
     return _arch(device.type, device.index)
 
 

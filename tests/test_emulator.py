@@ -1,0 +1,121 @@
+"""The compiled kernels, executed: every feature on emulated cards against fp64, searched for races, and faults that must be seen."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import fused_attn
+from fused_attn import emulator, settings
+from fused_attn.emulator import machine
+from support.emulation import SEVERAL, Emulation, Worker
+from support.features import FEATURES, Shape
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(scope="module")
+def worker():
+    process = Worker()
+    yield process
+    process.close()
+
+
+def one(*arguments, slow=False, **others):
+    emulation = Emulation(*arguments, **others)
+    return pytest.param(emulation, id=str(emulation), marks=[pytest.mark.slow] * slow)
+
+
+NAMES = [feature.name for feature in FEATURES if feature.name != "dims_576"]
+GLUON = ("plain", "causal", "window", "gqa", "sinks", "packed", "softcap")
+FEW = [
+    one(("causal",), "sm_80", shape=SEVERAL), one(("bias_keys",), "sm_80"), one(("mask", "dropout"), "sm_80"),
+    one(("packed",), "sm_90", shape=Shape(3, 2, 1, 65, 129, 64, 64, "packed")), one(("causal",), "sm_90", shape=SEVERAL),
+    one(("score_mod",), "sm_90"), one(("causal",), "sm_90", rung="descriptors", shape=SEVERAL),
+    one(("causal", "gqa"), "sm_90", rung="gluon", shape=SEVERAL), one(("causal",), "sm_86", "tf32x3"), one((), "sm_80", "fp64"),
+]
+MANY = [
+    *(one((name,) if name != "plain" else (), target, slow=True) for target in ("sm_80", "sm_86", "sm_90") for name in NAMES),
+    *(one((name,), "sm_90", rung="descriptors", slow=True) for name in NAMES),
+    *(one((name,) if name != "plain" else (), "sm_90", rung="gluon", shape=SEVERAL, slow=True) for name in GLUON),
+    *(one((name,), target, dtype, slow=True) for target in ("sm_80", "sm_90") for dtype in ("fp16", "fp32", "fp64", "tf32x3")
+      for name in ("causal", "bias", "mask", "packed", "dropout")),
+    *(one(("causal",), target, shape=Shape(1, 2, 1, 70, 90, dim, dim), slow=True) for target in ("sm_80", "sm_90")
+      for dim in (1, 8, 24, 40, 72, 96, 128, 200, 256, 320, 576)),
+]
+
+
+@pytest.mark.parametrize("emulation", [*FEW, *MANY])
+def test_compiled_kernels_are_right_and_race_nowhere(worker, emulation):
+    told = worker(emulation)
+    assert told["verdict"] == "ok", f"{emulation!r}: {told['verdict']}"
+    assert {kernel["name"] for kernel in told["kernels"]} >= {"forward_kernel"}
+    assert all(kernel["instructions"] > 0 for kernel in told["kernels"])
+
+
+SHORT = Shape(1, 1, 1, 300, 300, 128, 128)
+DROPPED = [  # (fault, what it is called for)
+    ("sm_80", "pointers", ("forward_kernel", "cp.async.wait_group", 0, "cp.async.wait_group 9;"), "race"),
+    ("sm_80", "pointers", ("forward_kernel", "bar.sync", 1, ""), "race"),
+    ("sm_90", "pointers", ("forward_kernel", "wgmma.wait_group", 0, ""), "not waited for"),
+    ("sm_90", "pointers", ("forward_kernel", "fence.proxy.async", 1, ""), "fence.proxy.async"),
+    ("sm_90", "gluon", ("forward_kernel", "wgmma.wait_group", 0, ""), "not waited for"),
+]
+
+
+@pytest.mark.parametrize(("target", "rung", "fault", "called"), DROPPED, ids=lambda value: value[1] if isinstance(value, tuple) else None)
+def test_planted_faults_are_found(worker, target, rung, fault, called):
+    told = worker(Emulation(("causal",), target, rung=rung, shape=SHORT, fault=fault))
+    assert called in told["verdict"], told["verdict"]
+
+
+@pytest.mark.parametrize("schedule", [{"landing": emulator.EAGER, "turn": 0}, {"landing": emulator.LATE}, {"seed": 5, "resident": 4},
+                                      {"perturb": True, "truncate": True}], ids=str)
+@pytest.mark.parametrize("rung", ["pointers", "gluon"])
+def test_every_schedule_gives_the_answer(worker, schedule, rung):
+    told = worker(Emulation(("causal",), "sm_90", rung=rung, shape=SEVERAL, schedule=schedule))
+    assert told["verdict"] == "ok"
+
+
+def test_what_it_cannot_do_is_told(monkeypatch):
+    with pytest.raises(ValueError, match=r"target: expected one of sm_80.*; got 'sm_75'"), fused_attn.emulated("sm_75"):
+        pass
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), fused_attn.emulated("sm_80"):
+        pass
+    assert settings.emulated_target() is None
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="install a C compiler, or name one in CC"):
+        machine.compiler()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="no-such-compiler was not found"):
+        machine.compiler()
+
+
+SNIPPET = """
+import torch, fused_attn
+q, k, v = (torch.randn(1, 2, 70, 32, requires_grad=True) for _ in range(3))
+with fused_attn.emulated("sm_80") as launches:
+    out = fused_attn.attention(q, k, v, causal=True, backend="triton")
+    out.sum().backward()
+    assert "backend: triton" in str(fused_attn.explain(q, k, v, backend="triton"))
+assert torch.allclose(out, fused_attn.attention(q, k, v, causal=True, backend="reference"), atol=1e-5)
+assert [name for name, _ in launches] == ["forward_kernel", "delta_kernel", "dq_kernel", "dkv_kernel"], launches
+try:
+    fused_attn.attention(q, k, v, backend="triton")
+except ValueError as error:
+    assert "TRITON_INTERPRET" in str(error)
+"""
+
+
+def test_a_users_first_minute():
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "FUSED_ATTN_DETERMINISTIC": "1"}
+    environment["TRITON_CACHE_DIR"] = __import__("os").environ.get("TRITON_CACHE_DIR", __import__("os").path.expanduser("~/.triton/cache"))
+    subprocess.run([sys.executable, "-c", SNIPPET], check=True, env=environment)
+
+
+def test_kernels_are_not_touched_outside():
+    assert settings.emulated_target() is None
+    assert torch.empty(1).device.type == "cpu"
