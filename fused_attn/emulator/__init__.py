@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EAGER", "LATE", "RANDOM", "TARGETS", "EmulatorFault", "Schedule", "UnknownInstructionError", "emulated"]
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 _DEFAULT = Schedule()
 _one_at_a_time = threading.RLock()
 

@@ -71,6 +71,44 @@ class Asynchronous(Slots):
         return Code("WGMMA", self.each(listed(d)), [*self.each(listed(a), 4 if registers else 8), self.slot(b, 8), flag],
                     size=int(shape[1]), mode=mode)
 
+    def _tcgen05(self, args: tuple[str, ...], mods: list[str]) -> Code | None:
+        what, *others = mods
+        if what.startswith("fence") or what == "relinquish_alloc_permit":
+            return Code("NOTHING")
+        if what in ("wait_ld", "wait_st"):
+            return Code("TENSOR_WAIT_LOAD" if what == "wait_ld" else "TENSOR_WAIT_STORE")
+        if what in ("ld", "st"):
+            return self._tensor_move(args, others, what)
+        if "cta_group_1" not in others:
+            return None
+        if what == "alloc":
+            base, offset, flags = self.pointed(args[0])
+            return Code("TENSOR_ALLOCATE", [], [base, self.slot(args[1])], flags=flags, offset=offset)
+        if what == "dealloc":
+            return Code("TENSOR_FREE", [], self.each(args))
+        if what == "commit" and "multicast_cluster" not in others:
+            base, offset, flags = self.pointed(args[0])
+            return Code("TENSOR_COMMIT", [], [base], flags=flags, offset=offset)
+        if what == "mma" and others[-1] == "kind_f16" and len(args) == 5:
+            d, d_offset, _ = self.pointed(args[0])
+            inside = args[1].startswith("[")
+            a, a_offset, _ = self.pointed(args[1]) if inside else (self.slot(args[1], 8), 0, 0)
+            reads = [d, a, self.slot(args[2], 8), self.slot(args[3]), self.slot(args[4])]
+            return Code("TENSOR_MULTIPLY", [], reads, size=d_offset, mode=int(inside), offset=a_offset)
+        return None
+
+    def _tensor_move(self, args: tuple[str, ...], mods: list[str], what: str) -> Code | None:
+        shape = next((mod for mod in mods if mod in ("32x32b", "16x32bx2")), None)
+        if shape is None or any(mod.startswith(("pack", "unpack")) for mod in mods):
+            return None
+        where, values = (args[1], args[0]) if what == "ld" else (args[0], args[-1])
+        base, offset, _ = self.pointed(where)
+        split = int(args[2 if what == "ld" else 1], 0) if shape == "16x32bx2" else 0
+        slots = self.each(listed(values))
+        writes, reads = (slots, [base]) if what == "ld" else ([], [base, *slots])
+        return Code("TENSOR_LOAD" if what == "ld" else "TENSOR_STORE", writes, reads, size=split, count=len(slots),
+                    mode=int(shape == "16x32bx2"), offset=offset)
+
     def _tensormap(self, args: tuple[str, ...], mods: list[str]) -> Code:
         if mods[0] == "cp_fenceproxy":
             source, offset, flags = self.pointed(args[1])

@@ -15,7 +15,8 @@ from fused_attn.emulator.schedule import UnknownInstructionError
 HANDLERS = ("NOTHING", "BRANCH", "BRANCH_TABLE", "EXIT", "LOAD", "STORE", "ATOM", "SHUFFLE", "VOTE", "LOAD_MATRIX",
             "STORE_MATRIX", "PACK", "UNPACK", "MMA", "BARRIER", "CP_ASYNC", "CP_COMMIT", "CP_WAIT", "BULK", "BULK_COMMIT",
             "BULK_WAIT", "BARRIER_SET", "BARRIER_DROP", "BARRIER_ARRIVE", "BARRIER_TRY", "FENCE_PROXY", "WGMMA", "WGMMA_FENCE",
-            "WGMMA_COMMIT", "WGMMA_WAIT", "MAP_REPLACE", "MAP_PUBLISH")
+            "WGMMA_COMMIT", "WGMMA_WAIT", "MAP_REPLACE", "MAP_PUBLISH", "TENSOR_ALLOCATE", "TENSOR_FREE", "TENSOR_LOAD",
+            "TENSOR_STORE", "TENSOR_WAIT_LOAD", "TENSOR_WAIT_STORE", "TENSOR_MULTIPLY", "TENSOR_COMMIT")
 # Ins in machine/state.h.
 _NUMBERS = ("op", "predicate", "negated", "target", "meets", "first", "writes", "reads", "size", "count", "space", "mode",
             "flags", "pad")
@@ -24,7 +25,8 @@ _WIDE_VALUES, _SIGNED = 2, 4  # flags, as in machine/state.h
 _SPACES = {"param": -1, "global": 0, "shared": 1}
 _ATOMS = ("add", "add.f32", "add.f64", "exch", "cas", "or", "and", "xor", "max.u", "min.u", "max.s", "min.s")
 _SHUFFLES = ("idx", "bfly", "up", "down")
-_VOTES = ("ballot", "all", "any", "add", "and", "or", "xor", "min.u", "max.u", "min.s", "max.s", "elect", "activemask")
+_VOTES = ("ballot", "all", "any", "add", "and", "or", "xor", "min.u", "max.u", "min.s", "max.s", "elect", "activemask",
+          "min.f", "max.f")
 _MMA = ("m16n8k16.row.col.f32.f16.f16.f32", "m16n8k16.row.col.f32.bf16.bf16.f32", "m16n8k8.row.col.f32.tf32.tf32.f32",
         "m8n8k4.row.col.f64.f64.f64.f64", "m16n8k16.row.col.f64.f64.f64.f64")
 # Of one thread's past and future alone, or of what is not modelled: clusters, registers given to other warps, caches.
@@ -147,7 +149,7 @@ class Encoder(Asynchronous):
 
     def _redux(self, args: tuple[str, ...], mods: list[str]) -> Code | None:
         name = f"{mods[1]}.{mods[-1][0]}" if mods[1] in ("min", "max") else mods[1]
-        if name not in _VOTES:
+        if name not in _VOTES or "NaN" in mods or "abs" in mods:
             return None
         return Code("VOTE", [self.slot(args[0])], [self.slot(args[1])], mode=_VOTES.index(name))
 
@@ -237,7 +239,7 @@ def encode(kernel: Kernel, grid: tuple[int, int, int], dynamic: int) -> Program:
             frame[slot : slot + 2].reshape(-1).view(np.uint64)[:] = value
         else:
             frame[slot] = value
-    hazards = bool((code["op"] == numbers["WGMMA"]).any())
+    hazards = bool(np.isin(code["op"], [numbers["WGMMA"], numbers["TENSOR_LOAD"]]).any())
     special = encoder.tid, encoder.lane, encoder.program
     shifts = smallest[1].bit_length() - 1, smallest[0].bit_length() - 1
     return Program(kernel, code, np.array([*operands, 0], np.int32), frame, special, encoder.params, encoder.shared_extra,

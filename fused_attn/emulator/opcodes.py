@@ -133,6 +133,9 @@ def _floats() -> list[tuple[str, str, str]]:
         if t not in ("f32x2", "f64"):
             found += [(f"{name}.NaN.{t}", f"{t} {t} {t}", f"a != a || b != b ? NAN : {name}imum(a, b)")
                       for name in ("min", "max")]
+    for half in ("f16", "bf16"):  # halves into fp32
+        found += [(f"{name}.rn.f32.{half}", f"f32 {half} f32", f"(f32)a {c} b") for name, c in (("add", "+"), ("sub", "-"))]
+        found += [(f"fma.rn.f32.{half}", f"f32 {half} {half} f32", "fmaf((f32)a, (f32)b, c)")]
     for name, c in (("add", "+"), ("sub", "-"), ("mul", "*")):
         found += [(f"{name}{{,.rn}}.ftz.f32", "f32 f32 f32", f"ftz(ftz(a) {c} ftz(b))")]
     found += [

@@ -19,8 +19,9 @@ class Schedule:
     resident: how many programs run interleaved
     races: look for races of shared and of global memory, and for registers that wgmma still uses
     proxies: among them missing proxy fences
-    fences: among them registers that are written between a wgmma.fence and the wgmma that takes them; not by itself, since LLVM
-        moves conversions there, and ptxas, which sees the registers, orders them
+    fences: among them registers that are written between a wgmma.fence and the wgmma that takes them, or read between a
+        tcgen05.ld and its wait; not by itself, since LLVM moves conversions there, and ptxas, which sees the registers, orders
+        them
     truncate: tensor cores cut off the bits of a sum that do not fit
     perturb: exp2, log2, reciprocals and the like are up to 2 ulp off
     """

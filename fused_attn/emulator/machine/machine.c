@@ -5,6 +5,7 @@
 #include "memory.h"
 #include "copies.h"
 #include "products.h"
+#include "tensor.h"
 #include "warp.h"
 #include "ops.h"
 
@@ -123,6 +124,14 @@ static void run_warp(Cta *c, Warp *w, int turn) {
             break;
         case WGMMA_COMMIT: w->product_group++; break;
         case WGMMA_WAIT: wgmma_wait(c, w, i->offset); break;
+        case TENSOR_ALLOCATE: tensor_allocate(c, w, i, o, pc); break;
+        case TENSOR_FREE: tensor_free(c, w, i, o, pc); break;
+        case TENSOR_LOAD: tensor_move(c, w, i, o, pc, active, 0); break;
+        case TENSOR_STORE: tensor_move(c, w, i, o, pc, active, 1); break;
+        case TENSOR_WAIT_LOAD: tensor_wait_load(c, w); break;
+        case TENSOR_WAIT_STORE: w->clock.at[OF_TENSOR(m) + w->id] = ++w->tensor_group; break;
+        case TENSOR_MULTIPLY: tensor_multiply(c, w, i, o, pc, active); break;
+        case TENSOR_COMMIT: tensor_commit(c, w, i, o, pc, active); break;
         case MAP_REPLACE: map_replace(c, w, i, o, pc, active); break;
         case MAP_PUBLISH: map_publish(c, w, i, o, pc); break;
         case BARRIER:
@@ -150,8 +159,8 @@ static void run_warp(Cta *c, Warp *w, int turn) {
 /* ---- programs ---- */
 static Cta *start(Machine *m, u32 program) {
     const Job *j = m->job; Cta *c = calloc(1, sizeof *c); int n = j->n_warps;
-    size_t frame = (size_t)j->n_slots * 128, cells = ((size_t)j->shared_bytes >> j->shared_shift) + 1;
-    c->machine = m; c->program = program;
+    size_t frame = (size_t)j->n_slots * 128, cells = ((size_t)j->shared_bytes >> j->shared_shift) + 1 + 8 * TENSOR_COLUMNS;
+    c->machine = m; c->program = program; c->tensor_cells = cells - 8 * TENSOR_COLUMNS;
     c->shared = aligned_alloc(4096, ((size_t)j->shared_bytes + 8192) & ~(size_t)4095); memset(c->shared, 0xff, j->shared_bytes);
     c->mbarriers = calloc(j->shared_bytes / 8 + 1, sizeof *c->mbarriers);
     if (j->races) { c->cells = calloc(cells, sizeof *c->cells); c->reads = calloc(cells * (m->actors + 1), 4); }
@@ -177,6 +186,10 @@ static void finish(Cta *c) {
         if (w->store_group > w->stores_waited) fail(c, w, w->pc, "a bulk store was never waited for");
         if (w->most > *most) *most = w->most;
     }
+    for (int k = 0; k < TENSOR_COLUMNS / 32; k++)
+        if (c->allocated[k]) fail(c, c->warps, c->warps->pc, "tensor memory was not freed");
+    if (c->n_tensor_ops)
+        fail(c, c->warps + c->tensor_ops->warp, c->tensor_ops->pc, "a product of tcgen05 was never waited for");
     if (c->n_boxes) {
         const Box *x = c->boxes;
         fail(c, c->warps + x->warp, x->pc, "a bulk %s was never waited for", x->store ? "store" : "load");
@@ -184,7 +197,7 @@ static void finish(Cta *c) {
 }
 static void discard(Cta *c) {
     for (int k = 0; k < c->machine->job->n_warps; k++) { free(c->warps[k].copies); free(c->warps[k].hazards); }
-    free(c->shared); free(c->mbarriers); free(c->cells); free(c->reads); free(c->clocks);
+    free(c->shared); free(c->tensor); free(c->mbarriers); free(c->cells); free(c->reads); free(c->clocks);
     free(c->warps); free(c->registers); free(c);
 }
 
@@ -199,6 +212,7 @@ static void land_some(Cta *c) {
         if (w->n_products && chance(m) % 4 == 0) wgmma_land(c, w);
     }
     if (c->n_boxes && chance(m) % 4 == 0) land_box(c, chance(m) % c->n_boxes);
+    if (c->n_tensor_ops && chance(m) % 4 == 0) tensor_land(c);
 }
 /* One turn of one warp of a program; whether the program has ended. */
 static int take_turn(Cta *c) {
@@ -215,7 +229,8 @@ static int take_turn(Cta *c) {
     run_warp(c, w, m->job->turn ? 1 + chance(m) % m->job->turn : 1 << 30);
     if (w->polls == polls || m->progress) c->idle = 0;
     else if (++c->idle > 8 * warps) {                       /* all spin: what is late can be later no more */
-        if (c->n_boxes) { land_box(c, chance(m) % c->n_boxes); c->idle = 0; }
+        if (c->n_boxes && !(c->n_tensor_ops && chance(m) % 2)) { land_box(c, chance(m) % c->n_boxes); c->idle = 0; }
+        else if (c->n_tensor_ops) { tensor_land(c); c->idle = 0; }
         else if (c->idle > 64 * warps + 4096)
             fail(c, w, w->pc, "deadlock: every warp spins on an mbarrier that nothing completes");
     }
@@ -224,7 +239,7 @@ static int take_turn(Cta *c) {
 
 int run_launch(Job *job) {
     Machine m = {.job = job, .random = job->seed | 1}; int failed = 0, started = 0;
-    m.actors = 4 * job->n_warps; m.clock_words = m.actors + MAX_EVENTS / 32;
+    m.actors = 5 * job->n_warps; m.clock_words = m.actors + MAX_EVENTS / 32;
     for (int k = 0; k < 8; k++) chance(&m);
     u64 cells = 0;
     for (int k = 0; k < job->n_ranges; k++) {

@@ -14,32 +14,38 @@ static int knows(const Machine *m, Clock k, u32 actor, u32 stamp) {
 }
 static const char *named(const Machine *m, u32 actor) {
     return actor < (u32)OF_COPIES(m) ? "warp" : actor < (u32)OF_PRODUCTS(m) ? "cp.async of warp" : actor < (u32)OF_STORES(m) ?
-        "matrix products of warp" : actor < (u32)OF_EVENTS(m) ? "bulk stores of warp" : "bulk load";
+        "matrix products of warp" : actor < (u32)OF_TENSOR(m) ? "bulk stores of warp" : actor < (u32)OF_EVENTS(m) ?
+        "tcgen05.st of warp" : "what completes on an mbarrier, of";
 }
 
-/* Shared memory, `count` bytes from `at` on. Tensors that several warps hold are stored by all of them: to write what is there
-   already is no race. */
-static void touch(Cta *c, Warp *w, int pc, u32 at, u32 count, int write, u32 actor, u32 stamp, int proxy, const u8 *data) {
-    Machine *m = c->machine; const int shift = m->job->shared_shift, n = m->job->n_warps;
-    if (!m->job->races || !count) return;
-    for (u32 k = at >> shift; k <= (at + count - 1) >> shift; k++) {
-        Cell *cell = c->cells + k;
-        int by_itself = cell->writer == actor && actor < (u32)n;
-        int ordered = !cell->stamp || by_itself || knows(m, w->clock, cell->writer, cell->stamp);
-        if (!ordered && data && !memcmp(c->shared + at, data, count)) continue;
-        if (!ordered)
-            fail(c, w, pc, "race: %s of shared byte %u is not after its write by %s %u", write ? "write" : "read", k << shift,
-                 named(m, cell->writer), cell->writer % n);
-        if (m->job->proxies && proxy && cell->stamp && !cell->by_proxy && !knows(m, w->seen, cell->writer, cell->stamp))
-            fail(c, w, pc, "no fence.proxy.async between an asynchronous %s of shared byte %u and its write by warp %u",
-                 write ? "write" : "read", k << shift, cell->writer);
-        u32 *reads = c->reads + (size_t)k * (m->actors + 1);
-        if (!write) { reads[actor] = stamp; continue; }
-        for (u32 a = 0; a <= (u32)m->actors; a++)
-            if (reads[a] && a != actor && !knows(m, w->clock, a, reads[a]))
-                fail(c, w, pc, "race: write of shared byte %u is not after its read by %s %u", k << shift, named(m, a), a % n);
-        cell->writer = actor; cell->stamp = stamp; cell->by_proxy = proxy;
+/* One cell of the shadow: of shared memory, and after it of tensor memory. `same`: what is written there is there already,
+   which is no race: tensors that several warps hold are stored by all of them. */
+static void touch_cell(Cta *c, Warp *w, int pc, u32 k, int write, u32 actor, u32 stamp, int proxy, int same) {
+    Machine *m = c->machine; const int n = m->job->n_warps; const u32 events = OF_EVENTS(m);
+    Cell *cell = c->cells + k; u32 *reads = c->reads + (size_t)k * (m->actors + 1);
+    int tensor = k >= c->tensor_cells, where = tensor ? (k - c->tensor_cells) % TENSOR_COLUMNS : k << m->job->shared_shift;
+    const char *what = write ? "write" : "read", *space = tensor ? "tensor memory column" : "shared byte";
+    int in_order = cell->writer == actor && (actor < (u32)n || (tensor && actor == events));
+    if (cell->stamp && !in_order && !knows(m, w->clock, cell->writer, cell->stamp)) {
+        if (same) return;
+        fail(c, w, pc, "race: %s of %s %d is not after its write by %s %u", what, space, where, named(m, cell->writer),
+             cell->writer % n);
     }
+    if (m->job->proxies && proxy && !tensor && cell->stamp && !cell->by_proxy && !knows(m, w->seen, cell->writer, cell->stamp))
+        fail(c, w, pc, "no fence.proxy.async between an asynchronous %s of %s %d and its write by %s %u", what, space, where,
+             named(m, cell->writer), cell->writer % n);
+    if (!write) { reads[actor] = stamp; return; }
+    for (u32 a = 0; a <= events; a++)
+        if (reads[a] && a != actor && !knows(m, w->clock, a, reads[a]))
+            fail(c, w, pc, "race: write of %s %d is not after its read by %s %u", space, where, named(m, a), a % n);
+    *cell = (Cell){actor, stamp, proxy};
+}
+/* `count` bytes of shared memory from `at` on; `data`: what a write will put there. */
+static void touch(Cta *c, Warp *w, int pc, u32 at, u32 count, int write, u32 actor, u32 stamp, int proxy, const u8 *data) {
+    const int shift = c->machine->job->shared_shift;
+    if (!c->machine->job->races || !count) return;
+    int same = data && !memcmp(c->shared + at, data, count);
+    for (u32 k = at >> shift; k <= (at + count - 1) >> shift; k++) touch_cell(c, w, pc, k, write, actor, stamp, proxy, same);
 }
 static void touch_generic(Cta *c, Warp *w, int pc, u32 at, u32 count, int write, const u8 *data) {
     touch(c, w, pc, at, count, write, w->id, w->clock.at[w->id], 0, data);

@@ -1,18 +1,21 @@
 /* Matrix products: mma, whose operands are registers of one warp, and wgmma, which reads shared memory and lands late.
    Fragments and descriptors are those of the PTX ISA, "Matrix Multiply-Accumulate Instructions". */
 
-/* 16 x K times K x 8, added to s (or 0) into d, where d[r][l] is element (l / 4 + 8 (r / 2), l % 4 * 2 + r % 2). Products are
-   exact, their sum in fp64 rounded once; a card's tensor cores cut off bits that they align away, on request so do we. */
+/* Products are exact, their sum in fp64 rounded once; a card's tensor cores cut off bits that they align away, on request so
+   do we. */
+static f32 rounded_sum(const Job *job, f64 sum) {
+    f32 v = (f32)sum;
+    return job->truncate && isfinite(v) && fabs((f64)v) > fabs(sum) ? nextafterf(v, 0) : v;
+}
+
+/* 16 x K times K x 8, added to s (or 0) into d, where d[r][l] is element (l / 4 + 8 (r / 2), l % 4 * 2 + r % 2). */
 static void multiply(const Job *job, f32 (*a)[16], f32 (*b)[8], int depth, f32 *d[4], const f32 *s[4]) {
     for (int row = 0; row < 16; row++) {
         f64 sum[8] = {0};
         for (int k = 0; k < depth; k++) for (int j = 0; j < 8; j++) sum[j] += (f64)a[row][k] * b[k][j];
         for (int j = 0; j < 8; j++) {
             int l = row % 8 * 4 + j / 2, r = row / 8 * 2 + j % 2;
-            f64 total = sum[j] + (s ? (f64)s[r][l] : 0.0);
-            f32 v = (f32)total;
-            if (job->truncate && isfinite(v) && fabs((f64)v) > fabs(total)) v = nextafterf(v, 0);
-            d[r][l] = v;
+            d[r][l] = rounded_sum(job, sum[j] + (s ? (f64)s[r][l] : 0.0));
         }
     }
 }
@@ -122,7 +125,8 @@ static void hazard_check(Cta *c, Warp *w, const Ins *i, const s32 *o, int pc) {
         u8 mark = w->hazards[o[k]];
         if (!o[k]) continue;
         if (mark && mark != UNFENCED && (k < i->writes || mark & 1))
-            fail(c, w, pc, "a register of a wgmma that was not waited for is %s", k < i->writes ? "written" : "read");
+            fail(c, w, pc, "a register of an asynchronous instruction that was not waited for is %s",
+                 k < i->writes ? "written" : "read");
         if (k < i->writes) w->hazards[o[k]] = UNFENCED;
     }
 }

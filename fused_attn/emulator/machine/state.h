@@ -18,7 +18,7 @@ enum { EAGER, LATE, RANDOM };                               /* when asynchronous
 enum { GLOBAL, SHARED };
 enum { READY, AT_BARRIER, DONE };
 enum { MAX_WARPS = 32, MAX_DEPTH = 64, MAX_BARRIERS = 16, MAX_MBARRIERS = 256, MAX_COPIES = 512, MAX_PRODUCTS = 256,
-       MAX_EVENTS = 1 << 14 };
+       MAX_EVENTS = 1 << 14, TENSOR_COLUMNS = 512 };
 
 /* `first` of the operand slots: those written, then those read. */
 typedef struct {
@@ -44,6 +44,7 @@ typedef struct { u32 *at; } Clock;
 typedef struct { u64 from; u32 to, bytes, valid, group; } Copy;                           /* one lane's cp.async */
 typedef struct { s32 pc, group; u64 a, b; int accumulate; } Product;                      /* one warp's part of a wgmma */
 typedef struct { s32 pc, warp, group, store; u64 map; u32 smem, barrier, event; s32 at[5]; } Box;  /* a bulk tensor copy */
+typedef struct { s32 pc, warp; u32 d, a, kind, event, barrier; u64 from_a, b; int accumulate; } TensorOp;   /* of tcgen05 */
 typedef struct { s32 pc, meets; u32 mask; } Side;                                         /* of a branch that diverged */
 typedef struct {                                                                          /* an mbarrier */
     u32 set, expected, pending, phase; s64 bytes;
@@ -57,7 +58,7 @@ typedef struct {
     u8 *registers, *hazards;
     Copy *copies; int n_copies, room; u32 copy_group;
     Product products[MAX_PRODUCTS]; int n_products; u32 product_group;
-    u32 store_group, stores_waited;
+    u32 store_group, stores_waited, tensor_group;
     u64 flying, most;                                       /* bytes of loads in flight */
     Clock clock, seen;                                      /* what happened before; what of it asynchronous proxies see */
 } Warp;
@@ -73,6 +74,10 @@ typedef struct {
     struct { int warps, wanted; } barriers[MAX_BARRIERS];
     Barrier *mbarriers;
     Box boxes[MAX_COPIES]; int n_boxes; u32 events;
+    u32 *tensor; u8 allocated[TENSOR_COLUMNS / 32];         /* tensor memory, 128 lanes of 512 words, made when asked for */
+    TensorOp tensor_ops[MAX_COPIES]; int n_tensor_ops;
+    u32 tensor_events[MAX_EVENTS / 32];                     /* which events are products of tensor memory, a bit each */
+    u32 tensor_cells;
     Cell *cells; u32 *reads;                                /* shadow of shared memory: last write, every actor's last read */
     u32 *clocks, n_clocks;
     int idle;
@@ -87,7 +92,8 @@ struct Machine {
 #define OF_COPIES(m) ((m)->job->n_warps)
 #define OF_PRODUCTS(m) (2 * (m)->job->n_warps)
 #define OF_STORES(m) (3 * (m)->job->n_warps)
-#define OF_EVENTS(m) (4 * (m)->job->n_warps)
+#define OF_TENSOR(m) (4 * (m)->job->n_warps)                  /* tcgen05.st */
+#define OF_EVENTS(m) (5 * (m)->job->n_warps)
 /* Of a program's clocks: two for each barrier and each warp, four for each mbarrier. */
 #define MAX_CLOCKS(m) (2 * MAX_BARRIERS + 2 * (m)->job->n_warps + 4 * MAX_MBARRIERS)
 

@@ -86,7 +86,7 @@ static void shuffle(Cta *c, Warp *w, const Ins *i, const s32 *o, int pc, u32 act
 
 enum { VOTE_BALLOT, VOTE_ALL, VOTE_ANY,
        REDUX_ADD, REDUX_AND, REDUX_OR, REDUX_XOR, REDUX_MIN_U, REDUX_MAX_U, REDUX_MIN_S, REDUX_MAX_S,
-       ELECT, ACTIVE_MASK };
+       ELECT, ACTIVE_MASK, REDUX_MIN_F, REDUX_MAX_F };
 /* One value for all lanes. Elect writes the lane and whether it is that. */
 static void vote(Warp *w, const Ins *i, const s32 *o, u32 active) {
     const u32 *x = i->reads ? OPERAND(u32, i->writes) : w->lanes; u32 yes = bits_of(x) & active, v = 0;
@@ -97,6 +97,10 @@ static void vote(Warp *w, const Ins *i, const s32 *o, u32 active) {
     case VOTE_ANY: v = yes ? ~0u : 0; break;
     case ACTIVE_MASK: v = active; break;
     case ELECT: v = __builtin_ctz(active); break;
+    case REDUX_MIN_F: case REDUX_MAX_F: {
+        f64 best = NAN;
+        LANES if (active >> l & 1) best = (i->mode == REDUX_MIN_F ? minimum : maximum)(best, as_f32(x[l]));
+        v = as_u32((f32)best); break; }
     default:
         LANES if (active >> l & 1) {
             s32 a = (s32)v, b = (s32)x[l];
