@@ -1,8 +1,9 @@
-"""``fused-attn check``: the kernels against the fp64 reference on this machine, on the GPU or in the interpreter.
+"""``fused-attn check``: the kernels against the fp64 reference on this machine, on the GPU, in the interpreter or emulated.
 
 The measure is the error ratio R = |x - ref64| / |round(ref64) - ref64| in Frobenius norm: 1 is perfect rounding.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ import fused_attn
 from fused_attn import options
 from fused_attn.bench.oracle import max_r
 from fused_attn.dispatch import kernel_device
+from fused_attn.emulator import EmulatorFault, Schedule, emulated
 from fused_attn.kernels import launch
 from fused_attn.report import conditions, print_table
 from fused_attn.tuning import arch_of
@@ -40,6 +42,7 @@ CASES: tuple[Case, ...] = (
     ("bias, ALiBi, sinks", _biased, 2, 2, 256, 256, 64, 64),
     ("document mask, dropout", _masked, 2, 2, 256, 256, 64, 64),
 )
+RATIOS = ("R_out", "R_dq", "R_dk", "R_dv")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -49,19 +52,24 @@ def error_ratio(x: torch.Tensor, exact: torch.Tensor) -> float:
     return float((x.double() - exact).norm() / rounding)
 
 
-def run() -> dict[str, Any]:
+def run(target: str | None = None, schedule: Schedule | None = None) -> dict[str, Any]:
     """Runs every case; returns a JSON-able summary whose ``passed`` also demands that our kernels ran. Ctrl-C ends it, and it
-    is not ``complete`` then."""
-    device = kernel_device()
+    is not ``complete`` then. With a ``target`` the kernels are compiled for it and emulated, and ``launches`` says what they
+    did."""
+    device = torch.device("cpu") if target is not None else kernel_device()
     rows = []
-    with launch.counted() as launches, options.until_interrupted() as interrupted:
+    emulation: contextlib.AbstractContextManager[list[Any]] = contextlib.nullcontext([])
+    if target is not None:
+        emulation = emulated(target, schedule or Schedule())
+    with launch.counted() as launches, options.until_interrupted() as interrupted, emulation as emulations:
         for dtype in DTYPES:
             for case in CASES:
                 rows.append(_row(device, dtype, case))
     count = sum(launches.values())
     return {
         "backend": "triton",
-        "where": "interpreter" if device.type == "cpu" else arch_of(device),
+        "where": f"emulated {target}" if target is not None else "interpreter" if device.type == "cpu" else arch_of(device),
+        **({"launches": _counts(emulations)} if target is not None else {}),
         "device": str(device),
         "conditions": conditions(),
         "kernel_launches": count,
@@ -81,14 +89,18 @@ def _row(device: torch.device, dtype: torch.dtype, case: Case) -> dict[str, Any]
     shapes = ((heads, n_queries, dim), (kv_heads, n_keys, dim), (kv_heads, n_keys, dim_v), (heads, n_queries, dim_v))
     *inputs, dout = (torch.randn(1, *shape, generator=generator, device=device).to(dtype) for shape in shapes)
     start = time.perf_counter()
-    got = _with_gradients(inputs, dout, {**arguments, "backend": "triton"})
+    told = {"case": name, "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        got = _with_gradients(inputs, dout, {**arguments, "backend": "triton"})
+    except EmulatorFault as fault:
+        return {**told, **dict.fromkeys(RATIOS, "-"), "limits": str(fault), "seconds": round(time.perf_counter() - start, 2),
+                "ok": False}
     seconds = time.perf_counter() - start
     exact = _with_gradients([x.double() for x in inputs], dout.double(), {**arguments, "backend": "reference"})
     ratios = [error_ratio(x, y) for x, y in zip(got, exact, strict=True)]
     ok = ratios[0] <= limit_out and max(ratios[1:]) <= limit_grad
     return {
-        "case": name, "dtype": str(dtype).removeprefix("torch."),
-        **{key: round(ratio, 2) for key, ratio in zip(("R_out", "R_dq", "R_dk", "R_dv"), ratios, strict=True)},
+        **told, **{key: round(ratio, 2) for key, ratio in zip(RATIOS, ratios, strict=True)},
         "limits": f"{limit_out:.3g} / {limit_grad:.3g}", "seconds": round(seconds, 2), "ok": ok,
     }
 
@@ -98,6 +110,22 @@ def _with_gradients(inputs: list[torch.Tensor], dout: torch.Tensor, arguments: d
     torch.manual_seed(0)  # of dropout: both draw one mask
     out = fused_attn.attention(*leaves, **arguments)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def _counts(emulations: list[tuple[str, Any]]) -> dict[str, Any]:
+    from fused_attn.emulator import counts  # here: it needs the machine, which is built where something is emulated
+
+    return {"kernels": counts.by_kernel(emulations), "lines": counts.by_line(emulations)}
+
+
+def show_counts(launches: dict[str, Any]) -> None:
+    """Prints what the kernels of an emulated run did."""
+    kinds = list(dict.fromkeys(kind for row in launches["kernels"] for kind in row["instructions"]))
+    print_table([{"kernel": row["kernel"], **{kind: row["instructions"].get(kind, 0) for kind in kinds}}
+                 for row in launches["kernels"]], "warp instructions of PTX")
+    print_table([{key: value for key, value in row.items() if key != "instructions"} for row in launches["kernels"]],
+                "memory: 32-byte sectors, shared wavefronts, and the least that would do")
+    print_table(launches["lines"], "lines that made the most warp instructions")
 
 
 def show(result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fused_attn
-from fused_attn import dispatch, options, settings, tuned
+from fused_attn import dispatch, emulator, options, settings, tuned
 from fused_attn.bench import command as bench  # imports no Triton: what it times says whether kernels are interpreted
 from fused_attn.startup import PROGRAM
 from fused_attn.tuning import KNOWN_TARGETS, MAX_HEAD_DIM
@@ -33,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check = commands.add_parser("check", help="kernels against the reference on this machine")
     check.add_argument("--json", action="store_true", help="print JSON")
-    check.set_defaults(run=_check)
+    check.add_argument("--emulate", choices=emulator.TARGETS, metavar="TARGET",
+                       help=f"compile for a card that is not here and execute the PTX: {', '.join(emulator.TARGETS)}")
+    check.add_argument("--counts", action="store_true", help="what the emulated kernels did, by kind and by line")
+    check.add_argument("--seed", type=options.whole(*options.SEEDS), default=0, help="of the emulator's schedule")
+    check.add_argument("--rung", choices=settings.RUNGS, default=settings.rung(), help="kernels of sm_90 (fused_attn.hopper)")
+    check.set_defaults(run=partial(_check, check))
 
     explain = commands.add_parser("explain", help="which backend answers a call here, and every reason against the others")
     bench.add_shape(explain)
@@ -139,15 +144,30 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
-    _prepare_kernels()
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    given = [name for name in ("counts", "seed", "rung") if getattr(arguments, name) != parser.get_default(name)]
+    if arguments.emulate is None and given:
+        parser.error(f"--{given[0]} goes with --emulate")
+    if arguments.emulate is None:
+        _prepare_kernels()
+    else:
+        options.need("triton", "triton")
+        os.environ["TRITON_INTERPRET"] = "0"
     from fused_attn import check
 
-    result = check.run()
+    try:
+        with fused_attn.hopper(arguments.rung):
+            result = check.run(arguments.emulate, emulator.Schedule(seed=arguments.seed))
+    except RuntimeError as error:
+        if arguments.emulate is None:
+            raise
+        raise options.BadInputError(str(error)) from error
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
         check.show(result)
+        if arguments.counts:
+            check.show_counts(result["launches"])
     return options.status(result["complete"], result["passed"])
 
 

@@ -24,7 +24,8 @@ from fused_attn.emulator.schedule import RANDOM, EmulatorFault, Schedule
 FUEL = 2_000_000_000  # warp instructions of one launch, far beyond any that ends
 _FLAGS = ("-O2", "-ftree-vectorize", "-march=native", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off",
           "-fno-math-errno", "-w", "-shared", "-fPIC")
-_COUNT = np.dtype([(name, np.uint64) for name in ("runs", "lanes", "requests", "sectors", "wavefronts", "least")])
+_COUNTED = ("runs", "lanes", "requests", "sectors", "least_sectors", "wavefronts", "least_wavefronts")
+_COUNT = np.dtype([(name, np.uint64) for name in _COUNTED])
 _RANGE = np.dtype([(name, np.uint64) for name in ("first", "last", "shadow")])
 
 

@@ -147,7 +147,7 @@ static void bulk(Cta *c, Warp *w, const Ins *i, const s32 *o, int pc, u32 active
         touch(c, w, pc, offset, bytes, !store, actor, stamp, 1, 0);
         if (!store) flying(w, bytes);
         if (c->n_boxes == MAX_COPIES) fail(c, w, pc, "more than %d bulk copies in flight", MAX_COPIES);
-        m->job->counts[pc].requests++; m->job->counts[pc].sectors += bytes / 32; m->job->counts[pc].least += bytes / 32;
+        m->job->counts[pc].requests++; m->job->counts[pc].sectors += bytes / 32; m->job->counts[pc].least_sectors += bytes / 32;
         c->boxes[c->n_boxes++] = x;
         if (m->job->landing == EAGER) land_box(c, c->n_boxes - 1);
     }

@@ -113,7 +113,7 @@ static void charge(Cta *c, int pc, int space, const u64 *at, u32 mask, u32 count
             int i = 0; while (i < k && seen[i] != s) i++;
             if (i == k) seen[k++] = s;
         }
-        n->sectors += k; n->least += (__builtin_popcount(mask) * count + 31) / 32;
+        n->sectors += k; n->least_sectors += (__builtin_popcount(mask) * count + 31) / 32;
         return;
     }
     int together = count <= 4 ? 32 : count == 8 ? 16 : 8;   /* lanes that share a wavefront */
@@ -125,6 +125,6 @@ static void charge(Cta *c, int pc, int space, const u64 *at, u32 mask, u32 count
             if (i == used[bank]) words[bank][used[bank]++] = word;
             if (used[bank] > worst) worst = used[bank];
         }
-        n->wavefronts += worst; n->least += worst > 0;
+        n->wavefronts += worst; n->least_wavefronts += worst > 0;
     }
 }

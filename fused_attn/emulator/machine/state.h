@@ -27,7 +27,7 @@ typedef struct {
 } Ins;
 /* Of addresses; `shadow`: where its cells begin in the shadow of global memory. */
 typedef struct { u64 first, last, shadow; } Range;
-typedef struct { u64 runs, lanes, requests, sectors, wavefronts, least; } Count;
+typedef struct { u64 runs, lanes, requests, sectors, least_sectors, wavefronts, least_wavefronts; } Count;
 
 /* What Python hands over; machine.py has the same fields. */
 typedef struct {
