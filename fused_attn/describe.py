@@ -362,18 +362,8 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
 
 
 def _broadcasts(size: int, full: int) -> bool:
-    return torch_private.known(size == 1) or _equals(
+    return torch_private.known(size == 1) or torch_private.equal(
         size, full, "an operand: expected a shape that broadcasts to the longest sequences")
-
-
-def _equals(size: int, full: int, otherwise: str) -> bool:
-    if torch_private.known(size == full):
-        return True
-    if torch_private.known(size != full):
-        return False
-    # A length from the device, which a compiler does not know yet: the compiled program checks it.
-    torch_private.check(size == full, lambda: otherwise)
-    return True
 
 
 def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> torch.Tensor:
@@ -396,10 +386,9 @@ def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torc
     differences = max(extents.n_queries + extents.n_keys - 1, 0)
     leading = values.shape[:-1]
     # Of lengths that a compiler does not know, n and max(n, 0) are two sizes.
-    every = values.dim() in (2, 3) and (
+    fits = values.dim() in (2, 3) and (
         torch_private.known(values.shape[-1] == extents.n_queries + extents.n_keys - 1)
-        or _equals(values.shape[-1], differences, f"{name}: expected RelativeBias values for every k - q of the longest"))
-    fits = every and all(
+        or torch_private.equal(values.shape[-1], differences, f"{name}: expected values for every k - q of the longest")) and all(
         _broadcasts(size, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
     if not fits or values.device != q.device:
         raise ValueError(f"{name}: expected RelativeBias values [{extents.heads}, {differences}], one for each k - q, or "

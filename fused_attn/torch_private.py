@@ -98,6 +98,17 @@ def surely(condition: Any) -> bool:
     return bool(statically_known_true(condition))
 
 
+def equal(size: Any, full: Any, otherwise: str) -> bool:
+    """Whether two sizes are equal. Of one that comes from the device a compiler does not know it: the compiled program checks
+    it, and raises with ``otherwise``."""
+    if known(size == full):
+        return True
+    if known(size != full):
+        return False
+    check(size == full, lambda: otherwise)
+    return True
+
+
 def drop_function_modes(is_over: Callable[[TorchFunctionMode], bool]) -> None:
     """Takes the modes that are over off this thread's stack, wherever they are in it."""
     modes = _function_modes()

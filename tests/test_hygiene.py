@@ -26,6 +26,7 @@ FORBIDDEN_IMPORTS = {
     "fused_attn/tuning.py": "fused_attn.ops",
     "fused_attn/ops.py": "fused_attn.autograd",
     "fused_attn/autograd.py": "fused_attn.functional",
+    "fused_attn/emulator/ptx.py": "fused_attn.emulator.driver",
 }
 
 

@@ -88,6 +88,7 @@ def test_wheel_is_pure_and_holds_each_module_once(wheel):
     names = contents(wheel)
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fused_attn").rglob("*.py")}
     modules |= {f"fused_attn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    modules |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fused_attn" / "emulator" / "machine").iterdir()}
     packaged = [name for name in names if ".dist-info/" not in name]
     assert packaged == sorted(modules | {"fused_attn/py.typed", "fused_attn/versions.json"})
     assert packaged.count("fused_attn/kernels/forward.py") == 1

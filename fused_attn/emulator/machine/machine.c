@@ -215,6 +215,7 @@ static void land_some(Cta *c) {
     if (c->n_tensor_ops && chance(m) % 4 == 0) tensor_land(c);
 }
 /* One turn of one warp of a program; whether the program has ended. */
+#define LOOP 32
 static int take_turn(Cta *c) {
     Machine *m = c->machine; int ready[MAX_WARPS], n = 0, done = 0, warps = m->job->n_warps;
     for (int k = 0; k < warps; k++) { if (c->warps[k].state == READY) ready[n++] = k; done += c->warps[k].state == DONE; }
@@ -224,10 +225,13 @@ static int take_turn(Cta *c) {
         fail(c, w, w->pc, "deadlock: no warp can go on, and warp %d waits at barrier %d", w->id, w->barrier);
     }
     Warp *w = c->warps + ready[chance(m) % n]; int polls = w->polls;
+    s64 before = m->job->fuel;
     m->progress = 0;
     if (m->job->landing == RANDOM) land_some(c);
     run_warp(c, w, m->job->turn ? 1 + chance(m) % m->job->turn : 1 << 30);
-    if (w->polls == polls || m->progress) c->idle = 0;
+    int worked = w->polls == polls && before - m->job->fuel > LOOP;   /* longer than a loop that polls */
+    if (worked || m->progress) c->idle = 0;
+    else if (w->polls == polls) return 0;
     else if (++c->idle > 8 * warps) {                       /* all spin: what is late can be later no more */
         if (c->n_boxes && !(c->n_tensor_ops && chance(m) % 2)) { land_box(c, chance(m) % c->n_boxes); c->idle = 0; }
         else if (c->n_tensor_ops) { tensor_land(c); c->idle = 0; }
