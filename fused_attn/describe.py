@@ -388,7 +388,7 @@ def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torc
     # Of lengths that a compiler does not know, n and max(n, 0) are two sizes.
     fits = values.dim() in (2, 3) and (
         torch_private.known(values.shape[-1] == extents.n_queries + extents.n_keys - 1)
-        or torch_private.equal(values.shape[-1], differences, f"{name}: expected values for every k - q of the longest")) and all(
+        or torch_private.equal(values.shape[-1], differences, f"{name}: expected values for every k - q it has")) and all(
         _broadcasts(size, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
     if not fits or values.device != q.device:
         raise ValueError(f"{name}: expected RelativeBias values [{extents.heads}, {differences}], one for each k - q, or "

@@ -31,11 +31,11 @@ def max_r(dtype: torch.dtype, dim: int) -> tuple[float, float]:
     """The largest R of out and of a gradient; ``dim``: the larger of the head dims of keys and values.
 
     An inner product of D terms in fp32 errs like sqrt(D), in the scores and in dO V^T; what does not depend on D (weights, sums
-    over keys) joins it as independent errors do, by squares. Up to 64 terms draws differ by more than that adds. Halves
+    over keys, whose compiled form is a chain of fused multiply-adds) joins it as independent errors do, by squares. Halves
     multiply exactly and add in fp32: what is seen of them is the rounding of P, dS and the output, whatever D is.
     """
     if dtype == torch.float32:
-        return (max(20.0, math.hypot(16, 1.5 * dim**0.5)),) * 2
+        return (math.hypot(22, 1.5 * dim**0.5),) * 2
     return (1.5, 2.0) if dtype in (torch.float16, torch.bfloat16) else (math.inf, math.inf)
 
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ if str(ROOT / "tests") not in sys.path:
 
 import torch
 
-from support.features import Call, Shape
+from support.features import Call, Inputs, Leaves, Shape
 from support.gates import check_bounded
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "tf32x3": torch.float32, "bf16": torch.bfloat16,
@@ -65,24 +65,29 @@ class Emulation:
         lines[found[which]] = instead
         return "\n".join(lines)
 
-    def check(self) -> dict[str, Any]:
-        """Makes the call; what its launches did. Raises EmulatorFault, or AssertionError where an answer is wrong."""
+    def run(self) -> tuple[Inputs, Leaves, list[tuple[str, Any]]]:
+        """Makes the call: what it was made of, what came, and its launches. Raises EmulatorFault."""
         import fused_attn
         from fused_attn import emulator, rungs, tuning
 
-        dtype = DTYPES[self.dtype]
-        inputs = Call(self.features, self.shape).draw(dtype)
-        inputs.extra = dict(self.arguments)
-        if self.dtype.startswith("tf32"):
-            inputs.extra["fp32_precision"] = self.dtype
+        inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])
+        precision = {"fp32_precision": self.dtype} if self.dtype.startswith("tf32") else {}
+        asked = replace(inputs, extra={**self.arguments, **precision})
         proven = mock.patch.object(rungs, "PROVEN_ON", (tuning.triton_version(),))  # what is withdrawn is run here to be proven
-        start = time.perf_counter()
         with proven, emulator.emulated(self.target, emulator.Schedule(**self.schedule), self.planted) as launches, \
                 fused_attn.hopper(self.rung):
-            got = inputs.run("triton")
+            return replace(inputs, extra=self.arguments), asked.run("triton"), launches
+
+    def launches(self) -> list[tuple[str, Any]]:
+        """The launches of the call: names of kernels, and what they did."""
+        return self.run()[2]
+
+    def check(self) -> dict[str, Any]:
+        """Makes the call; what its launches did. Raises EmulatorFault, or AssertionError where an answer is wrong."""
+        start = time.perf_counter()
+        inputs, got, launches = self.run()
         seconds = time.perf_counter() - start
-        inputs.extra.pop("fp32_precision", None)
-        check_bounded(inputs, got, torch.bfloat16 if self.dtype == "tf32" else dtype)
+        check_bounded(inputs, got, torch.bfloat16 if self.dtype == "tf32" else DTYPES[self.dtype])
         return {"seconds": round(seconds, 2), "kernels": [
             {"name": name, "programs": result.programs, "seconds": round(result.seconds, 3),
              "instructions": int(result.counts["runs"].sum())} for name, result in launches]}

@@ -181,6 +181,7 @@ def bounded_error(x: torch.Tensor, ref: torch.Tensor, amplitude: torch.Tensor, l
     error = x.double() - ref
     # Below the smallest normal number rounding is absolute: of the sums, and of what is stored. What must be 0 is held to 0.
     tiny = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).smallest_normal
+    amplitude = torch.maximum(amplitude, ref.abs())  # of weights below 1e-250 the amplitudes leave out
     amplitude = torch.where(amplitude == 0, 0.0, amplitude.clamp(min=torch.finfo(x.dtype).smallest_normal))
     rows = error.norm(dim=-1) / (unit * amplitude.norm(dim=-1) + tiny)
     rows = torch.where(error.norm(dim=-1) == 0, torch.zeros_like(rows), rows)
