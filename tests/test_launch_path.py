@@ -22,7 +22,7 @@ def worker():
     try:
         machine.compiler()
     except RuntimeError as error:
-        pytest.skip(f"the stub of the driver is written in C: {error}")
+        pytest.skip(f"the stub of the driver is compiled as the emulator is: {error}")
     process = Worker("tests.support.launching")
     yield process
     process.close()
