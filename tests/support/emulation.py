@@ -103,20 +103,20 @@ class Emulation:
 
 
 class Worker:
-    """A process that emulates what it is told, one call after the other."""
+    """A process without Triton's interpreter, which does what it is told, line after line; ``module`` is what it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "tests.support.emulation") -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "0", "FUSED_ATTN_DETERMINISTIC": "0", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.emulation"], cwd=ROOT, env=environment, text=True,
+        self.process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, env=environment, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, emulation: Emulation) -> dict[str, Any]:
+    def __call__(self, told: object) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(repr(emulation) + "\n")
+        self.process.stdin.write(repr(told) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        assert answer, f"the process that emulated {emulation!r} died"
+        assert answer, f"the process that was told {told!r} died"
         found: dict[str, Any] = json.loads(answer)
         return found
 

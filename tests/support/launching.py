@@ -1,0 +1,220 @@
+"""Calls whose launches go Triton's own way, specialised, compiled and passed on by its C launcher, to a stub of the driver.
+
+    python -m tests.support.launching "Launching(('causal',), 'sm_90', rung='gluon')" ...    # from the checkout
+
+They are made in a process of their own, whose CUDA driver is tests/support/stub: what arrives there is held against the
+arguments that the kernels were given. Nothing runs: results are whatever memory held.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import mmap
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT / "tests") not in sys.path:
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+import torch
+
+from support.emulation import DTYPES
+from support.features import Call, Inputs, Shape
+
+MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
+
+
+def _placed(x: torch.Tensor, *strides: int) -> torch.Tensor:
+    """A tensor like ``x`` with these strides, in address space of which nothing costs: no kernel will touch it."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) + 1
+    area = mmap.mmap(-1, span * x.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.frombuffer(area, dtype=x.dtype).as_strided(x.shape, strides)
+
+
+# How q, k and v [B, H, N, D] lie in memory.
+LAYOUTS = {
+    "bhnd": lambda x: x,
+    "bnhd": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "qkv": lambda x: torch.stack((x, x, x), 3).permute(3, 0, 2, 1, 4).contiguous().permute(0, 1, 3, 2, 4)[1],
+    "columns": lambda x: x.mT.contiguous().mT,
+    "shifted": lambda x: torch.nn.functional.pad(x, (1, 1))[..., 1:-1],  # aligned to no more than an element
+    "cache": lambda x: torch.nn.functional.pad(x, (0, 0, 0, 100))[:, :, : x.shape[2]],
+    "far batch": lambda x: _placed(x, 2**31 + 64, x.shape[2] * x.shape[3], x.shape[3], 1),
+    "far heads": lambda x: _placed(x, 2**34, 2**32, x.shape[3], 1),
+    "far rows": lambda x: _placed(x, 2**32, 2**31, 2**23, 1),
+}
+
+
+@dataclass(frozen=True)
+class Launching:
+    """One call: features, target, rung of sm_90, dtype, shape, layout of q, k and v; what it asks for; a fault planted in it.
+
+    ``asks``: gradients, output (alone), weights, stats or rotary.
+    """
+
+    features: tuple[str, ...] = ()
+    target: str = "sm_80"
+    rung: str = "pointers"
+    dtype: str = "bf16"
+    shape: Shape = dataclasses.field(default_factory=Shape)
+    layout: str = "bhnd"
+    asks: str = "gradients"
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fault: str = ""  # of stub/watch.py's FAULTS; or "specialised": a forward that is compiled for every length
+
+    def __str__(self) -> str:
+        more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "fault")
+                if getattr(self, name) != getattr(Launching(), name)]
+        shape = "" if self.shape == Shape() else f"{self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
+        return " ".join(filter(None, (self.target, self.rung, self.dtype, "+".join(self.features) or "plain", shape, *more)))
+
+    def _make(self, inputs: Inputs) -> None:
+        import fused_attn
+
+        tensors = {name: inputs.leaves[name] for name in "qkv"}
+        if self.asks == "gradients":
+            inputs.run("triton")
+        elif self.asks == "output":
+            with torch.no_grad():
+                inputs.attention(inputs.leaves, "triton", return_lse=False)
+        elif self.asks == "rotary":
+            x = tensors["q"].requires_grad_()
+            angles = torch.ones(x.shape[2], x.shape[3] // 2)
+            turned = fused_attn.apply_rotary(x, angles.cos(), angles.sin(), backend="triton")
+            torch.autograd.grad(turned, x, torch.ones_like(turned))
+        else:
+            ask = {"weights": fused_attn.attention_weights, "stats": fused_attn.attention_stats}[self.asks]
+            with torch.no_grad():
+                ask(*tensors.values(), backend="triton", **inputs.arguments(inputs.leaves))
+
+    def told(self) -> dict[str, Any]:
+        """What arrived at the driver, as JSON has it: with ``verdict``, which is "ok" or says what differs."""
+        import triton
+
+        import fused_attn
+        from fused_attn import settings
+        from fused_attn.kernels import forward
+        from support.stub.watch import watched
+
+        inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])
+        inputs.leaves |= {name: LAYOUTS[self.layout](inputs.leaves[name]) for name in "qkv"}
+        inputs.extra = dict(self.arguments)
+        if self.dtype.startswith("tf32"):
+            inputs.extra["fp32_precision"] = self.dtype
+        card().become(self.target)
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(settings.emulating(self.target))
+            stack.enter_context(fused_attn.hopper(self.rung))
+            if self.fault == "specialised":
+                stack.enter_context(mock.patch.object(forward, "forward_kernel", triton.jit(forward.forward_kernel.fn)))
+            watch = stack.enter_context(watched("" if self.fault == "specialised" else self.fault))
+            try:
+                self._make(inputs)
+                verdict = "; ".join(watch.problems[:3]) or "ok"
+            except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                verdict = f"{type(error).__name__}: {str(error)[:600]}"
+        return {"verdict": verdict, "launches": watch.launches, "seconds": round(time.perf_counter() - start, 2)}
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """Arguments of cuTensorMapEncodeTiled: boxes of 64 x 64 of [4, 128, 64] in bf16, unless told."""
+
+    target: str = "sm_90"
+    kind: int = 9  # CUtensorMapDataType
+    rank: int = 3
+    address: int = 1 << 20
+    dims: tuple[int, ...] = (64, 128, 4, 1, 1)
+    strides: tuple[int, ...] = (128, 128 * 128, 0, 0)
+    box: tuple[int, ...] = (64, 64, 1, 1, 1)
+    steps: tuple[int, ...] = (1, 1, 1, 1, 1)
+    interleave: int = 0
+    swizzle: int = 3
+    promotion: int = 2
+    fill: int = 0
+    shift: int = 0  # of the map's own address, from a multiple of 64
+
+    def told(self) -> dict[str, Any]:
+        """``verdict``: "ok" or why the driver refuses; and the bytes that it wrote."""
+        from support import stub
+
+        card().become(self.target)
+        memory = ctypes.create_string_buffer(320)
+        start = -ctypes.addressof(memory) % 64
+        code = stub.library().cuTensorMapEncodeTiled(
+            ctypes.byref(memory, start + self.shift), self.kind, self.rank, ctypes.c_void_p(self.address),
+            (ctypes.c_uint64 * 5)(*self.dims), (ctypes.c_uint64 * 4)(*self.strides), (ctypes.c_uint32 * 5)(*self.box),
+            (ctypes.c_uint32 * 5)(*self.steps), self.interleave, self.swizzle, self.promotion, self.fill)
+        return {"verdict": stub.refusal(code), "map": stub.MAP.unpack_from(memory, start) if code == 0 else None}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A launch of a plain forward for sm_80, made straight of the driver, with this grid, block and shared memory."""
+
+    grid: tuple[int, int, int] = (1, 1, 1)
+    threads: int = 128
+    shared: int = 0
+    loaded_on: str = "sm_80"
+    launched_on: str = "sm_80"
+    asked: int = 0  # bytes of dynamic shared memory that the kernel is to be allowed, if any
+
+    def told(self) -> dict[str, Any]:
+        from fused_attn.kernels.forward import forward_kernel
+        from support import stub
+
+        driver = stub.library()
+        made = Launching(shape=Shape(dim=64, dim_v=64), asks="output").told()
+        assert made["verdict"] == "ok", made
+        kernel = next(kernel for kernel in forward_kernel.device_caches[80][0].values()
+                      if kernel.hash == made["launches"][0]["variant"])
+        card().become(self.loaded_on)
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        code = driver.cuModuleLoadData(ctypes.byref(module), kernel.asm["cubin"])
+        code = code or driver.cuModuleGetFunction(ctypes.byref(function), module, kernel.name.encode())
+        if code == 0 and self.asked:
+            code = driver.cuFuncSetAttribute(function, 8, self.asked)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+        card().become(self.launched_on)
+        config = stub.Config(*self.grid, self.threads, 1, 1, self.shared)
+        memory = ctypes.create_string_buffer(256)
+        parameters = (ctypes.c_void_p * 512)(*[ctypes.addressof(memory)] * 512)
+        code = code or driver.cuLaunchKernelEx(ctypes.byref(config), function, parameters, None)
+        return {"verdict": stub.refusal(code)}
+
+
+_cards: list[Any] = []
+
+
+def card() -> Any:
+    """The card of this process, which Triton takes for its own."""
+    if not _cards:
+        from triton.runtime import driver
+
+        from support.stub.watch import Card
+
+        _cards.append(Card())
+        driver.set_active(_cards[0])
+    return _cards[0]
+
+
+def main() -> None:
+    """Does what the command line says, else the lines that come in; one line of JSON for each."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has no part in this
+    torch.set_num_threads(1)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # of whatever else prints
+    names = {kind.__name__: kind for kind in (Launching, TensorMap, Configuration, Shape)}
+    for line in sys.argv[1:] or sys.stdin:
+        print(json.dumps(eval(line, names).told()), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
