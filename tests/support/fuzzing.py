@@ -86,7 +86,9 @@ class Trial:
         leaves |= {"q": leaves["q"] * self.times + away, "k": leaves["k"] - away, "v": leaves["v"] + self.v_mean}
         wide = DTYPES[self.operands or self.dtype]
         if "bias" in leaves:
-            bias = (leaves["bias"] * self.bias).clamp(torch.finfo(wide).min, torch.finfo(wide).max)
+            added_in = torch.float64 if dtype == torch.float64 else torch.float32  # beyond its range a number is infinite there
+            most = min(torch.finfo(wide).max, torch.finfo(added_in).max)
+            bias = (leaves["bias"] * self.bias).clamp(-most, most)
             leaves["bias"] = bias.masked_fill(leaves["bias"] > 1, -math.inf) if self.holes else bias
         dout = LAYOUTS[self.layouts[3]](inputs.dout.to(dtype))
         leaves = {name: x.to(dtype if name in ("q", "k", "v") else wide) for name, x in leaves.items()}
