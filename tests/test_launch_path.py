@@ -40,13 +40,14 @@ GLUON = ("plain", "causal", "window", "gqa", "sinks", "packed", "softcap")  # wh
 SQUARE = Shape(1, 2, 1, 300, 300, 64, 64)
 DECODE = Shape(2, 8, 2, 1, 4096, 64, 64)
 FEW = [
-    one(("causal",), "sm_80", shape=SEVERAL), one(("bias_keys",), "sm_80"), one(("mask", "dropout"), "sm_80"),
-    one(("packed",), "sm_90", shape=Shape(3, 2, 1, 65, 129, 64, 64, "packed")), one(("causal",), "sm_90", shape=SEVERAL),
-    one(("score_mod",), "sm_90"), one(("causal",), "sm_90", "descriptors", shape=SEVERAL),
-    one(("causal", "gqa"), "sm_90", "gluon", shape=SEVERAL), one((), "sm_80", dtype="fp64"),
-    one(shape=DECODE, asks="output"), one(layout="far rows"), one(layout="far batch", asks="output"),
+    one(("causal",), "sm_80", shape=SEVERAL), one(("packed",), "sm_90", shape=Shape(3, 2, 1, 65, 129, 64, 64, "packed")),
+    one(("causal",), "sm_90", "descriptors", shape=SEVERAL), one(("causal", "gqa"), "sm_90", "gluon", shape=SEVERAL),
+    one(layout="far rows", asks="output"),
 ]
 MANY = [
+    one(("mask", "dropout"), "sm_80", slow=True), one((), "sm_80", dtype="fp64", slow=True),
+    one(shape=DECODE, asks="output", slow=True), one(layout="far rows", slow=True),
+    one(layout="far batch", asks="output", slow=True),
     *(one((name,), target, slow=True) for target in ("sm_80", "sm_90") for name in NAMES),
     *(one((name,), "sm_90", "descriptors", slow=True) for name in NAMES),
     *(one((name,), "sm_90", "gluon", shape=SQUARE, slow=True) for name in NAMES),

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import triton
 
+from fused_attn import files
 from fused_attn.emulator import generate
 from fused_attn.emulator.encode import Program
 from fused_attn.emulator.operands import SHARED_BASE
@@ -75,7 +76,7 @@ def library() -> ctypes.CDLL:
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            (Path(folder) / "ops.h").write_text(generated, encoding="utf-8")
+            files.write(Path(folder) / "ops.h", generated)
             fresh = Path(folder) / "machine.so"
             include = "-I", folder, "-I", str(sources)
             command = (compiler(), *_FLAGS, *include, str(sources / "machine.c"), "-o", str(fresh), "-lm")

@@ -133,11 +133,12 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
         v = v.masked_fill((torch.arange(n_keys) >= companions.used_k[:, None])[:, None, :, None], 0)
     k, v = (x.detach().repeat_interleave(group, 1) for x in (k, v))
     out, grad = (p * stays) @ v, dout.double()
-    # Delta is made of the rounded output, of rounded weights, whose errors move it by the root of their squares.
-    row = (grad.abs() * (out.abs() + ((p * stays) ** 2 @ v**2).sqrt())).sum(-1, keepdim=True)
+    row = (grad * out).abs().sum(-1, keepdim=True)
+    # Delta is made of the rounded output, of weights rounded one by one: P_j dP_j each, independent errors add by squares.
+    of_weights = ((p * stays * (grad @ v.mT)) ** 2).sum(-1, keepdim=True).sqrt()
     if dlse is not None:
         row = row + dlse.double().abs().unsqueeze(-1)
-    w = p * (stays * (grad.abs() @ v.abs().mT) + row)
+    w = p * (stays * (grad.abs() @ v.abs().mT) + row + of_weights)
     operands = {name: x for name, x in leaves.items() if name not in ("sinks", "score_weight")}
     slopes = torch.autograd.grad((w * scores).sum(), (products, *operands.values()), retain_graph=True,
                                  allow_unused=True, materialize_grads=True)
@@ -147,7 +148,7 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     result = {f"d{name}": slope.abs() for name, slope in zip(operands, slopes[1:], strict=True)}
     if "sinks" in leaves:
         weight = (companions.sinks.detach()[None, :, None] - lse.detach()).exp().masked_fill(lse == -math.inf, 0)
-        result["dsinks"] = (weight * row.squeeze(-1)).sum((0, 2))
+        result["dsinks"] = (weight * row.squeeze(-1)).sum((0, 2)) + (weight * of_weights.squeeze(-1)).norm(dim=(0, 2))
 
     def per_kv_head(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (-1, group)).sum(2)
