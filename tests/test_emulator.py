@@ -13,7 +13,7 @@ from support.features import FEATURES, Shape
 
 import fused_attn
 from fused_attn import emulator, settings
-from fused_attn.emulator import machine
+from fused_attn.emulator import build
 
 pytestmark = pytest.mark.kernels
 
@@ -93,10 +93,10 @@ def test_what_it_cannot_do_is_told(monkeypatch):
     assert settings.emulated_target() is None
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeError, match="install a C compiler, or name one in CC"):
-        machine.compiler()
+        build.compiler()
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(RuntimeError, match="no-such-compiler was not found"):
-        machine.compiler()
+        build.compiler()
 
 
 SNIPPET = """

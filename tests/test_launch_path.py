@@ -12,7 +12,7 @@ from support.emulation import SEVERAL, Worker
 from support.features import FEATURES, Shape
 from support.launching import LAYOUTS, Configuration, Launching, TensorMap
 
-from fused_attn.emulator import machine
+from fused_attn.emulator import build
 
 pytestmark = pytest.mark.kernels
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.kernels
 @pytest.fixture(scope="module")
 def worker():
     try:
-        machine.compiler()
+        build.compiler()
     except RuntimeError as error:
         pytest.skip(f"the stub of the driver is compiled as the emulator is: {error}")
     process = Worker("tests.support.launching")

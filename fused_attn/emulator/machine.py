@@ -3,21 +3,15 @@
 import ctypes
 import dataclasses
 import functools
-import hashlib
-import os
 import random
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import triton
 
-from fused_attn import files
 from fused_attn.emulator import generate
+from fused_attn.emulator.build import built
 from fused_attn.emulator.encode import Program
 from fused_attn.emulator.operands import SHARED_BASE
 from fused_attn.emulator.schedule import RANDOM, EmulatorFault, Schedule
@@ -54,37 +48,11 @@ class _Job(ctypes.Structure):
     )
 
 
-def compiler() -> str:
-    """The C compiler: CC, else cc, gcc or clang. Raises RuntimeError where there is none."""
-    named = os.environ.get("CC", "").strip()
-    found = shutil.which(named) if named else next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
-    if found is None:
-        raise RuntimeError(f"the emulator is compiled at its first use, and {named or 'none of gcc, cc, clang'} was not found: "
-                           "install a C compiler, or name one in CC")
-    return found
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled machine, kept beside Triton's own cache. Raises RuntimeError where it cannot be compiled."""
-    sources = Path(__file__).with_name("machine")
-    generated = generate.header()
-    written = sorted(path for path in sources.iterdir() if path.suffix in (".c", ".h"))
-    text = generated + "".join(path.read_text(encoding="utf-8") for path in written)
-    key = hashlib.sha256("\0".join((text, compiler(), *_FLAGS)).encode()).hexdigest()[:32]
-    built = Path(triton.knobs.cache.dir) / f"fused_attn-emulator-{key}" / "machine.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            files.write(Path(folder) / "ops.h", generated)
-            fresh = Path(folder) / "machine.so"
-            include = "-I", folder, "-I", str(sources)
-            command = (compiler(), *_FLAGS, *include, str(sources / "machine.c"), "-o", str(fresh), "-lm")
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{compiler()} could not compile the emulator: {done.stderr.strip()[-500:]}")
-            fresh.replace(built)
-    return ctypes.CDLL(str(built))
+    """The compiled machine. Raises RuntimeError where it cannot be compiled."""
+    main = Path(__file__).with_name("machine") / "machine.c"
+    return ctypes.CDLL(str(built("machine.so", main, _FLAGS, {"ops.h": generate.header()}, ("-lm",))))
 
 
 def run(program: Program, grid: tuple[int, int, int], params: bytes, shared_bytes: int, spans: Sequence[tuple[int, int]],
