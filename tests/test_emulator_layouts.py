@@ -51,19 +51,25 @@ def moved(what, prefix, n, array, kind="b32", size=4):
     return "\n".join(lines) + "\n"
 
 
+def multiplied(instruction, a, b, c, kind="b32", size=4):
+    """What an mma makes of registers [n, 32] of A, B and C, each lane's in a column."""
+    arrays = [a, b, c, np.zeros_like(c)]
+    names = {prefix: registers(prefix, len(x), kind) for prefix, x in zip("xyzd", arrays, strict=True)}
+    loads = [moved("load", prefix, len(arrays[k]), k, kind, size) for k, prefix in enumerate("xyz")]
+    launch(".reg .b64 %p;\n" + "".join(declared for declared, _ in names.values()) + "".join(loads)
+           + f"mma.sync.aligned.{instruction} " + ", ".join(f"{{{names[prefix][1]}}}" for prefix in "dxyz") + ";\n"
+           + moved("store", "d", len(c), 3, kind, size), arrays)
+    return arrays[3]
+
+
 def test_mma_of_halves():
     rng = np.random.default_rng(0)
     (a_bits, a), (b_bits, b), c = halves(rng, 16, 16), halves(rng, 16, 8), rng.standard_normal((16, 8)).astype(np.float32)
-    arrays = [packed(a_bits, fragment_a, 8), packed(b_bits, fragment_b, 4),
-              np.stack([c[fragment_c(i)] for i in range(4)]), np.zeros((4, 32), np.float32)]
-    names = {prefix: registers(prefix, n) for prefix, n in (("x", 4), ("y", 2), ("z", 4), ("d", 4))}
-    launch(".reg .b64 %p;\n" + "".join(declared for declared, _ in names.values())
-           + moved("load", "x", 4, 0) + moved("load", "y", 2, 1) + moved("load", "z", 4, 2)
-           + "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-           + ", ".join(f"{{{names[prefix][1]}}}" for prefix in "dxyz") + ";\n" + moved("store", "d", 4, 3), arrays)
+    found = multiplied("m16n8k16.row.col.f32.bf16.bf16.f32", packed(a_bits, fragment_a, 8), packed(b_bits, fragment_b, 4),
+                       np.stack([c[fragment_c(i)] for i in range(4)]))
     got = np.zeros((16, 8), np.float32)
     for i in range(4):
-        got[fragment_c(i)] = arrays[3][i]
+        got[fragment_c(i)] = found[i]
     np.testing.assert_array_equal(got, (a.astype(np.float64) @ b + c).astype(np.float32))
 
 
@@ -72,17 +78,12 @@ def test_mma_of_tf32():
     a, b, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
     a_places = [(GROUP + 8 * (i & 1), THREAD + 4 * (i >> 1)) for i in range(4)]
     b_places = [(THREAD + 4 * i, GROUP) for i in range(2)]
-    arrays = [np.stack([a[at] for at in a_places]), np.stack([b[at] for at in b_places]),
-              np.stack([c[fragment_c(i)] for i in range(4)]), np.zeros((4, 32), np.float32)]
-    names = {prefix: registers(prefix, n) for prefix, n in (("x", 4), ("y", 2), ("z", 4), ("d", 4))}
-    launch(".reg .b64 %p;\n" + "".join(declared for declared, _ in names.values())
-           + moved("load", "x", 4, 0) + moved("load", "y", 2, 1) + moved("load", "z", 4, 2)
-           + "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-           + ", ".join(f"{{{names[prefix][1]}}}" for prefix in "dxyz") + ";\n" + moved("store", "d", 4, 3), arrays)
+    found = multiplied("m16n8k8.row.col.f32.tf32.tf32.f32", np.stack([a[at] for at in a_places]),
+                       np.stack([b[at] for at in b_places]), np.stack([c[fragment_c(i)] for i in range(4)]))
     got = np.zeros((16, 8), np.float32)
     for i in range(4):
-        got[fragment_c(i)] = arrays[3][i]
-    cut = [(x.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64) for x in (a, b)]  # of 13 bits
+        got[fragment_c(i)] = found[i]
+    cut = [(x.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64) for x in (a, b)]  # 13 bits do not count
     np.testing.assert_array_equal(got, (cut[0] @ cut[1] + c).astype(np.float32))
 
 
@@ -94,15 +95,10 @@ def test_mma_of_fp64(rows, depth):
     a_places = [(GROUP + 8 * (i & 1), THREAD + 4 * (i >> 1)) if rows == 16 else (GROUP, THREAD + 4 * i) for i in range(n_a)]
     b_places = [(THREAD + 4 * i, GROUP) for i in range(n_b)]
     c_places = [(GROUP + 8 * (i >> 1), THREAD * 2 + (i & 1)) for i in range(n_d)]
-    arrays = [np.stack([x[at] for at in places]) for x, places in ((a, a_places), (b, b_places), (c, c_places))]
-    arrays.append(np.zeros((n_d, 32)))
-    names = {prefix: registers(prefix, n, "b64") for prefix, n in (("x", n_a), ("y", n_b), ("z", n_d), ("d", n_d))}
-    launch(".reg .b64 %p;\n" + "".join(declared for declared, _ in names.values())
-           + moved("load", "x", n_a, 0, "b64", 8) + moved("load", "y", n_b, 1, "b64", 8) + moved("load", "z", n_d, 2, "b64", 8)
-           + f"mma.sync.aligned.m{rows}n8k{depth}.row.col.f64.f64.f64.f64 "
-           + ", ".join(f"{{{names[prefix][1]}}}" for prefix in "dxyz") + ";\n" + moved("store", "d", n_d, 3, "b64", 8), arrays)
+    operands = [np.stack([x[at] for at in places]) for x, places in ((a, a_places), (b, b_places), (c, c_places))]
     got = np.zeros((rows, 8))
-    for at, values in zip(c_places, arrays[3], strict=True):
+    found = multiplied(f"m{rows}n8k{depth}.row.col.f64.f64.f64.f64", *operands, "b64", 8)
+    for at, values in zip(c_places, found, strict=True):
         got[at] = values
     np.testing.assert_allclose(got, a @ b + c, rtol=1e-14, atol=1e-14)
 
