@@ -17,7 +17,7 @@ from fused_attn.dispatch import kernel_device
 from fused_attn.emulator import EmulatorFault, Schedule, emulated
 from fused_attn.kernels import launch
 from fused_attn.report import conditions, print_table
-from fused_attn.tuning import arch_of
+from fused_attn.targets import arch_of
 
 Draw: TypeAlias = Callable[..., torch.Tensor]
 

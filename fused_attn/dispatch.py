@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import mods, reference, replay, rungs, settings, torch_private, tuning
+from fused_attn import mods, reference, replay, rungs, settings, targets, torch_private, tuning
 from fused_attn.describe import Described
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
 
@@ -63,7 +63,7 @@ def _device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     if device_type not in ("cuda", "xpu"):
         return (f"there are no kernels for device type {device_type!r}",)
     if device_type == "cuda" and torch.version.hip is not None:
-        arch = tuning.arch_of(torch.device(device_type, index or 0))
+        arch = targets.arch_of(torch.device(device_type, index or 0))
         return () if tuning.has_tiles(arch) else (f"the card is {arch}; there are no tiles for it",)
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
@@ -86,7 +86,7 @@ def against_triton(call: Described) -> tuple[str, ...]:
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         reasons += (f"head dims {q.shape[3]} and {v.shape[3]}: the kernels carry up to {MAX_HEAD_DIM}",)
     compiled = q.is_cuda or settings.emulated_target() is not None
-    if compiled and not reasons and (reason := tuning.against(q.shape[3], v.shape[3], q.dtype, tuning.arch_of(q.device))):
+    if compiled and not reasons and (reason := tuning.against(q.shape[3], v.shape[3], q.dtype, targets.arch_of(q.device))):
         reasons += (reason,)
     if call.companions.score_weight is not None and q.shape[3] > tuning.MAX_ADDITIVE:
         reasons += (f"head dim {q.shape[3]}: the kernels carry additive scores up to {tuning.MAX_ADDITIVE}",)

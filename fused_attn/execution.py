@@ -17,10 +17,10 @@ from fused_attn.layout import accumulates, check_rotary, keeps_residual, like, l
 from fused_attn.lowering import lower
 from fused_attn.schema import Needs, Saved
 from fused_attn.spec import AttentionSpec, Companions, TileConfig
+from fused_attn.targets import arch_of
 from fused_attn.tuning import (
     FEW_QUERIES,
     Kernel,
-    arch_of,
     choose,
     choose_additive,
     choose_combine,

@@ -16,7 +16,7 @@ from fused_attn.kernels.score import MODS, Mod, before_mods, one
 from fused_attn.kernels.tiles import Sequences
 from fused_attn.layout import packed_rows
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member
-from fused_attn.tuning import arch_of, has_tf32, has_tf32x3
+from fused_attn.targets import arch_of, has_tf32, has_tf32x3
 
 
 class Lowered(NamedTuple):

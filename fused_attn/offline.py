@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_attn import mods, sass
+from fused_attn.kernels import fences
 from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
 from fused_attn.kernels.combine import launch_combine
 from fused_attn.kernels.forward import Split, launch_forward
@@ -28,6 +29,7 @@ from fused_attn.kernels.operand_grad import launch_operand_grad
 from fused_attn.kernels.rotary import launch_rotary
 from fused_attn.lowering import lower
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
+from fused_attn.targets import has_tf32, has_tf32x3
 from fused_attn.tuning import (
     KNOWN_TARGETS,
     MAX_ADDITIVE,
@@ -43,8 +45,6 @@ from fused_attn.tuning import (
     choose_rung,
     choose_shares,
     fit_operands,
-    has_tf32,
-    has_tf32x3,
 )
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
@@ -273,7 +273,9 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     def compile_only(function: Any, programs: int, args: tuple[Any, ...], tile: TileConfig) -> None:
         function.device_caches.clear()  # which know kernels by device, whatever its target, and say nothing of what they hold
         log, start = io.StringIO(), _cpu_seconds()
-        with contextlib.redirect_stdout(log):
+        lacking = fences.lacking(target, tile.descriptors)
+        tile = fences.fenced(tile) if lacking else tile
+        with contextlib.redirect_stdout(log), fences.putting_in() if lacking else contextlib.nullcontext():
             binary = function.warmup(*args, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages,
                                      **dict(tile.options))
         compiled.append((binary, log.getvalue(), _cpu_seconds() - start))

@@ -8,7 +8,8 @@ import torch
 
 from fused_attn.settings import RUNGS
 from fused_attn.spec import AttentionSpec, Companions
-from fused_attn.tuning import FEW_QUERIES, arch_of, n_shares, triton_version, unseen_keys
+from fused_attn.targets import arch_of, triton_version
+from fused_attn.tuning import FEW_QUERIES, n_shares, unseen_keys
 
 Pass = Literal["forward", "backward"]
 _HALVES = (torch.float16, torch.bfloat16)
@@ -18,24 +19,26 @@ YOUNG = ("specialized", "gluon")
 VERSIONS = Path(__file__).with_name("versions.json")  # what was tried on which versions; `python -m tests.versions` writes it
 
 
-def compiled_on(rows: list[dict[str, Any]]) -> tuple[tuple[int, int], ...]:
-    """Major and minor of the Tritons on which every young rung compiled, whatever torch lay over them."""
+def passed_on(rows: list[dict[str, Any]], trial: str, rungs: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """Major and minor of the Tritons on which rungs passed a trial, "compiled" or "emulated", whatever torch lay over them."""
     found: dict[tuple[int, int], bool] = {}
     for row in rows:
         major, minor, *_ = row["triton"].split(".")
         version = int(major), int(minor)
-        found[version] = found.get(version, True) and all(row["compiled"][rung] for rung in YOUNG)
-    return tuple(sorted(version for version, compiles in found.items() if compiles))
+        found[version] = found.get(version, True) and all(row.get(trial, {}).get(rung, False) for rung in rungs)
+    return tuple(sorted(version for version, passed in found.items() if passed))
 
 
-COMPILED_ON = compiled_on(json.loads(VERSIONS.read_text(encoding="utf-8")))
-# The Tritons whose compiled "specialized" kernels have been run and found right, rows of every consumer: none so far.
-PROVEN_ON: tuple[tuple[int, int], ...] = ()
+_ROWS = json.loads(VERSIONS.read_text(encoding="utf-8"))
+COMPILED_ON = passed_on(_ROWS, "compiled", YOUNG)
+# The Tritons whose compiled "specialized" kernels were emulated and found right. Before its repair, each of them gave wrong
+# rows, which no interpreter of the source could show.
+PROVEN_ON = passed_on(_ROWS, "emulated", ("specialized",))
 _WIDEST = {"forward": 256, "backward": 128}  # head dim
 
 
 def offered() -> tuple[str, ...]:
-    """The rungs above pointers that are not withdrawn on this Triton, from the top."""
+    """The rungs above pointers that this Triton may run, from the top."""
     return tuple(name for name in RUNGS[:0:-1] if name != "specialized" or triton_version() in PROVEN_ON)
 
 
@@ -52,11 +55,11 @@ def against(which: Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec
         return ("the card is no Hopper",)
     if which == "backward" and asked != "gluon":
         return (f"{asked} has no backward",)
+    here = ".".join(map(str, triton_version()))
     if asked not in offered():
-        return ("withdrawn: Triton's split of a tile between warp groups gave wrong rows, and the code that it makes of the "
-                f"repair has not been run on Triton {'.'.join(map(str, triton_version()))}",)
+        return (f"what Triton {here} compiles of it has not been emulated and found right",)
     if asked != "descriptors" and triton_version() not in COMPILED_ON:
-        return (f"it has not been compiled on Triton {'.'.join(map(str, triton_version()))}",)
+        return (f"it has not been compiled on Triton {here}",)
     from fused_attn.kernels.hopper.problem import describable, tile_width  # here: Gluon is imported where it is asked for
 
     reasons: tuple[str, ...] = ()

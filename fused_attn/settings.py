@@ -170,7 +170,7 @@ def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
 
     ``"pointers"``      Triton, tiles loaded by pointers
     ``"descriptors"``   Triton, queries, keys and values loaded by the tensor memory accelerator (forward)
-    ``"specialized"``   that, and Triton gives loads and products warps of their own (forward); withdrawn, see ``explain``
+    ``"specialized"``   that, and Triton gives loads and products warps of their own (forward)
     ``"gluon"``         written warp by warp: softmax runs under the matrix products
 
     A call keeps its kernels for the backward. It holds where ``strict()`` would, and FUSED_ATTN_HOPPER everywhere: also in

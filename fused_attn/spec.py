@@ -114,6 +114,7 @@ class TileConfig:
     split: bool = False  # dK and dV by a launch each, where the sums of both do not fit the registers
     descriptors: bool = False  # queries, keys and values through tensor descriptors, which are TMA on sm_90
     specialize: bool = False  # and Triton gives loads and products warps of their own
+    fenced: bool = False  # proxy fences that Triton leaves out are put in; launching sets it
     options: tuple[tuple[str, int], ...] = ()  # further compiler options of the target
 
 

@@ -22,8 +22,9 @@ from fused_attn.kernels.forward import launch_forward
 from fused_attn.layout import like
 from fused_attn.lowering import lower
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
+from fused_attn.targets import arch_of, triton_name
 from fused_attn.tuned import STEPS
-from fused_attn.tuning import Kernel, arch_of, choose, served
+from fused_attn.tuning import Kernel, choose, served
 
 GAIN = 0.98  # of the time: less is noise
 MAX_DIFFERENCE = 0.02  # relative, of results in halves whose sums are taken in another order
@@ -225,7 +226,7 @@ def _against(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.d
 def _content(file: Path, device: torch.device) -> tuple[dict[str, Any], tuned.Found]:
     """What the file holds of this card and Triton with its configurations, an empty one where there is no file; that of another
     card or Triton is not written over, nor anything else that is there."""
-    here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": tuned.triton_name()}
+    here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": triton_name()}
     try:
         content = tuned.read(file) if file.exists() else None
         if content is not None:

@@ -19,7 +19,8 @@ import torch
 
 from fused_attn import files, settings
 from fused_attn.spec import TileConfig
-from fused_attn.tuning import SHARED_LIMIT, Kernel, arch_of, choose, choose_fused, served, triton_version
+from fused_attn.targets import arch_of, triton_name
+from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, choose_fused, served
 
 FORMAT = 1
 KERNELS: tuple[Kernel, ...] = ("forward", "dq", "dkv", "fused")
@@ -143,11 +144,6 @@ def tiles(file: Path, content: dict[str, Any]) -> Found:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: expected tiles as `fused-attn tune` writes them; entry {i}: {error}") from None
     return found
-
-
-def triton_name() -> str:
-    """The Triton that a file's tiles are for, "3.7"."""
-    return ".".join(map(str, triton_version()))
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from fused_attn import settings
 from fused_attn.spec import AttentionSpec, Companions
 from fused_attn.spec import TileConfig as T
 
@@ -120,44 +119,6 @@ def against(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> st
         return None
     return (f"{dtype} with head dims {head_dim} and {head_dim_v} needs {needed // 1024} KiB of shared memory; "
             f"{arch} has {limit // 1024}")
-
-
-def arch_of(device: torch.device) -> str:
-    """Target name of a device: sm_90, gfx942, ..., or for the CPU "interpreter", or the card that is emulated there."""
-    if device.type == "cpu" and (target := settings.emulated_target()) is not None:
-        return target
-    return _arch(device.type, device.index)
-
-
-@functools.cache
-def _arch(device_type: str, index: int | None) -> str:
-    if device_type == "cpu":
-        return "interpreter"
-    if device_type != "cuda":
-        return device_type
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
-@functools.cache
-def triton_version() -> tuple[int, int]:
-    """Major and minor: what compiles on one may spill, or fail, on another."""
-    import triton  # here: a machine without it still reads the tables
-
-    major, minor, *_ = triton.__version__.split(".")
-    return int(major), int(minor)
-
-
-def has_tf32(arch: str) -> bool:
-    """Whether Triton multiplies in TF32 on a target: NVIDIA's from sm_80, and of AMD's gfx942 alone."""
-    return arch.startswith("sm_") or arch == "gfx942"
-
-
-def has_tf32x3(arch: str) -> bool:
-    """Whether Triton multiplies fp32 as three TF32 products on a target."""
-    return arch.startswith("sm_")
 
 
 def has_tiles(arch: str) -> bool:

@@ -7,7 +7,8 @@ from fused_attn.kernels.launch import Call
 from fused_attn.layout import like_statistics, like_weights, lse_like
 from fused_attn.lowering import lower
 from fused_attn.spec import AttentionSpec, Companions, TileConfig
-from fused_attn.tuning import arch_of, choose, choose_additive
+from fused_attn.targets import arch_of
+from fused_attn.tuning import choose, choose_additive
 
 
 def statistics(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec,

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from fused_attn import interpreter, settings
+from fused_attn.kernels import fences
 from fused_attn.kernels.tiles import Sequences
 from fused_attn.spec import TileConfig
+from fused_attn.targets import arch_of
 
 if settings.interpreted():
     interpreter.repair()
@@ -121,6 +123,14 @@ def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -
 
 
 def _launch(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
+    if fences.lacking(arch_of(args[0].device), config.descriptors):
+        with fences.putting_in():
+            _launch_as_it_is(kernel, programs, args, fences.fenced(config))
+    else:
+        _launch_as_it_is(kernel, programs, args, config)
+
+
+def _launch_as_it_is(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
     options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
     if config.descriptors:  # which the kernel writes; a context of its own keeps the user's allocator
         contextvars.copy_context().run(_launch_with_scratch, kernel, programs, (*args, config), options)

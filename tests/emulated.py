@@ -4,6 +4,7 @@
     python -m tests.emulated sm_90 gluon         # of a target and a rung, shown alone
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -41,6 +42,9 @@ def emulations() -> Iterator[Emulation]:
             features = () if name == "plain" else (name,)
             yield Emulation(features, target, rung=rung)
         yield Emulation(("causal",), target, rung=rung, shape=SEVERAL)
+    for rung in ("descriptors", "specialized", "gluon"):  # the widths whose configurations differ
+        yield from (Emulation(features, "sm_90", rung=rung, shape=dataclasses.replace(SEVERAL, dim=dim, dim_v=dim))
+                    for dim in (64, 128, 256) for features in ((), ("causal",), ("window",)))
     for target in ("sm_80", "sm_90", "sm_100", "sm_120"):
         for dtype in OTHER_TYPES:
             yield from (Emulation((name,), target, dtype) for name in SOME)

@@ -3,17 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from support.emulation import SEVERAL, Emulation, Worker
+from support.emulation import ROOT, SEVERAL, Emulation, Worker
 from support.features import FEATURES, Shape
 
 import fused_attn
 from fused_attn import emulator, settings
 from fused_attn.emulator import build
+from fused_attn.targets import triton_version
 
 pytestmark = pytest.mark.kernels
 
@@ -32,12 +34,13 @@ def one(*arguments, slow=False, **others):
 
 NAMES = [feature.name for feature in FEATURES if feature.name != "dims_576"]
 GLUON = ("plain", "causal", "window", "gqa", "sinks", "packed", "softcap")
+SPECIALIZED = ((), *((name,) for name in ("causal", "window", "gqa", "sinks", "softcap", "lengths", "lse")))
 FEW = [
     one(("causal",), "sm_80", shape=SEVERAL), one(("bias_keys",), "sm_80"),
     one(("packed",), "sm_90", shape=Shape(3, 2, 1, 65, 129, 64, 64, "packed")), one(("causal",), "sm_90", shape=SEVERAL),
     one(("causal",), "sm_90", rung="descriptors", shape=SEVERAL),
     one(("causal", "gqa"), "sm_90", rung="gluon", shape=SEVERAL), one(("causal",), "sm_86", "tf32x3"), one((), "sm_80", "fp64"),
-    one(("causal",), "sm_100", shape=SEVERAL, schedule={"proxies": False}),  # of which the compiler leaves one out
+    one(("causal",), "sm_90", rung="specialized", shape=SEVERAL), one(("causal",), "sm_100", shape=SEVERAL),
 ]
 MANY = [
     one(("mask", "dropout"), "sm_80", slow=True),
@@ -45,6 +48,8 @@ MANY = [
       for name in NAMES),
     *(one((name,), "sm_90", rung="descriptors", slow=True) for name in NAMES),
     *(one((name,) if name != "plain" else (), "sm_90", rung="gluon", shape=SEVERAL, slow=True) for name in GLUON),
+    *(one(name, "sm_90", rung="specialized", shape=replace(SEVERAL, dim=dim, dim_v=dim), slow=True)
+      for name in SPECIALIZED for dim in (64, 128, 256)),
     *(one((name,), target, dtype, slow=True) for target in ("sm_80", "sm_90") for dtype in ("fp16", "fp32", "fp64", "tf32x3")
       for name in ("causal", "bias", "mask", "packed", "dropout")),
     *(one(("causal",), target, shape=Shape(1, 2, 1, 70, 90, dim, dim), slow=True) for target in ("sm_80", "sm_90")
@@ -75,6 +80,30 @@ DROPPED = [  # (fault, what it is called for)
 def test_planted_faults_are_found(worker, target, rung, fault, called):
     told = worker(Emulation(("causal",), target, rung=rung, shape=SHORT, fault=fault))
     assert called in told["verdict"], told["verdict"]
+
+
+LACKING = [(Emulation(("causal",), "sm_90", shape=SEVERAL), (3, 7)), (Emulation(("bias",), "sm_90"), (3, 7)),
+           (Emulation(("causal",), "sm_90", rung="specialized"), (3, 8)), (Emulation(("gqa",), "sm_100"), (3, 9))]
+
+
+@pytest.mark.parametrize(("emulation", "complete"), LACKING, ids=str)
+def test_fences_that_triton_leaves_out_are_put_in(worker, emulation, complete):
+    assert worker(emulation)["verdict"] == "ok"
+    told = worker(replace(emulation, fenced=False))["verdict"]
+    assert told == "ok" if triton_version() >= complete else "no fence.proxy.async between" in told
+
+
+LEFT_OUT = {(3, 6): {"sm_90": {"pointers", "chained", "specialized"}, "sm_100": {"pointers", "chained", "specialized"}},
+            (3, 7): {"sm_90": {"specialized"}, "sm_100": {"chained"}}, (3, 8): {"sm_90": set(), "sm_100": {"chained"}}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_smallest_kernels_show_what_docs_say_of_triton(target):
+    command = [sys.executable, "-m", "tests.support.upstream", target]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    lacking = {line.split()[0] for line in told if "no fence.proxy.async between" in line}
+    assert lacking == LEFT_OUT.get(triton_version(), {}).get(target, set()), told
 
 
 @pytest.mark.parametrize("schedule", [{"landing": emulator.EAGER, "turn": 0}, {"landing": emulator.LATE},

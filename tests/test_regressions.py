@@ -16,7 +16,7 @@ from support.guard import memory_guard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_attn
-from fused_attn import tuning
+from fused_attn import targets, tuning
 from fused_attn.kernels import launch
 from fused_attn.schema import FORWARD, INSPECTION, Inputs, Pair
 from fused_attn.spec import AttentionSpec, Companions
@@ -144,10 +144,10 @@ def test_strict_holds_for_calls_compiled_outside_it():
 
 
 def test_tf32_only_where_triton_has_it():
-    assert tuning.has_tf32("sm_80")
-    assert tuning.has_tf32("gfx942")
-    assert not tuning.has_tf32("gfx90a")
-    assert not tuning.has_tf32("gfx1100")
+    assert targets.has_tf32("sm_80")
+    assert targets.has_tf32("gfx942")
+    assert not targets.has_tf32("gfx90a")
+    assert not targets.has_tf32("gfx1100")
 
 
 def test_cards_without_tiles_are_known():

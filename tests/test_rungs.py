@@ -13,6 +13,7 @@ from support.guard import is_poison
 import fused_attn
 from fused_attn import attention, execution, rungs, settings
 from fused_attn.spec import TileConfig
+from fused_attn.targets import triton_name
 
 ROOT = Path(__file__).parents[1]
 TILES = {"descriptors": TileConfig(64, 32, 1, 1, descriptors=True),
@@ -84,12 +85,13 @@ def test_explain_names_the_kernels_of_a_pass(card, rung, forward, backward, dim,
     assert forward or f"forward: pointers; {rung}: " in str(told)
 
 
-def test_a_rung_that_gave_wrong_rows_is_withdrawn_until_its_code_has_been_run(card, monkeypatch):
+def test_a_rung_that_gave_wrong_rows_stays_out_until_its_code_has_been_emulated(card, monkeypatch):
+    monkeypatch.setattr(rungs, "PROVEN_ON", ())
     with fused_attn.hopper("specialized"):
         told = fused_attn.explain(*halves(), causal=True, backend="triton")
         (reason,) = told.against_rung["forward"]
-        assert reason.startswith("withdrawn: ")
-        assert "forward: pointers; specialized: withdrawn" in str(told)
+        assert reason == f"what Triton {triton_name()} compiles of it has not been emulated and found right"
+        assert f"forward: pointers; specialized: {reason}" in str(told)
         assert attention(*halves(), backend="triton").isfinite().all()
         assert "specialized" not in rungs.offered()
         monkeypatch.setattr(rungs, "PROVEN_ON", (rungs.triton_version(),))
@@ -187,5 +189,12 @@ def tried(triton, specialized=True, gluon=True):
 def test_a_triton_runs_the_young_rungs_if_they_compiled_wherever_they_were_tried():
     rows = [tried("3.10.2"), tried("3.9.0"), tried("3.6.0", gluon=False), tried("3.7.1"), tried("3.7.0", specialized=False),
             tried("3.8.0+git12ab")]
-    assert rungs.compiled_on(rows) == ((3, 8), (3, 9), (3, 10))
-    assert rungs.compiled_on([]) == ()
+    assert rungs.passed_on(rows, "compiled", rungs.YOUNG) == ((3, 8), (3, 9), (3, 10))
+    assert rungs.passed_on([], "compiled", rungs.YOUNG) == ()
+
+
+def test_a_trial_that_a_row_does_not_tell_of_was_not_passed():
+    rows = [tried("3.7.1"), {**tried("3.8.0"), "emulated": {"specialized": True, "gluon": False}},
+            {**tried("3.9.0"), "emulated": {"specialized": False, "gluon": True}}]
+    assert rungs.passed_on(rows, "emulated", ("specialized",)) == ((3, 8),)
+    assert rungs.passed_on(rows, "emulated", rungs.YOUNG) == ()

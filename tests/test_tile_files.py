@@ -12,11 +12,12 @@ import fused_attn
 from fused_attn import settings, tune, tuned
 from fused_attn.kernels import launch
 from fused_attn.spec import TileConfig
+from fused_attn.targets import triton_name
 from fused_attn.tuning import KNOWN_TARGETS, served
 
 pytestmark = pytest.mark.kernels
 
-HERE = {"format": 1, "arch": "interpreter", "gpu": "interpreter", "triton": tuned.triton_name()}
+HERE = {"format": 1, "arch": "interpreter", "gpu": "interpreter", "triton": triton_name()}
 SHIPPED = dataclasses.asdict(tuned.shipped("forward", 16, torch.bfloat16, "interpreter"))
 
 

@@ -15,12 +15,13 @@ import fused_attn
 from fused_attn import cli, settings, tune, tuned
 from fused_attn.kernels import launch
 from fused_attn.spec import TileConfig
+from fused_attn.targets import triton_name
 from fused_attn.tuning import choose, choose_fused
 
 pytestmark = pytest.mark.kernels
 
 ROOT = Path(__file__).parents[1]
-HERE = {"format": 1, "arch": "interpreter", "gpu": "interpreter", "triton": tuned.triton_name()}
+HERE = {"format": 1, "arch": "interpreter", "gpu": "interpreter", "triton": triton_name()}
 
 
 def subject(kernel="forward", head_dim=16, length=64):
@@ -258,7 +259,7 @@ def test_what_is_kept_is_found_again(monkeypatch, tmp_path):
     monkeypatch.setattr(settings, "TILES", None)
     card = torch.device("cuda", 0)
     file = tuned.default_path(card)
-    assert file == tmp_path / "fused_attn" / f"tiles-nvidia-h100-80gb-hbm3-triton-{tuned.triton_name()}.json"
+    assert file == tmp_path / "fused_attn" / f"tiles-nvidia-h100-80gb-hbm3-triton-{triton_name()}.json"
     assert tuned.path(card) is None
     with monkeypatch.context() as patch:  # one who changes Triton tunes anew, and loses nothing
         patch.setattr(tuned, "triton_name", lambda: "99.0.0")

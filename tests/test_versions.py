@@ -46,15 +46,16 @@ def test_the_command_keeps_one_row_for_each_pair_of_versions(processes, monkeypa
     assert versions.main(["tests/test_ops.py"]) == 1  # tests failed
     (row,) = rows()
     assert own.items() <= row.items()
-    assert row["compiled"] == {"specialized": True, "gluon": True}
+    assert row["compiled"] == row["emulated"] == {"specialized": True, "gluon": True}
     assert row["tests"] == {"arguments": ["tests/test_ops.py"], "passed": 1, "skipped": 1,
                             "failed": ["test_a::two[x]", "test_b::four"]}
     assert [command[-1] for command in started if "pytest" in command] == ["tests/test_ops.py"]
     assert {command[command.index("--rung") + 1] for command in started if "--rung" in command} == set(rungs.YOUNG)
+    assert {command[-2:] for command in started if "tests.emulated" in command} == {("sm_90", rung) for rung in rungs.YOUNG}
     fails.append("gluon")
     versions.main([])
     (row,) = rows()
-    assert row["compiled"] == {"specialized": True, "gluon": False}
+    assert row["compiled"] == row["emulated"] == {"specialized": True, "gluon": False}
     assert row["tests"]["arguments"] == list(versions.TESTS)
     own["triton"] = "3.7.1"
     versions.main([])
@@ -70,12 +71,17 @@ def test_tests_run_what_has_just_compiled(processes, monkeypatch):
 def test_the_command_passes_where_all_compiled_and_passed(processes, monkeypatch):
     monkeypatch.setattr(versions, "tested", lambda arguments: {"failed": []})
     assert versions.main([]) == 0
+    monkeypatch.setattr(versions, "emulated", lambda rung: rung != "gluon")
+    assert versions.main([]) == 1
+    monkeypatch.setattr(versions, "emulated", lambda rung: True)
+    assert versions.main([]) == 0
     processes[1].append("specialized")
     assert versions.main([]) == 1
 
 
 def test_what_may_run_the_young_rungs_is_read_from_the_record():
     kept = json.loads(rungs.VERSIONS.read_text(encoding="utf-8"))
-    assert rungs.compiled_on(kept) == rungs.COMPILED_ON
+    assert rungs.passed_on(kept, "compiled", rungs.YOUNG) == rungs.COMPILED_ON
+    assert rungs.passed_on(kept, "emulated", ("specialized",)) == rungs.PROVEN_ON
     assert {"3.6", "3.7", "3.8", "3.9"} <= {row["triton"].rpartition(".")[0] for row in kept}
     assert all({"torch", "numpy", "transformers", "python", "commit", "compiled", "tests"} <= row.keys() for row in kept)

@@ -1,9 +1,9 @@
 """What was tried on the versions that this Python has, kept in fused_attn/versions.json.
 
-    python -m tests.versions                       # compiles the rungs of sm_90, and runs the kernels' fast tests
+    python -m tests.versions                       # compiles and emulates the rungs of sm_90, and runs the kernels' fast tests
     python -m tests.versions tests/test_ops.py     # ... or the tests that pytest's own arguments name
 
-One row for each pair of torch and Triton; a new one takes the place of that pair's last. ``rungs.COMPILED_ON`` is read from it.
+One row for each pair of torch and Triton; a new one takes the place of that pair's last. ``rungs`` reads from it what may run.
 """
 
 import importlib.metadata
@@ -34,6 +34,11 @@ def compiled(rung: str) -> bool:
     which = "all" if rung == "gluon" else "forward"
     command = ("-m", "fused_attn", "compile", "--target", "sm_90", "--rung", rung, "--pass", which, "--head-dim", "64", "128")
     return subprocess.run((sys.executable, *command), cwd=ROOT, env=_environment()).returncode == 0
+
+
+def emulated(rung: str) -> bool:
+    """Whether what this Triton compiles of a rung gives the right answers in the emulator, with no fault."""
+    return subprocess.run((sys.executable, "-m", "tests.emulated", "sm_90", rung), cwd=ROOT, env=_environment()).returncode == 0
 
 
 def tested(arguments: Sequence[str]) -> Row:
@@ -71,12 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = tuple(sys.argv[1:] if argv is None else argv) or TESTS
     row = {**{name: _version(name) for name in ("torch", "triton", "numpy", "transformers")},
            "python": platform.python_version(), "commit": git("describe", "--always", "--dirty"),
-           "compiled": {rung: compiled(rung) for rung in YOUNG}, "tests": {}}
+           "compiled": {rung: compiled(rung) for rung in YOUNG}, "emulated": {rung: emulated(rung) for rung in YOUNG},
+           "tests": {}}
     keep(row)  # before the tests, which run what compiled
     row["tests"] = tested(arguments)
     keep(row)
     print(json.dumps(row, indent=1))
-    return 0 if all(row["compiled"].values()) and not row["tests"]["failed"] else 1
+    return 0 if all((*row["compiled"].values(), *row["emulated"].values())) and not row["tests"]["failed"] else 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # Triton 3.6 and 3.7 have the long names alone, 3.8 both, 3.9 the short ones alone.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -33,6 +33,7 @@ def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()  # a barrier that no warp waits at may share its bytes with a tile
     return Ring(tiles, full, empty)
 
 

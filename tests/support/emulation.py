@@ -34,6 +34,7 @@ SEVERAL = Shape(1, 2, 1, 257, 300, 64, 64)  # tiles of every kind: whole, on edg
 class Emulation:
     """One call: features, target, dtype, rung of sm_90, shape; fields of the schedule; a fault planted in a kernel's PTX.
 
+    ``fenced``: with the proxy fences that Triton leaves out;
     ``fault``: (kernel, beginning of a line, which of those lines, what takes its place), the last empty to drop the line.
     """
 
@@ -45,6 +46,7 @@ class Emulation:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: dict[str, Any] = dataclasses.field(default_factory=dict)
     fault: tuple[str, str, int, str] | None = None
+    fenced: bool = True
 
     def __repr__(self) -> str:
         """What differs from the simplest."""
@@ -68,13 +70,15 @@ class Emulation:
     def run(self) -> tuple[Inputs, Leaves, list[tuple[str, Any]]]:
         """Makes the call: what it was made of, what came, and its launches. Raises EmulatorFault."""
         import fused_attn
-        from fused_attn import emulator, rungs, tuning
+        from fused_attn import emulator, rungs, targets
+        from fused_attn.kernels import fences
 
         inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])
         precision = {"fp32_precision": self.dtype} if self.dtype.startswith("tf32") else {}
         asked = replace(inputs, extra={**self.arguments, **precision})
-        proven = mock.patch.object(rungs, "PROVEN_ON", (tuning.triton_version(),))  # what is withdrawn is run here to be proven
-        with proven, emulator.emulated(self.target, emulator.Schedule(**self.schedule), self.planted) as launches, \
+        proven = mock.patch.object(rungs, "PROVEN_ON", (targets.triton_version(),))  # what is not is run here to be
+        fenced = mock.patch.object(fences, "lacking", fences.lacking if self.fenced else lambda arch, descriptors: False)
+        with proven, fenced, emulator.emulated(self.target, emulator.Schedule(**self.schedule), self.planted) as launches, \
                 fused_attn.hopper(self.rung):
             return replace(inputs, extra=self.arguments), asked.run("triton"), launches
 
@@ -130,7 +134,7 @@ def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # of whatever else prints
     for line in sys.argv[1:] or sys.stdin:
-        emulation = eval(line, {"Emulation": Emulation, "Shape": Shape})
+        emulation = eval(line, {"Emulation": Emulation, "Shape": Shape, "SEVERAL": SEVERAL})
         print(json.dumps(emulation.told()), file=answers, flush=True)
 
 

@@ -1,0 +1,127 @@
+"""Fences that are put into Triton's code: where, into which kernels, and into nobody else's."""
+
+import itertools
+import threading
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from fused_attn.kernels import fences
+from fused_attn.spec import TileConfig
+
+FENCE = "\tfence.proxy.async.shared::cta;"
+PTX = """
+	@%p1 cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+	cp.async.commit_group;
+	cp.async.wait_group 	0x1;
+	bar.sync 	0, 128;
+	@%p4 cp.async.wait_all;
+	@%p261 tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [ %rd76 + 0 ], [ %rd73 + 0 ], 0x80;
+	cp.async.bulk.wait_group.read 	0;
+	PRODUCT;
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("product", ["wgmma.mma_async.sync.aligned", "cp.async.bulk.tensor.2d.shared::cta", "tcgen05.mma"])
+def test_what_has_landed_is_fenced(product):
+    lines = fences.with_fences(PTX.replace("PRODUCT", product)).split("\n")
+    behind = [before.partition("cp")[2][:14] for before, line in itertools.pairwise(lines) if line == FENCE]
+    assert behind == [".async.wait_gr", ".async.wait_al", "_fenceproxy.gl"]
+    assert [line for line in lines if line != FENCE] == PTX.replace("PRODUCT", product).split("\n")
+
+
+def test_what_only_ordinary_reads_follow_is_left_alone():
+    text = PTX.replace("PRODUCT", "mma.sync.aligned.m16n8k16")
+    assert fences.with_fences(text) == text
+
+
+@pytest.mark.parametrize(("version", "arch", "descriptors", "lacking"), [
+    ((3, 6), "sm_90", False, True), ((3, 7), "sm_90", False, False), ((3, 10), "sm_90", False, False),
+    ((3, 7), "sm_90", True, True), ((3, 8), "sm_90", True, False), ((3, 8), "sm_100", False, True),
+    ((3, 8), "sm_103", False, True), ((3, 9), "sm_100", False, False), ((3, 6), "sm_80", False, False),
+    ((3, 6), "sm_89", False, False), ((3, 6), "sm_120", False, False), ((3, 6), "gfx942", False, False),
+    ((3, 6), "interpreter", False, False), ((3, 6), "xpu", False, False),
+])
+def test_which_kernels_are_fenced(monkeypatch, version, arch, descriptors, lacking):
+    monkeypatch.setattr(fences, "triton_version", lambda: version)
+    fences.lacking.cache_clear()
+    assert fences.lacking(arch, descriptors) is lacking
+    fences.lacking.cache_clear()
+
+
+def test_kernels_with_fences_are_kept_apart_from_those_without():
+    config = TileConfig(64, 64, 4, 2)
+    assert fences.fenced(config) == TileConfig(64, 64, 4, 2, fenced=True) != config
+
+
+def compile_ptx():
+    """What a compilation makes of PTX, as Triton asks its hook."""
+    stages = {"ptx": lambda source, metadata: PTX.replace("PRODUCT", "wgmma.mma_async")}
+    hook = triton.knobs.runtime.add_stages_inspection_hook
+    if hook is not None:
+        hook(None, stages, None, None, 90)
+    return stages["ptx"](None, {})
+
+
+def test_a_hook_is_there_while_a_kernel_is_launched_alone():
+    before = compile_ptx()
+    with fences.putting_in():
+        with fences.putting_in():
+            assert FENCE in compile_ptx()
+        assert FENCE in compile_ptx()
+    assert triton.knobs.runtime.add_stages_inspection_hook is None
+    assert compile_ptx() == before
+    with pytest.raises(OSError, match="full"), fences.putting_in():
+        raise OSError("full")
+    assert triton.knobs.runtime.add_stages_inspection_hook is None
+
+
+def test_a_users_own_hook_is_called_and_stays(monkeypatch):
+    seen = []
+
+    def own(*compilation):
+        seen.append(compilation)
+        if not compilation:
+            return "key", "hash"
+        compilation[1]["ptx"] = lambda source, metadata, make=compilation[1]["ptx"]: make(source, metadata) + "// own"
+
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", own)
+    with fences.putting_in():
+        assert triton.knobs.runtime.add_stages_inspection_hook() == ("key", "hash")
+        made = compile_ptx()
+    assert FENCE in made
+    assert made.endswith("// own")
+    assert triton.knobs.runtime.add_stages_inspection_hook is own
+    assert len(seen) == 2
+
+
+def test_what_another_thread_compiles_meanwhile_is_its_own():
+    found = []
+    with fences.putting_in():
+        thread = threading.Thread(target=lambda: found.append(compile_ptx()))
+        thread.start()
+        thread.join()
+    assert FENCE not in found[0]
+
+
+def test_threads_that_leave_in_any_order_leave_nothing():
+    inside, leave = threading.Event(), threading.Event()
+    made = []
+
+    def other():
+        with fences.putting_in():
+            inside.set()
+            leave.wait()
+            made.append(compile_ptx())
+
+    thread = threading.Thread(target=other)
+    with fences.putting_in():
+        thread.start()
+        inside.wait()
+    leave.set()
+    thread.join()
+    assert FENCE in made[0]
+    assert triton.knobs.runtime.add_stages_inspection_hook is None
