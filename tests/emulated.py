@@ -1,15 +1,15 @@
-"""Every feature on every emulated card, forward and backward, with races looked for: docs/emulated.json, and a table of it.
+"""Every feature on every emulated card, forward and backward, with races looked for: docs/emulated-TRITON.json, and a table.
 
-    python -m tests.emulated                     # all, about half an hour
+    python -m tests.emulated                     # all, about an hour
     python -m tests.emulated sm_90 gluon         # of a target and a rung, shown alone
+
+The table in docs/emulator.md is of all Tritons that have such a file.
 """
 
-import dataclasses
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +18,87 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 os.environ["TRITON_INTERPRET"] = "0"  # before anything imports Triton
 
 import torch
-from support.emulation import SEVERAL, Emulation
-from support.features import FEATURES
+from support.emulation import Emulation
+from support.emulations import every
+from support.features import Shape
 
-from fused_attn import files
+from fused_attn import files, tuning
 from fused_attn.report import conditions, git, print_table, track
 
-OUT, PAGE = ROOT / "docs" / "emulated.json", ROOT / "docs" / "emulator.md"
+DOCS = ROOT / "docs"
+PAGE = DOCS / "emulator.md"
 START, END = "<!-- emulated -->\n", "<!-- end of emulated -->\n"
-CARDS = (("sm_80", "pointers"), ("sm_86", "pointers"), ("sm_90", "pointers"), ("sm_90", "descriptors"), ("sm_90", "gluon"),
-         ("sm_90", "specialized"), ("sm_100", "pointers"), ("sm_120", "pointers"))
-GLUON = ("plain", "causal", "window", "scale", "softcap", "gqa", "lengths", "sinks", "packed", "seqused", "lse")
-SPECIALIZED = ("plain", "causal", "window", "softcap", "gqa", "lengths", "sinks", "lse")
-TAKEN = {"gluon": GLUON, "specialized": SPECIALIZED}  # of the rungs that take few; what they do not take runs on pointers
-OTHER_TYPES = ("fp16", "fp32", "tf32x3", "fp64")
-SOME = ("causal", "bias", "mask", "dropout", "packed")  # of the other types
+LONG = Shape(1, 1, 1, 512, 512, 64, 64)
+Row = dict[str, Any]
 
 
-def emulations() -> Iterator[Emulation]:
-    for target, rung in CARDS:
-        names = TAKEN.get(rung, tuple(feature.name for feature in FEATURES if feature.name != "dims_576"))
-        for name in names:
-            features = () if name == "plain" else (name,)
-            yield Emulation(features, target, rung=rung)
-        yield Emulation(("causal",), target, rung=rung, shape=SEVERAL)
-    for rung in ("descriptors", "specialized", "gluon"):  # the widths whose configurations differ
-        yield from (Emulation(features, "sm_90", rung=rung, shape=dataclasses.replace(SEVERAL, dim=dim, dim_v=dim))
-                    for dim in (64, 128, 256) for features in ((), ("causal",), ("window",)))
-    for target in ("sm_80", "sm_90", "sm_100", "sm_120"):
-        for dtype in OTHER_TYPES:
-            yield from (Emulation((name,), target, dtype) for name in SOME)
+def emulate(emulation: Emulation) -> Row:
+    """One row of the file."""
+    return {"call": str(emulation), "target": emulation.target, "rung": emulation.rung, "dtype": emulation.dtype,
+            **emulation.told()}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: cards and types, how many calls were right of how many, and what was found in the others."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["target"], row["rung"], row["dtype"]].append(row)
-    lines = ["| card | kernels | type | calls | right, no fault | found in the others |", "|---|---|---|---|---|---|"]
-    for (target, rung, dtype), members in groups.items():
-        wrong = [row for row in members if row["verdict"] != "ok"]
-        said = "; ".join(f"{row['features'] or 'plain'}: {row['verdict'].split(', in warp')[0][:110]}" for row in wrong[:2])
-        said += f"; and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-        lines.append(f"| {target} | {rung} | {dtype} | {len(members)} | {len(members) - len(wrong)} | {said} |")
-    return "\n".join(lines) + "\n"
+def speed() -> list[Row]:
+    """Milliseconds that the emulator takes for a tile of scores: one pass of a program's loop, all of its warps."""
+    rows = []
+    for target, rung in (("sm_80", "pointers"), ("sm_90", "pointers"), ("sm_90", "gluon"), ("sm_100", "pointers")):
+        configs = {name: tuning.choose(name, LONG.dim, LONG.dim, torch.bfloat16, target) for name in ("forward", "dq", "dkv")}
+        if rung == "gluon":
+            configs = {"forward": tuning.choose_rung(rung, LONG.dim, LONG.dim)}
+        seconds = {}
+        for races in (True, False):
+            call = Emulation((), target, rung=rung, shape=LONG, schedule={"races": races}, arguments={"deterministic": True})
+            seconds[races] = {kernel["name"]: kernel["seconds"] for kernel in call.check()["kernels"]}
+        for name, config in configs.items():
+            tiles = LONG.n_queries // config.block_m * (LONG.n_keys // config.block_n)
+            rows.append({"card": target, "kernels": rung, "kernel": name, "tile": f"{config.block_m}x{config.block_n}",
+                         "ms, with races": round(1000 * seconds[True][f"{name}_kernel"] / tiles, 1),
+                         "ms, without": round(1000 * seconds[False][f"{name}_kernel"] / tiles, 1)})
+    return rows
+
+
+def table(found: dict[str, list[Row]]) -> str:
+    """Markdown: by card, kernels and type, how many calls were right of how many, on each Triton; then what the others had."""
+    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for version, rows in found.items():
+        for row in rows:
+            groups[row["target"], row["rung"], row["dtype"]][version].append(row)
+    lines = ["| card | kernels | type | " + " | ".join(f"Triton {version}" for version in found) + " |",
+             "|---|---|---|" + "---|" * len(found)]
+    for group, members in groups.items():
+        right = [f"{sum(row['verdict'] == 'ok' for row in members[version])} of {len(members[version])}" for version in found]
+        lines.append(f"| {' | '.join((*group, *right))} |")
+    wrong = [f"- Triton {version}, {row['call']}: {row['verdict'].split(', in warp')[0][:200]}"
+             for version, rows in found.items() for row in rows if row["verdict"] != "ok"]
+    return "\n".join([*lines, *(["", "The others:", "", *wrong] if wrong else [])]) + "\n"
+
+
+def write_table() -> None:
+    """The table of docs/emulator.md, from the files that there are."""
+    there = sorted(DOCS.glob("emulated-[0-9]*.json"))
+    found = {file.stem.removeprefix("emulated-"): json.loads(file.read_text(encoding="utf-8")) for file in there}
+    *_, newest = found
+    speeds = found[newest]["speed"]
+    names = list(speeds[0])
+    costs = [f"What a tile of scores takes at head dim {LONG.dim}, a pass of a program's loop, Triton {newest}, one core:",
+             "", f"| {' | '.join(names)} |", "|---" * len(names) + "|",
+             *(f"| {' | '.join(str(row[name]) for name in names)} |" for row in speeds)]
+    told = "\n".join([table({version: content["rows"] for version, content in found.items()}), *costs]) + "\n"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    files.write(PAGE, f"{before}{START}{told}{END}{rest.partition(END)[2]}")
 
 
 def main(only: tuple[str, ...]) -> int:
     torch.set_num_threads(1)
-    asked = [emulation for emulation in emulations() if only in ((), (emulation.target,), (emulation.target, emulation.rung))]
-    rows = []
-    for emulation in track(asked, "emulating"):
-        told = emulation.told()
-        rows.append({"features": "+".join(emulation.features), "target": emulation.target, "rung": emulation.rung,
-                     "dtype": emulation.dtype, "shape": list(vars(emulation.shape).values())[:7], **told})
+    asked = [emulation for emulation in every() if only in ((), (emulation.target,), (emulation.target, emulation.rung))]
+    rows = [emulate(emulation) for emulation in track(asked, "emulating")]
     if only:
-        shown = "features", "target", "rung", "dtype", "verdict"
-        print_table([{name: row[name] for name in shown} for row in rows], "emulated")
+        print_table([{name: row[name] for name in ("call", "verdict")} for row in rows], "emulated")
         return int(any(row["verdict"] != "ok" for row in rows))
-    files.write(OUT, json.dumps({"conditions": conditions(), "commit": git("describe", "--always", "--dirty"), "rows": rows},
-                                indent=1) + "\n")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    files.write(PAGE, f"{before}{START}{table(rows)}{END}{rest.partition(END)[2]}")
+    here = conditions()
+    content = {"conditions": here, "commit": git("describe", "--always", "--dirty"), "speed": speed(), "rows": rows}
+    files.write(DOCS / f"emulated-{here['triton']}.json", json.dumps(content, indent=1) + "\n")
+    write_table()
     return 0
 
 

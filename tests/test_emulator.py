@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("triton")
 
 from support.emulation import ROOT, SEVERAL, Emulation, Worker
-from support.features import FEATURES, Shape
+from support.emulations import DECODE, every
+from support.features import Shape
 
 import fused_attn
 from fused_attn import emulator, settings
@@ -27,41 +28,28 @@ def worker():
     process.close()
 
 
-def one(*arguments, slow=False, **others):
+def one(*arguments, **others):
     emulation = Emulation(*arguments, **others)
-    return pytest.param(emulation, id=str(emulation), marks=[pytest.mark.slow] * slow)
+    return pytest.param(emulation, id=str(emulation))
 
 
-NAMES = [feature.name for feature in FEATURES if feature.name != "dims_576"]
-GLUON = ("plain", "causal", "window", "gqa", "sinks", "packed", "softcap")
-SPECIALIZED = ((), *((name,) for name in ("causal", "window", "gqa", "sinks", "softcap", "lengths", "lse")))
 FEW = [
     one(("causal",), "sm_80", shape=SEVERAL), one(("bias_keys",), "sm_80"),
     one(("packed",), "sm_90", shape=Shape(3, 2, 1, 65, 129, 64, 64, "packed")), one(("causal",), "sm_90", shape=SEVERAL),
     one(("causal",), "sm_90", rung="descriptors", shape=SEVERAL),
     one(("causal", "gqa"), "sm_90", rung="gluon", shape=SEVERAL), one(("causal",), "sm_86", "tf32x3"), one((), "sm_80", "fp64"),
     one(("causal",), "sm_90", rung="specialized", shape=SEVERAL), one(("causal",), "sm_100", shape=SEVERAL),
+    one((), "sm_90", shape=DECODE), one((), "sm_80", what="rotary"), one(("window", "sinks"), "sm_80", what="weights"),
 ]
-MANY = [
-    one(("mask", "dropout"), "sm_80", slow=True),
-    *(one((name,) if name != "plain" else (), target, slow=True) for target in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
-      for name in NAMES),
-    *(one((name,), "sm_90", rung="descriptors", slow=True) for name in NAMES),
-    *(one((name,) if name != "plain" else (), "sm_90", rung="gluon", shape=SEVERAL, slow=True) for name in GLUON),
-    *(one(name, "sm_90", rung="specialized", shape=replace(SEVERAL, dim=dim, dim_v=dim), slow=True)
-      for name in SPECIALIZED for dim in (64, 128, 256)),
-    *(one((name,), target, dtype, slow=True) for target in ("sm_80", "sm_90") for dtype in ("fp16", "fp32", "fp64", "tf32x3")
-      for name in ("causal", "bias", "mask", "packed", "dropout")),
-    *(one(("causal",), target, shape=Shape(1, 2, 1, 70, 90, dim, dim), slow=True) for target in ("sm_80", "sm_90")
-      for dim in (1, 8, 24, 40, 72, 96, 128, 200, 256, 320, 576)),
-]
+MANY = [pytest.param(emulation, id=str(emulation), marks=pytest.mark.slow) for emulation in every()]
 
 
 @pytest.mark.parametrize("emulation", [*FEW, *MANY])
 def test_compiled_kernels_are_right_and_race_nowhere(worker, emulation):
     told = worker(emulation)
     assert told["verdict"] == "ok", f"{emulation!r}: {told['verdict']}"
-    assert {kernel["name"] for kernel in told["kernels"]} >= {"forward_kernel"}
+    first = {"attention": "forward_kernel", "rotary": "rotary_kernel", "weights": "weights_kernel"}[emulation.what]
+    assert first in {kernel["name"] for kernel in told["kernels"]}
     assert all(kernel["instructions"] > 0 for kernel in told["kernels"])
 
 

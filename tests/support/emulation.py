@@ -5,13 +5,16 @@
 A call is made, forward and backward, held against fp64 by the gates E, and searched for races.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,8 +25,9 @@ if str(ROOT / "tests") not in sys.path:
 
 import torch
 
-from support.features import Call, Inputs, Leaves, Shape
+from support.features import Call, Inputs, Shape
 from support.gates import check_bounded
+from support.oracle import EPS
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "tf32x3": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
@@ -34,6 +38,7 @@ SEVERAL = Shape(1, 2, 1, 257, 300, 64, 64)  # tiles of every kind: whole, on edg
 class Emulation:
     """One call: features, target, dtype, rung of sm_90, shape; fields of the schedule; a fault planted in a kernel's PTX.
 
+    ``what``: "attention", "rotary" positions, or "weights" and statistics of them, of the features;
     ``fenced``: with the proxy fences that Triton leaves out;
     ``fault``: (kernel, beginning of a line, which of those lines, what takes its place), the last empty to drop the line.
     """
@@ -47,6 +52,7 @@ class Emulation:
     schedule: dict[str, Any] = dataclasses.field(default_factory=dict)
     fault: tuple[str, str, int, str] | None = None
     fenced: bool = True
+    what: str = "attention"
 
     def __repr__(self) -> str:
         """What differs from the simplest."""
@@ -56,7 +62,8 @@ class Emulation:
 
     def __str__(self) -> str:
         shape = "" if self.shape == Shape() else f" {self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
-        return f"{self.target} {self.rung} {self.dtype} {'+'.join(self.features) or 'plain'}{shape}"
+        what = "" if self.what == "attention" else f" {self.what}"
+        return f"{self.target} {self.rung} {self.dtype} {'+'.join(self.features) or 'plain'}{what}{shape}"
 
     def planted(self, name: str, text: str) -> str:
         if self.fault is None or name != self.fault[0]:
@@ -67,31 +74,36 @@ class Emulation:
         lines[found[which]] = instead
         return "\n".join(lines)
 
-    def run(self) -> tuple[Inputs, Leaves, list[tuple[str, Any]]]:
-        """Makes the call: what it was made of, what came, and its launches. Raises EmulatorFault."""
+    @contextlib.contextmanager
+    def emulated(self) -> Iterator[list[tuple[str, Any]]]:
+        """What runs within it runs as this one says; a list of its launches. Raises EmulatorFault."""
         import fused_attn
         from fused_attn import emulator, rungs, targets
         from fused_attn.kernels import fences
 
-        inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])
-        precision = {"fp32_precision": self.dtype} if self.dtype.startswith("tf32") else {}
-        asked = replace(inputs, extra={**self.arguments, **precision})
         proven = mock.patch.object(rungs, "PROVEN_ON", (targets.triton_version(),))  # what is not is run here to be
-        fenced = mock.patch.object(fences, "lacking", fences.lacking if self.fenced else lambda arch, descriptors: False)
-        with proven, fenced, emulator.emulated(self.target, emulator.Schedule(**self.schedule), self.planted) as launches, \
+        lacking = mock.patch.object(fences, "lacking", fences.lacking if self.fenced else lambda arch, descriptors: False)
+        with proven, lacking, emulator.emulated(self.target, emulator.Schedule(**self.schedule), self.planted) as launches, \
                 fused_attn.hopper(self.rung):
-            return replace(inputs, extra=self.arguments), asked.run("triton"), launches
+            yield launches
 
     def launches(self) -> list[tuple[str, Any]]:
-        """The launches of the call: names of kernels, and what they did."""
-        return self.run()[2]
+        """The launches of the call, as ``check`` makes it but for the look at its answer."""
+        return self.run()[1]
+
+    def run(self) -> tuple[Callable[[], None], list[tuple[str, Any]]]:
+        """Makes the call: what holds its answer against fp64, and its launches."""
+        inputs = replace(Call(self.features, self.shape).draw(DTYPES[self.dtype]), extra=self.arguments)
+        make = {"attention": _attention, "rotary": _rotary, "weights": _weights}[self.what]
+        with self.emulated() as launches:
+            return make(inputs, self.dtype), launches
 
     def check(self) -> dict[str, Any]:
         """Makes the call; what its launches did. Raises EmulatorFault, or AssertionError where an answer is wrong."""
         start = time.perf_counter()
-        inputs, got, launches = self.run()
+        hold, launches = self.run()
         seconds = time.perf_counter() - start
-        check_bounded(inputs, got, torch.bfloat16 if self.dtype == "tf32" else DTYPES[self.dtype])
+        hold()
         return {"seconds": round(seconds, 2), "kernels": [
             {"name": name, "programs": result.programs, "seconds": round(result.seconds, 3),
              "instructions": int(result.counts["runs"].sum())} for name, result in launches]}
@@ -104,6 +116,50 @@ class Emulation:
             return {"verdict": "ok", **self.check()}
         except (EmulatorFault, UnknownInstructionError, AssertionError, ValueError, RuntimeError) as error:
             return {"verdict": f"{type(error).__name__}: {str(error)[:600]}", "kernels": []}
+
+
+def _attention(inputs: Inputs, dtype: str) -> Callable[[], None]:
+    precision = {"fp32_precision": dtype} if dtype.startswith("tf32") else {}
+    got = replace(inputs, extra={**inputs.extra, **precision}).run("triton")
+    return partial(check_bounded, inputs, got, torch.bfloat16 if dtype == "tf32" else DTYPES[dtype])
+
+
+def _rotary(inputs: Inputs, dtype: str) -> Callable[[], None]:
+    """Queries turned, and a gradient turned back; each rounds once, as in tests/test_rotary.py."""
+    from fused_attn import apply_rotary
+
+    x, dout = inputs.leaves["q"].requires_grad_(), inputs.dout
+    angles = 10 * torch.rand(x.shape[2], x.shape[3] // 2)
+    cos, sin = angles.cos(), angles.sin()
+    out = apply_rotary(x, cos, sin, backend="triton")
+    (dx,) = torch.autograd.grad(out, x, dout)
+
+    def hold() -> None:
+        for got, given, way in ((out, x, 1), (dx, dout, -1)):
+            exact = apply_rotary(given.double(), cos.double(), way * sin.double(), backend="reference")
+            terms = given.double().norm(dim=-1, keepdim=True)
+            assert ((got.double() - exact).abs() <= 1.01 * EPS[got.dtype] * exact.abs() + 4 * EPS[torch.float32] * terms).all()
+
+    return hold
+
+
+def _weights(inputs: Inputs, dtype: str) -> Callable[[], None]:
+    """Weights, which round once, and statistics of them, in fp32."""
+    from fused_attn import attention_stats, attention_weights
+
+    def seen(inputs: Inputs, backend: str) -> list[torch.Tensor]:
+        tensors, arguments = (inputs.leaves["q"], inputs.leaves["k"]), inputs.arguments(inputs.leaves)
+        return [attention_weights(*tensors, backend=backend, **arguments),
+                *attention_stats(*tensors, backend=backend, **arguments)]
+
+    found = seen(inputs, "triton")
+
+    def hold() -> None:
+        for got, exact in zip(found, seen(inputs.to(torch.float64), "reference"), strict=True):
+            relative = 1.01 * EPS[got.dtype] + 2.0**-18  # scores in fp32, and exp2 of them
+            assert ((got.double() - exact).abs() <= relative * exact.abs() + 1e-7).all()
+
+    return hold
 
 
 class Worker:
