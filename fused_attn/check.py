@@ -122,7 +122,7 @@ def show_counts(launches: dict[str, Any]) -> None:
     """Prints what the kernels of an emulated run did."""
     kinds = list(dict.fromkeys(kind for row in launches["kernels"] for kind in row["instructions"]))
     print_table([{"kernel": row["kernel"], **{kind: row["instructions"].get(kind, 0) for kind in kinds}}
-                 for row in launches["kernels"]], "warp instructions of PTX")
+                 for row in launches["kernels"]], "instructions of warps or waves, as compiled")
     print_table([{key: value for key, value in row.items() if key != "instructions"} for row in launches["kernels"]],
                 "memory: 32-byte sectors, shared wavefronts, and the least that would do")
     print_table(launches["lines"], "lines that made the most warp instructions")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="kernels against the reference on this machine")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--emulate", choices=emulator.TARGETS, metavar="TARGET",
-                       help=f"compile for a card that is not here and execute the PTX: {', '.join(emulator.TARGETS)}")
+                       help=f"compile for a card that is not here and execute what comes: {', '.join(emulator.TARGETS)}")
     check.add_argument("--counts", action="store_true", help="what the emulated kernels did, by kind and by line")
     check.add_argument("--seed", type=options.whole(*options.SEEDS), default=0, help="of the emulator's schedule")
     check.add_argument("--rung", choices=settings.RUNGS, default=settings.rung(), help="kernels of sm_90 (fused_attn.hopper)")

@@ -39,7 +39,8 @@ FEW = [
     one(("causal",), "sm_90", rung="descriptors", shape=SEVERAL),
     one(("causal", "gqa"), "sm_90", rung="gluon", shape=SEVERAL), one(("causal",), "sm_86", "tf32x3"), one((), "sm_80", "fp64"),
     one(("causal",), "sm_90", rung="specialized", shape=SEVERAL), one(("causal",), "sm_100", shape=SEVERAL),
-    one((), "sm_90", shape=DECODE), one((), "sm_80", what="rotary"), one(("window", "sinks"), "sm_80", what="weights"),
+    one((), "gfx942", "fp16"), one(("causal",), "gfx1100"), one((), "sm_90", shape=DECODE),
+    one((), "sm_80", what="rotary"), one(("window", "sinks"), "sm_80", what="weights"),
 ]
 MANY = [pytest.param(emulation, id=str(emulation), marks=pytest.mark.slow) for emulation in every()]
 
@@ -60,6 +61,8 @@ DROPPED = [  # (fault, what it is called for)
     ("sm_90", "pointers", ("forward_kernel", "wgmma.wait_group", 0, ""), "not waited for"),
     ("sm_90", "pointers", ("forward_kernel", "fence.proxy.async", 1, ""), "fence.proxy.async"),
     ("sm_90", "gluon", ("forward_kernel", "wgmma.wait_group", 0, ""), "not waited for"),
+    ("gfx942", "pointers", ("forward_kernel", "s_waitcnt vmcnt", 0, ""), "no s_waitcnt between"),
+    ("gfx1100", "pointers", ("forward_kernel", "s_barrier", 2, ""), "race"),
 ]
 
 

@@ -16,6 +16,7 @@ MAX_RUNTIME_PARAMETERS = 20
 
 # Edges against the contracts: file, and the import planted in it.
 FORBIDDEN_IMPORTS = {
+    "fused_attn/emulator/amd/state.py": "fused_attn.emulator.amd.machine",
     "kernels/hopper/ring.py": "fused_attn.kernels.hopper.forward",
     "kernels/tiles.py": "fused_attn.kernels.forward",
     "kernels/window.py": "fused_attn.kernels.score",

@@ -1,4 +1,4 @@
-"""Compiled kernels on a CPU: the PTX that Triton makes for a card is executed, held to its tensors and searched for races.
+"""Compiled kernels on a CPU: what Triton makes for a card is executed, held to its tensors and searched for races.
 
     with fused_attn.emulated("sm_90"):
         out = fused_attn.attention(q, k, v, backend="triton")  # CPU tensors; the backward, too
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EAGER", "LATE", "RANDOM", "TARGETS", "EmulatorFault", "Schedule", "UnknownInstructionError", "emulated"]
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 _DEFAULT = Schedule()
 _one_at_a_time = threading.RLock()
 
@@ -31,10 +31,10 @@ def emulated(target: str, schedule: Schedule = _DEFAULT,
 
     What it gives is a list that grows with every launch: the kernel's name and what it counted. A kernel that reads or writes
     outside of its tensors, races, deadlocks or misuses an instruction raises EmulatorFault, which names the line. It executes
-    PTX, which ptxas has not seen; docs/emulator.md says what that proves and what not.
+    PTX, which ptxas has not seen, or AMD's assembly; docs/emulator.md says what that proves and what not.
 
     schedule: when asynchronous work lands and who goes on; what is looked for
-    change: rewrites the PTX of a kernel, given its name and text, before it runs: to plant a fault, say
+    change: rewrites the PTX or assembly of a kernel, given its name and text, before it runs: to plant a fault, say
 
     It holds for the whole process: other threads wait at its door. Raises ValueError for a target that it does not know,
     RuntimeError without Triton or a C compiler, and where TRITON_INTERPRET has made Triton's interpreter of the kernels.
@@ -50,7 +50,8 @@ def emulated(target: str, schedule: Schedule = _DEFAULT,
     from fused_attn.emulator import machine
     from fused_attn.emulator.driver import Driver
 
-    machine.library()  # where it cannot be built, say so here
+    if not target.startswith("gfx"):
+        machine.library()  # where it cannot be built, say so here
     card = Driver(target, SHARED_LIMIT[target], schedule, change)
     with _one_at_a_time, settings.emulating(target):
         before = driver._active  # None until somebody asks for a card

@@ -24,6 +24,9 @@ class Schedule:
         them
     truncate: tensor cores cut off the bits of a sum that do not fit
     perturb: exp2, log2, reciprocals and the like are up to 2 ulp off
+
+    AMD's kernels have the seed alone, which orders programs, and waves between barriers: what a wave does not wait for is a
+    fault whatever the order, and so is what two waves touch with no barrier between.
     """
 
     landing: int = RANDOM

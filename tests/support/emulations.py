@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fused_attn.targets import has_tf32, has_tf32x3
 from support.emulation import SEVERAL, Emulation
 from support.features import FEATURES, Shape, covering
 
-CARDS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+CARDS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 NAMES = tuple(feature.name for feature in FEATURES if feature.name != "dims_576")  # which is among HEAD_DIMS
 # Of the rungs of sm_90; what a rung does not take runs on pointers.
 TAKEN = {"descriptors": NAMES,
@@ -31,11 +32,18 @@ def every() -> Iterator[Emulation]:
         yield from (Emulation(_features(name), "sm_90", rung=rung) for name in names)
         yield from (Emulation(_features(name), "sm_90", rung=rung, shape=replace(SEVERAL, dim=dim, dim_v=dim))
                     for dim in (64, 128, 256) for name in TAKEN["specialized"])
-    for target in ("sm_80", "sm_90", "sm_100"):
-        yield from (Emulation((name,), target, dtype) for dtype in OTHER_TYPES for name in SOME)
+    yield from (Emulation(_features(name), target) for target in ("gfx90a", "gfx950") for name in ("plain", "gqa", *SOME))
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"):
+        types = [dtype for dtype in OTHER_TYPES if has(target, dtype)]
+        yield from (Emulation((name,), target, dtype) for dtype in types for name in SOME)
     for target in ("sm_80", "sm_90"):
         yield from (Emulation(("causal",), target, shape=Shape(1, 2, 1, 70, 90, dim, dim)) for dim in HEAD_DIMS)
         yield from (Emulation(names, target) for names in covering(APART) if "dims_576" not in names)
+
+
+def has(target: str, dtype: str) -> bool:
+    """Whether Triton multiplies in a type on a target."""
+    return has_tf32(target) if dtype == "tf32" else has_tf32x3(target) if dtype == "tf32x3" else True
 
 
 def _features(name: str) -> tuple[str, ...]:
