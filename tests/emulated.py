@@ -3,7 +3,7 @@
     python -m tests.emulated                     # all, about an hour
     python -m tests.emulated sm_90 gluon         # of a target and a rung, shown alone
 
-The table in docs/emulator.md is of all Tritons that have such a file.
+The table in docs/emulator.md is of all Tritons that have such a file. Ctrl-C keeps what there is by then.
 """
 
 import json
@@ -23,6 +23,7 @@ from support.emulations import every
 from support.features import Shape
 
 from fused_attn import files, tuning
+from fused_attn.options import until_interrupted
 from fused_attn.report import conditions, git, print_table, track
 
 DOCS = ROOT / "docs"
@@ -91,12 +92,16 @@ def write_table() -> None:
 def main(only: tuple[str, ...]) -> int:
     torch.set_num_threads(1)
     asked = [emulation for emulation in every() if only in ((), (emulation.target,), (emulation.target, emulation.rung))]
-    rows = [emulate(emulation) for emulation in track(asked, "emulating")]
+    rows: list[Row] = []
+    with until_interrupted() as interrupted:
+        for emulation in track(asked, "emulating"):
+            rows.append(emulate(emulation))
     if only:
         print_table([{name: row[name] for name in ("call", "verdict")} for row in rows], "emulated")
         return int(any(row["verdict"] != "ok" for row in rows))
     here = conditions()
-    content = {"conditions": here, "commit": git("describe", "--always", "--dirty"), "speed": speed(), "rows": rows}
+    content = {"conditions": here, "commit": git("describe", "--always", "--dirty"), "complete": not interrupted.is_set(),
+               "speed": speed(), "rows": rows}
     files.write(DOCS / f"emulated-{here['triton']}.json", json.dumps(content, indent=1) + "\n")
     write_table()
     return 0
