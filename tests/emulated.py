@@ -2,6 +2,7 @@
 
     python -m tests.emulated                     # all, about an hour
     python -m tests.emulated sm_90 gluon         # of a target and a rung, shown alone
+    python -m tests.emulated ratios              # R in fp32, where sums are chains: docs/emulated-ratios.json
 
 The table in docs/emulator.md is of all Tritons that have such a file. Ctrl-C keeps what there is by then.
 """
@@ -20,7 +21,8 @@ os.environ["TRITON_INTERPRET"] = "0"  # before anything imports Triton
 import torch
 from support.emulation import Emulation
 from support.emulations import every
-from support.features import Shape
+from support.features import Call, Shape
+from support.oracle import error_ratio, max_r
 
 from fused_attn import files, tuning
 from fused_attn.options import until_interrupted
@@ -58,6 +60,25 @@ def speed() -> list[Row]:
     return rows
 
 
+def ratios() -> list[Row]:
+    """The largest R of out, dq, dk and dv in fp32, compiled for sm_80 and of the reference, by head dim."""
+    rows = []
+    cases = [((), 256), (("causal",), 256), ((), 400), (("causal",), 400)]
+    for dim in track((32, 64, 128), "fp32"):
+        largest = {"compiled for sm_80": 0.0, "reference": 0.0}
+        for features, length in cases:
+            emulation = Emulation(features, "sm_80", "fp32", shape=Shape(1, 2, 2, length, length, dim, dim))
+            inputs = Call(features, emulation.shape).draw(torch.float32)
+            exact = inputs.to(torch.float64).run("reference", with_lse=False)
+            with emulation.emulated():
+                compiled = inputs.run("triton", with_lse=False)
+            for name, got in (("compiled for sm_80", compiled), ("reference", inputs.run("reference", with_lse=False))):
+                largest[name] = max(largest[name], *(error_ratio(got[x], exact[x]) for x in ("out", "dq", "dk", "dv")))
+        rows.append({"head dim": dim, **{name: round(ratio, 1) for name, ratio in largest.items()},
+                     "limit": round(max_r(torch.float32, dim)[0], 1)})
+    return rows
+
+
 def table(found: dict[str, list[Row]]) -> str:
     """Markdown: by card, kernels and type, how many calls were right of how many, on each Triton; then what the others had."""
     groups: dict[tuple[str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
@@ -91,6 +112,11 @@ def write_table() -> None:
 
 def main(only: tuple[str, ...]) -> int:
     torch.set_num_threads(1)
+    if only == ("ratios",):
+        found = {"conditions": conditions(), "commit": git("describe", "--always", "--dirty"), "rows": ratios()}
+        files.write(DOCS / "emulated-ratios.json", json.dumps(found, indent=1) + "\n")
+        print_table(found["rows"], "the largest R in fp32")
+        return 0
     asked = [emulation for emulation in every() if only in ((), (emulation.target,), (emulation.target, emulation.rung))]
     rows: list[Row] = []
     with until_interrupted() as interrupted:

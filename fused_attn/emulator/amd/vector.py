@@ -20,7 +20,7 @@ Compute = Callable[[Wave], tuple[Any, ...]]  # the words of a result
 Computed = tuple[Compute, Callable[[Wave, tuple[Any, ...]], None]]  # and what writes them
 _OMOD = {"mul:2": 2.0, "mul:4": 4.0, "div:2": 0.5}
 # Names whose destination is a source as well, of those in the table.
-_ACCUMULATING = {"fmac": "fma", "mac": "fma", "pk_fmac": "pk_fma", "dot2c": "dot2", "dot2acc": "dot2"}
+_ACCUMULATING = {"fmac": "fma", "mac": "fma", "dot2c": "dot2", "dot2acc": "dot2"}
 
 
 def encode(instruction: Instruction, lanes: int, arch: str) -> Step | None:
