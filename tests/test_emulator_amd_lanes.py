@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from support.amd import execute
 
+from fused_attn.emulator.schedule import UnknownInstructionError
+
 LANE = np.arange(64, dtype=np.uint32)
 RANDOM = np.random.default_rng(0).integers(0, 2**32, (32, 64), np.uint32)
 
@@ -229,3 +231,75 @@ def test_numbers_by_way_of_lds():
     wave = execute("ds_bpermute_b32 v2, v0, v1\nds_permute_b32 v3, v0, v1", {0: turned * 4, 1: LANE + 5})
     assert (wave.v[2] == turned + 5).all()
     assert (wave.v[3][turned] == LANE + 5).all()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "v_add_co_u32_sdwa v0, vcc, v1, v2 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_0 src1_sel:DWORD",
+        "v_add_co_u32_dpp v0, vcc, v1, v2 quad_perm:[1,0,3,2] row_mask:0xf bank_mask:0xf",
+        "v_cmp_eq_u32_e64_dpp s[4:5], v1, v2 quad_perm:[1,1,1,1] row_mask:0xf bank_mask:0xf",
+        "v_pk_add_u16 v0, v3, v3 clamp",
+        "v_fma_mix_f32 v0, v1, v2, v3 clamp",
+        "v_add_co_u32_e64 v0, vcc, v3, v3 clamp",
+        "v_mov_b32_dpp v0, v1 row_xmask:1 row_mask:0xf bank_mask:0xf fi:1",
+        "v_dot2_f32_f16 v0, v3, v4, v5 neg_lo:[1,0,0] neg_hi:[1,0,0]",
+        "v_mov_b64_dpp v[0:1], v[2:3] row_newbcast:1 row_mask:0x1 bank_mask:0xf",
+        "v_pk_mul_f32 v[0:1], v[2:3], 2.0",
+        "v_mfma_f32_32x32x4f16 v[0:15], v[20:21], v[22:23], 0",
+        "ds_swizzle_b32 v0, v1 offset:0xc020",
+        "s_waitcnt vmcnt_lgkmcnt_sat(3)",
+        "flat_load_dword v0, v[2:3]",
+    ],
+)
+def test_what_would_be_left_out_is_refused(line):
+    with pytest.raises(UnknownInstructionError):
+        execute(line, arch="gfx942")
+
+
+def test_constants_of_halves_are_32_bits_of_which_each_half_takes_its_own():
+    assert execute("v_pk_add_f16 v0, v3, 1.0", {3: 0}).v[0][0] == 0x00003C00
+    assert execute("v_pk_add_f16 v0, v3, 1.0 op_sel_hi:[1,0]", {3: 0}).v[0][0] == 0x3C003C00
+    assert execute("v_pk_lshrrev_b16 v0, 8, v3", {3: 0x12345678}).v[0][0] == 0x12340056
+    assert execute("v_pk_lshrrev_b16 v0, 8, v3 op_sel_hi:[0,1]", {3: 0x12345678}).v[0][0] == 0x00120056
+    assert execute("v_pk_add_f16 v0, v3, 0x40003c00", {3: 0}, arch="gfx1100").v[0][0] == 0x40003C00
+
+
+def test_constants_of_64_bits():
+    assert execute("s_mov_b64 s[4:5], 1.0").scalar(4, 2) == 0x3FF0000000000000
+    assert execute("s_mov_b64 s[4:5], -1").scalar(4, 2) == 2**64 - 1
+    wave = execute("v_mov_b64_e32 v[0:1], 1.0\nv_add_f64 v[2:3], v[0:1], 0.5\nv_mul_f64 v[4:5], v[0:1], 0x40080000")
+    assert [int(wave.v[i][0]) for i in (1, 3, 5)] == [0x3FF00000, 0x3FF80000, 0x40080000]
+
+
+def test_null_reads_as_zero_and_keeps_nothing():
+    wave = execute(
+        "v_mad_u64_u32 v[2:3], null, v0, v0, v[0:1]\ns_mov_b32 m0, 5\nv_add_nc_u32 v4, null, v0",
+        {0: 0xFFFFFFFF, 1: 0xFFFFFFFF},
+        arch="gfx1100",
+    )
+    assert wave.v[4][0] == 0xFFFFFFFF
+
+
+def test_sums_that_are_rounded_once():
+    a, b, c = np.float32(172961), np.float32(97 * 2.0**-24), np.float32(2.0**-60)
+    assert execute("v_fma_f32 v3, v0, v1, v2", {0: a, 1: b, 2: c}).v[3][0] == 0x3F800001
+    near = int(np.float64(1 + 2.0**-52).view(np.uint64))
+    less = int(np.float64(-(1 + 2.0**-51)).view(np.uint64))
+    wave = execute(
+        "v_fma_f64 v[4:5], v[0:1], v[0:1], v[2:3]", {0: near & 0xFFFFFFFF, 1: near >> 32, 2: less & 0xFFFFFFFF, 3: less >> 32}
+    )
+    assert wave.v[4:6, 0].copy().view(np.float64)[0] == 2.0**-104
+
+
+def test_ends_of_the_range():
+    assert execute("v_med3_f32 v0, v3, 1.0, 2.0", {3: np.float32(np.nan)}).v[0].view(np.float32)[0] == 1
+    assert execute("v_fract_f32 v0, v3", {3: 0xB0000000}).v[0][0] == 0x3F7FFFFF
+    for name, want in (("max", 0), ("min", 0x80000000)):
+        for a, b in ((0, 0x80000000), (0x80000000, 0)):
+            assert execute(f"v_{name}_f32 v2, v0, v1", {0: a, 1: b}).v[2][0] == want
+    for x, over in ((1, False), (0x7FFFFFFF, True)):
+        wave = execute("v_mad_i64_i32 v[4:5], s[4:5], v0, v0, v[2:3]", {0: x, 2: 0xFFFFFFFF, 3: 0x7FFFFFFF if over else 0})
+        assert bool(wave.scalar(4, 2)) == over
+    assert not execute("s_cmpk_lt_i32 s0, 0xff80", s={0: 5}).scc
+    assert execute("s_cmpk_lt_u32 s0, 0xff80", s={0: 5}).scc

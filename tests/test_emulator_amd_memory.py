@@ -249,6 +249,66 @@ def test_faults_are_told(told, monkeypatch):
     assert "in wave 0 of program 0, at here:1:1: " in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "ds_bpermute_b32 v8, v9, v7\nds_bpermute_b32 v8, v9, v8",  # its own source is awaited
+        "ds_read_b32 v1, v0\nds_read_b32 v1, v1",
+        "global_load_dword v1, v0, s[4:5]\nds_read_b32 v1, v0",  # two queues, one register
+        "s_load_dword s8, s[4:5], 0x0\ns_load_dword s8, s[4:5], 0x4",  # scalars come in any order
+        "s_load_dwordx2 s[4:5], s[4:5], 0x0\ns_load_dwordx2 s[4:5], s[4:5], 0x8",
+    ],
+)
+def test_a_load_is_held_to_what_it_reads_and_to_the_other_queues(lines):
+    with pytest.raises(EmulatorFault, match="no s_waitcnt between"):
+        launch(f"v_lshlrev_b32 v0, 2, v0\nv_mov_b32 v9, 0\nv_mov_b32 v7, 0\n{lines}", np.zeros(64, np.float32), shared=512)
+
+
+def test_stores_to_scratch_are_counted_with_stores():
+    lines = """v_lshlrev_b32 v0, 2, v0
+        global_load_dword v1, v0, s[4:5]
+        scratch_store_dword off, v0, off
+        s_waitcnt vmcnt(1)
+        v_mov_b32 v2, v1"""
+    launch(lines, np.zeros(64, np.float32))
+    with pytest.raises(EmulatorFault, match="no s_waitcnt between"):
+        launch(lines, np.zeros(64, np.float32), arch="gfx1100")
+    launch(lines.replace("vmcnt(1)", "vmcnt(0)"), np.zeros(64, np.float32), arch="gfx1100")
+
+
+def test_reads_under_way_at_a_barrier_are_all_remembered():
+    body = """v_mov_b32 v1, 0
+        ds_read_b32 v3, v1
+        s_barrier
+        v_readfirstlane_b32 s8, v0
+        s_cmp_eq_u32 s8, {writer}
+        s_cbranch_scc0 out
+        ds_write_b32 v1, v0
+        out:
+        s_waitcnt lgkmcnt(0)"""
+    for writer in (0, 64):
+        with pytest.raises(EmulatorFault, match="race: write of LDS byte 0"):
+            launch(body.format(writer=writer), waves=2, shared=64)
+
+
+def test_addresses_of_lds_wrap_and_those_of_buffers_do_not():
+    shared = Shared(256)
+    shared.bytes[16:20] = 7
+    wave = execute("ds_read_b32 v1, v0 offset:32\ns_waitcnt lgkmcnt(0)", {0: 0xFFFFFFF0}, shared=shared)
+    assert wave.v[1][0] == 0x07070707
+    x = np.arange(64, dtype=np.float32)
+    resource = "s_mov_b64 s[8:9], s[4:5]\ns_mov_b32 s10, 256\ns_mov_b32 s11, 0"
+    out = np.ones(64, np.float32)
+    beyond = """v_mov_b32 v1, -16
+        buffer_load_dword v2, v1, s[8:11], 0 offen offset:32
+        v_lshlrev_b32 v3, 2, v0
+        s_waitcnt vmcnt(0)
+        global_store_dword v3, v2, s[6:7]"""
+    launch(f"{resource}\n{beyond}", x, out)
+    assert (out == 0).all()
+    launch("s_add_u32 s4, s4, 16\ns_addc_u32 s5, s5, 0\ns_load_dword s8, s[4:5], -0x10\ns_waitcnt lgkmcnt(0)", x)
+
+
 def test_loads_of_one_register_come_in_order_and_scalars_do_not():
     execute("ds_read_u16_d16 v1, v0\nds_read_u16_d16_hi v1, v0\ns_waitcnt lgkmcnt(0)\nv_mov_b32 v2, v1", {0: LANE * 2})
     x = np.zeros(64, np.float32)

@@ -14,13 +14,42 @@ def _count(by: Any, bits: int = 32) -> Any:
     return by & np.asarray(bits - 1, by.dtype)
 
 
+def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:
+    """A sum of fp64, and exactly what rounding took from it."""
+    total = a + b
+    other = total - a
+    return total, (a - (total - other)) + (b - other)
+
+
+def _to_odd(total: Any, rest: Any) -> Any:
+    """A sum and its rest, rounded to the neighbour whose last bit is 1: what is rounded again afterwards is rounded once."""
+    bits = np.asarray(total, _F64).view(np.int64)
+    nudge = np.where((rest > 0) == (total > 0), 1, -1)
+    return np.where((rest != 0) & (bits & 1 == 0) & np.isfinite(total), bits + nudge, bits).view(_F64)
+
+
 def _fma32(a: Any, b: Any, c: Any) -> Any:
-    """Rounded once but for ties that the sum's 53 bits make: a product of two 24-bit numbers is exact in them."""
-    return (np.asarray(a, _F64) * np.asarray(b, _F64) + np.asarray(c, _F64)).astype(_F32)
+    """Rounded once: a product of two 24-bit numbers is exact in fp64."""
+    total, rest = _two_sum(np.asarray(a, _F64) * np.asarray(b, _F64), np.asarray(c, _F64))
+    return _to_odd(total, rest).astype(_F32)
 
 
 def _fma64(a: Any, b: Any, c: Any) -> Any:
-    return (np.asarray(a, np.longdouble) * np.asarray(b, np.longdouble) + np.asarray(c, np.longdouble)).astype(_F64)
+    """Rounded once (Boldo and Melquiond, 2008), for numbers far from the ends of the range; near them by 64 bits."""
+    a, b, c = np.broadcast_arrays(*(np.asarray(x, _F64) for x in (a, b, c)))
+    wide = (a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)).astype(_F64)
+    product = a * b
+    halves = [(x * 134217729.0 - (x * 134217729.0 - x)) for x in (a, b)]
+    (a1, a0), (b1, b0) = ((high, x - high) for high, x in zip(halves, (a, b), strict=True))
+    error = a0 * b0 - (((product - a1 * b1) - a0 * b1) - a1 * b0)
+    low, lower = _two_sum(c, error)
+    high, middle = _two_sum(product, low)
+    small, rest = _two_sum(lower, middle)
+    exact = high + _to_odd(small, rest)
+    usual = np.ones(a.shape, bool)
+    for x, most in ((a, 1e140), (b, 1e140), (c, 1e290)):
+        usual &= (np.abs(x) < most) & ((np.abs(x) > 1e-120) | (x == 0))
+    return np.where(usual, exact, wide)
 
 
 def _to_integer(x: Any, dtype: Any) -> Any:
@@ -131,19 +160,41 @@ def _div_fixup(quotient: Any, denominator: Any, numerator: Any) -> Any:
     return np.where(invalid | np.isnan(numerator) | np.isnan(denominator), np.asarray(np.nan, quotient.dtype), result)
 
 
+def _larger(a: Any, b: Any) -> Any:
+    """Of floats; a NaN gives way to a number, as in IEEE mode, and +0 is larger than -0."""
+    zero = np.where(np.signbit(a) & np.signbit(b), np.asarray(-0.0, a.dtype), np.asarray(0.0, a.dtype))
+    return np.where((a == 0) & (b == 0), zero, np.fmax(a, b))
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    zero = np.where(np.signbit(a) | np.signbit(b), np.asarray(-0.0, a.dtype), np.asarray(0.0, a.dtype))
+    return np.where((a == 0) & (b == 0), zero, np.fmin(a, b))
+
+
+def _middle(a: Any, b: Any, c: Any) -> Any:
+    """Of floats: the smallest where one is NaN."""
+    unordered = np.isnan(a) | np.isnan(b) | np.isnan(c)
+    return np.where(unordered, _smaller(_smaller(a, b), c), _median(a, b, c))
+
+
+def _fraction(a: Any) -> Any:
+    """Less than 1, even of what is just below 0."""
+    return np.minimum(a - np.floor(a), np.nextafter(np.asarray(1, a.dtype), np.asarray(0, a.dtype)))
+
+
 def _median(a: Any, b: Any, c: Any) -> Any:
     return np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
 
 
-# Floats of every width; "T" stands for f16, f32 or f64. fmax and fmin: a NaN gives way to a number, as in IEEE mode.
+# Floats of every width; "T" stands for f16, f32 or f64.
 _FLOATS: dict[str, tuple[str, Function]] = {
     "add": ("T T", np.add), "sub": ("T T", np.subtract), "subrev": ("T T", lambda a, b: b - a), "mul": ("T T", np.multiply),
-    "max": ("T T", np.fmax), "min": ("T T", np.fmin), "max3": ("T T T", lambda a, b, c: np.fmax(np.fmax(a, b), c)),
-    "min3": ("T T T", lambda a, b, c: np.fmin(np.fmin(a, b), c)), "med3": ("T T T", _median), "sqrt": ("T", np.sqrt),
+    "max": ("T T", _larger), "min": ("T T", _smaller), "max3": ("T T T", lambda a, b, c: _larger(_larger(a, b), c)),
+    "min3": ("T T T", lambda a, b, c: _smaller(_smaller(a, b), c)), "med3": ("T T T", _middle), "sqrt": ("T", np.sqrt),
     "rcp": ("T", lambda a: np.asarray(1, a.dtype) / a), "rsq": ("T", lambda a: np.asarray(1, a.dtype) / np.sqrt(a)),
     "trunc": ("T", np.trunc), "floor": ("T", np.floor), "ceil": ("T", np.ceil), "rndne": ("T", np.rint),
     "maximum3": ("T T T", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
-    "minimum3": ("T T T", lambda a, b, c: np.minimum(np.minimum(a, b), c)), "fract": ("T", lambda a: a - np.floor(a)),
+    "minimum3": ("T T T", lambda a, b, c: np.minimum(np.minimum(a, b), c)), "fract": ("T", _fraction),
     "exp": ("T", np.exp2), "log": ("T", np.log2),
     "frexp_mant": ("T", lambda a: np.frexp(a)[0]), "div_fixup": ("T T T", _div_fixup),
 }

@@ -22,6 +22,8 @@ def numbers(modifiers: dict[str, str], name: str, default: tuple[int, ...]) -> t
 
 def dpp(modifiers: dict[str, str], lanes: int) -> tuple[Array, Array, Array, bool]:
     """([lanes] the lane that each reads, whether there is one, whether it is written at all, whether none reads as 0)."""
+    if "fi" in modifiers:
+        raise UnknownInstructionError("DPP that reads lanes which are not active")
     lane = np.arange(lanes)
     row, place = lane - lane % 16, lane % 16
     source, there = _moved(modifiers, lane, row, place, lanes)
@@ -120,6 +122,8 @@ def swizzled(text: str, lanes: int) -> Array:
         return lane - lane % 32 + within
     if re.match(r"^(0x)?[0-9a-f]+$", text):
         code = int(text, 0)
+        if code >= 0xC000:
+            raise UnknownInstructionError(f"ds_swizzle with {text}")
         if code >> 15:
             return lane - lane % 4 + np.array([code >> 2 * i & 3 for i in range(4)])[lane % 4]
         return lane - lane % 32 + ((lane % 32 & (code & 31) | code >> 5 & 31) ^ code >> 10 & 31)

@@ -29,6 +29,7 @@ class Program:
     kernel: Kernel
     steps: list[Reach]
     registers: list[frozenset[int]]
+    filled: list[tuple[str, frozenset[int]] | None]  # by a load: its queue, in whose order it fills registers
 
 
 @dataclasses.dataclass
@@ -43,14 +44,16 @@ class Result:
 
 def encode(kernel: Kernel) -> Program:
     """Raises UnknownInstructionError for an instruction that the emulator does not have."""
-    steps, registers = [], []
+    steps, registers, filled = [], [], []
     for instruction in kernel.instructions:
         try:
             steps.append(_step(instruction, kernel))
-            registers.append(_registers(instruction))
+            queue = memory.fills(instruction)
+            registers.append(_registers(instruction, instruction.operands[1:] if queue else instruction.operands))
+            filled.append((queue, frozenset(ref(instruction.operands[0]).registers())) if queue else None)
         except UnknownInstructionError as error:
             raise UnknownInstructionError(f"{kernel.arch}: {error}, at {instruction.where}: {instruction.text}") from None
-    return Program(kernel, steps, registers)
+    return Program(kernel, steps, registers, filled)
 
 
 def _step(instruction: Instruction, kernel: Kernel) -> Reach:
@@ -71,17 +74,17 @@ def _step(instruction: Instruction, kernel: Kernel) -> Reach:
     return lambda wave, memory, shared: step(wave)
 
 
-def _registers(instruction: Instruction) -> frozenset[int]:
-    """Of all operands, but for those that the instruction itself has filled later on."""
+def _registers(instruction: Instruction, operands: tuple[str, ...]) -> frozenset[int]:
+    """Of these operands, and of the other half of a dual instruction."""
     found: set[int] = set()
-    for operand in instruction.operands:
+    for operand in operands:
         for text in (operand, operand.partition("(")[2].rstrip(")")):
             try:
                 found |= ref(text.strip()).registers()
             except UnknownInstructionError:  # a label, "off", a wait: none
                 continue
-    found -= memory.fills(instruction)
-    return frozenset(found | (_registers(instruction.second) if instruction.second else set()))
+    second = instruction.second
+    return frozenset(found | (_registers(second, second.operands) if second else set()))
 
 
 def run(program: Program, grid: tuple[int, int, int], arguments: bytes, warps: int, shared_bytes: int,
@@ -138,11 +141,14 @@ def _run(program: Program, waves: list[Wave], tensors: Memory, shared: Shared, r
 
 def _turn(program: Program, wave: Wave, tensors: Memory, shared: Shared, runs: Array, fuel: int) -> tuple[int, int]:
     """Until a barrier or the end."""
-    steps, registers, pc = program.steps, program.registers, wave.pc
+    steps, registers, filled, pc = program.steps, program.registers, program.filled, wave.pc
     try:
         while True:
-            if wave.awaited and not wave.awaited.isdisjoint(registers[pc]):
-                raise EmulatorFault("touches a register that a memory operation fills, with no s_waitcnt between")
+            if wave.awaited:
+                load = filled[pc]
+                if not wave.awaited.isdisjoint(registers[pc]) or (
+                        load is not None and not load[1].isdisjoint(wave.awaited_from_others(load[0]))):
+                    raise EmulatorFault("touches a register that a memory operation fills, with no s_waitcnt between")
             went = steps[pc](wave, tensors, shared)
             runs[pc] += 1
             fuel -= 1

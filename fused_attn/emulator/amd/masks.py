@@ -15,6 +15,14 @@ from fused_attn.emulator.schedule import UnknownInstructionError
 
 def encode(name: str, instruction: Instruction, lanes: int) -> Step | None:
     """What an instruction of these does; None for another."""
+    step = _encode(name, instruction, lanes)
+    unheeded = "dpp" in instruction.form or "clamp" in instruction.modifiers
+    if step and (unheeded or ("sdwa" in instruction.form and not name.startswith("cmp"))):
+        raise UnknownInstructionError(instruction.text)
+    return step
+
+
+def _encode(name: str, instruction: Instruction, lanes: int) -> Step | None:
     operands = instruction.operands
     if name.startswith("cmp"):
         return _comparison(name, instruction, lanes)
@@ -144,8 +152,8 @@ def _mad64(name: str, operands: tuple[str, ...], lanes: int) -> Step:
         low, high = bits_of(total, wide)
         wave.write(target, low)
         wave.write(target + 1, high)
-        over = np.broadcast_to(total < more, lanes)
-        wave.write_scalar(carried, to_bits(over & wave.mask), lanes // 32)
+        over = total < more if wide == "u64" else (product ^ total) & (more ^ total) < 0
+        wave.write_scalar(carried, to_bits(np.broadcast_to(over, lanes) & wave.mask), lanes // 32)
 
     return step
 

@@ -13,6 +13,7 @@ from fused_attn.emulator.amd.text import Instruction
 from fused_attn.emulator.schedule import EmulatorFault, UnknownInstructionError
 
 _MFMA = re.compile(r"^mfma_(f32|f64)_(16x16|32x32)x(\d+)_?(f16|bf16_1k|bf16|f32|xf32|f64)$")
+_EACH = {"f16": (4, 8), "bf16": (2, 4, 8), "f32": (1,), "xf32": (2,), "f64": (1,)}  # numbers of a lane, of the one block
 _WMMA = re.compile(r"^wmma_f32_16x16x16_(f16|bf16)$")
 
 
@@ -22,8 +23,10 @@ def encode(instruction: Instruction, lanes: int) -> Step | None:
     if name.startswith(("mfma", "wmma", "smfmac")) and instruction.modifiers:
         raise UnknownInstructionError(f"matrix products with {instruction.modifiers}")
     if found := _MFMA.match(name):
-        size = int(found[2][:2])
-        return _mfma(instruction, found[1], size, int(found[3]), found[4].removesuffix("_1k"))
+        size, depth, kind = int(found[2][:2]), int(found[3]), found[4].removesuffix("_1k")
+        if depth * size // 64 not in _EACH[kind]:
+            raise UnknownInstructionError(f"v_{name}: several blocks")
+        return _mfma(instruction, found[1], size, depth, kind)
     if (found := _WMMA.match(name)) and lanes == 32:
         return _wmma(instruction, found[1])
     return None

@@ -35,9 +35,9 @@ def encode(instruction: Instruction, arch: str, lanes: int) -> Reach | None:
     op = instruction.op
     if found := re.match(r"^s_load_(?:dword(?:x(\d+))?|b(\d+))$", op):
         return _scalar_load(instruction, int(found[1] or 1) if found[2] is None else int(found[2]) // 32)
-    if found := re.match(r"^(buffer|global|flat|scratch)_(load|store)_(\w+)$", op):
+    if found := re.match(r"^(buffer|global|scratch)_(load|store)_(\w+)$", op):
         return _tensor(instruction, found[1], found[2], found[3], arch)
-    if found := re.match(r"^(buffer|global|flat)_atomic_(\w+)$", op):
+    if found := re.match(r"^(buffer|global)_atomic_(\w+)$", op):
         return _atomic(instruction, found[1], found[2], arch)
     if op == "ds_read_b64_tr_b16":
         return _transposed(instruction)
@@ -53,10 +53,11 @@ def encode(instruction: Instruction, arch: str, lanes: int) -> Reach | None:
     return None
 
 
-def fills(instruction: Instruction) -> set[int]:
-    """The registers that an operation fills later on; what fills others of them at the same time comes in order."""
-    loads = re.match(r"^(s_load|(buffer|global|flat|scratch)_load|ds_(read|load|bpermute|permute|swizzle))", instruction.op)
-    return ref(instruction.operands[0]).registers() if loads else set()
+def fills(instruction: Instruction) -> str | None:
+    """The queue of a load, which fills its first operand in the order of that queue. Scalar loads come in any order: None."""
+    if re.match(r"^(buffer|global|scratch)_load", instruction.op):
+        return "vm"
+    return "lgkm" if re.match(r"^ds_(read|load|bpermute|permute|swizzle)", instruction.op) else None
 
 
 def _registers(source: Ref) -> frozenset[int]:
@@ -65,13 +66,15 @@ def _registers(source: Ref) -> frozenset[int]:
 
 def _wait(instruction: Instruction) -> Reach:
     text = " ".join(instruction.operands)
-    if instruction.op == "s_waitcnt_vscnt":
-        most = {"vs": int(text.split(",")[1], 0)}
+    if found := re.match(r"^s_waitcnt_(vs|vm|lgkm)cnt$", instruction.op):
+        most = {found[1]: int(text.split(",")[1], 0)}
     else:
         names = {"vmcnt": "vm", "lgkmcnt": "lgkm", "vscnt": "vs"}
         most = {names[name]: int(number) for name, number in re.findall(r"(vmcnt|lgkmcnt|vscnt)\((\d+)\)", text)}
         if re.match(r"^(0x)?0+$", text):
             most = {"vm": 0, "lgkm": 0}
+        elif not most and "depctr" not in instruction.op and "expcnt" not in text:
+            raise UnknownInstructionError(f"a wait for {text}")
 
     def step(wave: Wave, memory: Memory, shared: Shared) -> None:
         for queue, number in most.items():
@@ -82,7 +85,9 @@ def _wait(instruction: Instruction) -> Reach:
 
 def _scalar_load(instruction: Instruction, count: int) -> Reach:
     target, base = (ref(operand) for operand in instruction.operands[:2])
-    offset, more = scalar(ref(instruction.operands[2])), int(instruction.modifiers.get("offset", "0"), 0)
+    written, more = ref(instruction.operands[2]), int(instruction.modifiers.get("offset", "0"), 0)
+    fixed = int(written.constant, 0) if written.kind == "c" else 0
+    offset = scalar(written) if written.kind == "s" else lambda wave: fixed
     address, filled = scalar(base, 2), _registers(target)
 
     def step(wave: Wave, memory: Memory, shared: Shared) -> None:
@@ -104,12 +109,12 @@ def _buffer(instruction: Instruction, offset: str, resource: str, base: str) -> 
         raise UnknownInstructionError(instruction.text)
     described, moved = ref(resource).index, scalar(ref(base))
     own = words(ref(offset), "u32", 0) if "offen" in instruction.modifiers else lambda wave: np.zeros(wave.lanes, np.uint32)
-    fixed = np.uint32(int(instruction.modifiers.get("offset", "0"), 0))
+    fixed = int(instruction.modifiers.get("offset", "0"), 0)
 
     def place(wave: Wave, width: int) -> tuple[Array, Array]:
         first, second, size = wave.s[described : described + 3]
         start, shift = first | (second & 0xFFFF) << 32, moved(wave)
-        offsets = (own(wave) + fixed).astype(np.int64)
+        offsets = own(wave).astype(np.int64) + fixed
         lanes = np.flatnonzero(wave.mask & (offsets + width + shift <= size))
         return lanes, offsets[lanes] + start + shift
 
@@ -175,7 +180,7 @@ def _tensor(instruction: Instruction, space: str, what: str, size: str, arch: st
         held = ref(operands[0 if loads else 1])
         address, base = operands[1 if loads else 0], operands[2] if len(operands) > 2 else None
         if space == "scratch":
-            return _own(held, loads, _scratch_place(instruction, address, base or "off"), measure)
+            return _own(held, loads, _scratch_place(instruction, address, base or "off"), measure, arch)
         place = _global(instruction, address, base)
     filled = _registers(held) if loads else _NONE
     queue = "vm" if loads or arch.startswith("gfx9") else "vs"
@@ -192,7 +197,7 @@ def _tensor(instruction: Instruction, space: str, what: str, size: str, arch: st
     return step
 
 
-def _own(held: Ref, loads: bool, place: Callable[[Wave], Array], size: tuple[int, bool, int | None]) -> Reach:
+def _own(held: Ref, loads: bool, place: Callable[[Wave], Array], size: tuple[int, bool, int | None], arch: str) -> Reach:
     """A lane's scratch."""
     filled, width = _registers(held) if loads else _NONE, size[0]
 
@@ -206,7 +211,7 @@ def _own(held: Ref, loads: bool, place: Callable[[Wave], Array], size: tuple[int
             _loaded(wave, held.index, lanes, wave.scratch[where], size)
         else:
             wave.scratch[where] = _stored(wave, held, lanes, size)
-        wave.issue("vm", Pending(filled))
+        wave.issue("vm" if loads or arch.startswith("gfx9") else "vs", Pending(filled))
 
     return step
 
@@ -269,7 +274,7 @@ def _shared(instruction: Instruction, writes: bool, pair: str, size: str) -> Rea
         first = address(wave)[lanes].astype(np.int64)
         touched = []
         for offset, each in zip(offsets, held, strict=True):
-            places = shared.at(first + offset, width)
+            places = shared.at(first + offset & 0xFFFFFFFF, width)
             touched.append(places.reshape(-1))
             if writes:
                 shared.write(places, _stored(wave, each, lanes, measure), wave.number)

@@ -65,7 +65,7 @@ def constant_bits(text: str, kind: str) -> int:
     upper half of a 64-bit float."""
     if "." in text:
         value = 0.15915494309189532 if text == TWO_PI_RECIPROCAL else float(text)
-        code = {"f16": "<e", "f64": "<d"}.get(kind, "<f")
+        code = "<e" if kind == "f16" else "<d" if kind.endswith("64") else "<f"
         return int.from_bytes(struct.pack(code, value), "little")
     number = int(text, 0)
     if kind == "f64" and text.startswith("0x"):

@@ -170,6 +170,11 @@ def _comparison(name: str, sources: list[Any]) -> Step:
         raise UnknownInstructionError(f"s_{name}")
     compare, bits, signed = _COMPARED[found[1]], int(found[3]), found[2] == "i"
     a, b = (scalar(x, bits // 32) for x in sources)
+    if name.startswith("cmpk") and signed:  # a constant of 16 bits
+        constant = _signed(int(sources[1].constant, 0) & 0xFFFF, 16) & _WORD
+
+        def b(wave: Wave) -> int:
+            return constant
 
     def step(wave: Wave) -> None:
         x, y = a(wave), b(wave)

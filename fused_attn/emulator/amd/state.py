@@ -10,7 +10,7 @@ import numpy as np
 from fused_attn.emulator.schedule import EmulatorFault
 
 # Scalar registers with names of their own, by their place in ``Wave.s``.
-VCC, NULL, M0, EXEC, N_SCALARS = 106, 124, 125, 126, 128
+VCC, M0, EXEC, NULL = 106, 124, 126, 128
 GARBAGE = 0x7FC0DEAD  # what registers and LDS hold before anything is written: NaN, and far outside of any tensor
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +40,7 @@ class Wave:
     def __init__(self, number: int, lanes: int, scratch: int) -> None:
         self.number, self.lanes = number, lanes
         self.v = np.full((512, lanes), GARBAGE, np.uint32)
-        self.s = [GARBAGE] * N_SCALARS
+        self.s = [*[GARBAGE] * NULL, 0, 0]
         self.scc = False
         self.scratch = np.full((lanes, scratch), 0xFF, np.uint8)
         self.mask = np.ones(lanes, bool)  # of the lanes that are active, EXEC
@@ -55,6 +55,8 @@ class Wave:
         return self.s[first] if count == 1 else sum(self.s[first + i] << 32 * i for i in range(count))
 
     def write_scalar(self, first: int, value: int, count: int) -> None:
+        if first == NULL:
+            return
         for i in range(count):
             self.s[first + i] = value >> 32 * i & 0xFFFFFFFF
         if first + count > EXEC:
@@ -67,6 +69,11 @@ class Wave:
             self.v[register] = bits
         else:
             np.copyto(self.v[register], bits, where=self.mask)
+
+    def awaited_from_others(self, queue: str) -> frozenset[int]:
+        """Registers that operations of the other queues are yet to fill."""
+        others = [waiting for name, waiting in self.queues.items() if name != queue]
+        return frozenset().union(*(each.registers for waiting in others for each in waiting))
 
     def issue(self, queue: str, pending: Pending) -> None:
         self.queues[queue].append(pending)
@@ -134,7 +141,9 @@ class Shared:
                 if written:
                     self.writer[places], self.written[places] = wave.number, self.barrier
                 else:
-                    self.readers[places], self.read_at[places] = 1 << wave.number, self.barrier
+                    now = self.read_at[places] == self.barrier
+                    self.readers[places] = np.where(now, self.readers[places], 0) | 1 << wave.number
+                    self.read_at[places] = self.barrier
 
 
 class Memory:

@@ -10,8 +10,8 @@ _ARGUMENT = re.compile(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)\s+\.value_kind:\s+(
 _MODIFIER = re.compile(r"^(?P<name>[a-z_]\w*)(?::(?P<value>\[[^]]*]|\w+\([^)]*\)|-?\w+))?$")
 # What may stand behind the operands. Everything else is an operand.
 _MODIFIERS = frozenset((
-    "offset", "offset0", "offset1", "offen", "idxen", "glc", "slc", "dlc", "sc0", "sc1", "nt", "lds", "gds", "th",
-    "scope", "clamp", "mul", "div", "op_sel", "op_sel_hi", "neg_lo", "neg_hi", "byte_sel", "dst_sel", "dst_unused",
+    "offset", "offset0", "offset1", "offen", "idxen", "glc", "slc", "dlc", "sc0", "sc1", "nt", "lds",
+    "clamp", "mul", "div", "op_sel", "op_sel_hi", "neg_lo", "neg_hi", "dst_sel", "dst_unused",
     "src0_sel", "src1_sel", "cbsz", "abid", "blgp", "quad_perm", "row_shl", "row_shr", "row_ror", "row_mirror",
     "row_half_mirror", "row_bcast", "row_newbcast", "row_share", "row_xmask", "wave_shl", "wave_shr", "wave_ror",
     "wave_rol", "row_mask", "bank_mask", "bound_ctrl", "fi", "bitop3"))

@@ -57,7 +57,11 @@ def _computed(instruction: Instruction, lanes: int, arch: str) -> Computed | Non
     elif name == "cndmask_b32":
         return _chosen(instruction, lanes)
     elif name.startswith(("pk_", "fma_mix")):
+        if "clamp" in instruction.modifiers or "dpp" in instruction.form:
+            raise UnknownInstructionError(instruction.text)
         return _packed(name, instruction)
+    elif name.startswith("dot2_") and instruction.modifiers:
+        raise UnknownInstructionError(instruction.text)
     elif name.startswith("bitop3_b"):
         table, kind = int(instruction.modifiers.get("bitop3", "0"), 0), f"u{name[-2:]}"
         gets = L.sources(instruction, (kind,) * 3, operands[1:])
@@ -81,6 +85,8 @@ def _of(instruction: Instruction, kind: str, gets: list[Get], function: Function
     upper = kind in ("f16", "u16", "i16") and L.numbers(modifiers, "op_sel", ())[len(gets) :] == (1,)
     keeps = kind in ("f16", "u16", "i16") and (not arch.startswith("gfx9") or upper)  # the other half of the register
     sdwa = "sdwa" in instruction.form
+    if wide and enabled is not None:
+        raise UnknownInstructionError(f"{instruction.text}: 64 bits of other lanes")
 
     def compute(wave: Wave) -> tuple[Any, ...]:
         result = function(*[get(wave) for get in gets])
@@ -183,11 +189,13 @@ def _packed(name: str, instruction: Instruction) -> Computed | None:
 
 
 def _half(source: Ref, kind: str, which: int, negative: bool) -> Get:
-    """The lower or upper of two: of 32 bits the registers of a pair, of 16 the halves of one. A constant is both."""
+    """The lower or upper of two: of 32 bits the registers of a pair, of 16 the halves of one, or of a constant's 32 bits."""
     if kind.endswith("32"):
-        word = words(source, kind, which if source.kind != "c" and source.count > 1 else 0)
+        if which and source.kind == "c":
+            raise UnknownInstructionError(f"the upper half of the constant {source.constant}")
+        word = words(source, kind, which if source.count > 1 else 0)
     else:
-        word = L.part(words(source, kind, 0), "WORD_1" if which and source.kind != "c" else "WORD_0", False)
+        word = L.part(words(source, kind, 0), "WORD_1" if which else "WORD_0", False)
     flipped = negative != source.negative
     return lambda wave: np.negative(as_type(word(wave), kind)) if flipped else as_type(word(wave), kind)
 
@@ -195,7 +203,7 @@ def _half(source: Ref, kind: str, which: int, negative: bool) -> Get:
 def _mixed(source: Ref, is_half: int, which: int, negative: int, absolute: int) -> Get:
     word = words(source, "f16" if is_half else "f32", 0)
     if is_half:
-        word = L.part(word, "WORD_1" if which and source.kind != "c" else "WORD_0", False)
+        word = L.part(word, "WORD_1" if which else "WORD_0", False)
 
     def get(wave: Wave) -> Any:
         x = as_type(word(wave), "f16").astype(np.float32) if is_half else as_type(word(wave), "f32")
