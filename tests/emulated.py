@@ -105,7 +105,9 @@ def write_table() -> None:
     costs = [f"What a tile of scores takes at head dim {LONG.dim}, a pass of a program's loop, Triton {newest}, one core:",
              "", f"| {' | '.join(names)} |", "|---" * len(names) + "|",
              *(f"| {' | '.join(str(row[name]) for name in names)} |" for row in speeds)]
-    told = "\n".join([table({version: content["rows"] for version, content in found.items()}), *costs]) + "\n"
+    early = [f"The run on Triton {version} was ended after {len(content['rows'])} calls; what is not in the table has not been run.\n"
+             for version, content in found.items() if not content["complete"]]
+    told = "\n".join([table({version: content["rows"] for version, content in found.items()}), *early, *costs]) + "\n"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     files.write(PAGE, f"{before}{START}{told}{END}{rest.partition(END)[2]}")
 
