@@ -105,7 +105,7 @@ def write_table() -> None:
     costs = [f"What a tile of scores takes at head dim {LONG.dim}, a pass of a program's loop, Triton {newest}, one core:",
              "", f"| {' | '.join(names)} |", "|---" * len(names) + "|",
              *(f"| {' | '.join(str(row[name]) for name in names)} |" for row in speeds)]
-    early = [f"The run on Triton {version} was ended after {len(content['rows'])} calls; what is not in the table has not been run.\n"
+    early = [f"The run on Triton {version} was ended after {len(content['rows'])} calls; the others have not been made.\n"
              for version, content in found.items() if not content["complete"]]
     told = "\n".join([table({version: content["rows"] for version, content in found.items()}), *early, *costs]) + "\n"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
