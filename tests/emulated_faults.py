@@ -143,7 +143,8 @@ def main(only: tuple[str, ...]) -> None:
                  "complete": not interrupted.is_set(), "faults": rows}
         files.write(OUT, json.dumps(found, indent=1) + "\n")
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-        files.write(PAGE, f"{before}{START}{table(rows)}{END}{rest.partition(END)[2]}")
+        early = "" if found["complete"] else f"\nThe run was ended after {len(rows)} faults; the others were not planted.\n"
+        files.write(PAGE, f"{before}{START}{table(rows)}{early}{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

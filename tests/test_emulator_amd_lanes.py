@@ -185,6 +185,13 @@ def test_choices_by_masks():
     assert wave.v[3][:2].tolist() == [100, 7]
 
 
+def test_choices_of_halves_and_signs_of_constants():
+    wave = execute("v_cndmask_b16 v2, v0, v1, s4", {0: 0x11112222, 1: 0x33334444, 2: 0xAAAABBBB}, {4: 2}, arch="gfx1100")
+    assert [hex(x) for x in wave.v[2][:2]] == ["0xaaaa2222", "0xaaaa4444"]
+    assert execute("v_fma_f32 v1, v0, v0, neg(0)", {0: np.float32(0)}).v[1][0] == 0
+    assert execute("v_mul_f32_e64 v1, v0, neg(1.0)", {0: np.float32(2)}).v[1].view(np.float32)[0] == -2
+
+
 def test_lanes_to_scalars_and_back():
     wave = execute(
         "v_readlane_b32 s4, v0, 9\nv_readfirstlane_b32 s5, v0\nv_writelane_b32 v1, s4, 3", {0: LANE, 1: 0}, active=LANE > 6

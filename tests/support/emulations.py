@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fused_attn.targets import has_tf32, has_tf32x3
+from fused_attn.targets import has_tf32, has_tf32x3, triton_version
 from support.emulation import SEVERAL, Emulation
 from support.features import FEATURES, Shape, covering
 
-CARDS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+CARDS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", *["gfx1100"] * (triton_version() < (3, 9)))
 NAMES = tuple(feature.name for feature in FEATURES if feature.name != "dims_576")  # which is among HEAD_DIMS
 # Of the rungs of sm_90; what a rung does not take runs on pointers.
 TAKEN = {"descriptors": NAMES,
@@ -33,7 +33,7 @@ def every() -> Iterator[Emulation]:
         yield from (Emulation(_features(name), "sm_90", rung=rung, shape=replace(SEVERAL, dim=dim, dim_v=dim))
                     for dim in (64, 128, 256) for name in TAKEN["specialized"])
     yield from (Emulation(_features(name), target) for target in ("gfx90a", "gfx950") for name in ("plain", "gqa", *SOME))
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"):
+    for target in (card for card in CARDS if card not in ("sm_86", "sm_120")):
         types = [dtype for dtype in OTHER_TYPES if has(target, dtype)]
         yield from (Emulation((name,), target, dtype) for dtype in types for name in SOME)
     for target in ("sm_80", "sm_90"):

@@ -47,6 +47,8 @@ def ref(text: str) -> Ref:
     negative = absolute = False
     if text.startswith("-") and not re.match(r"^-[\d.]", text):
         negative, text = True, text[1:]
+    if text.startswith("neg("):  # of a constant
+        negative, text = True, text[4:-1]
     if text.startswith("|") and text.endswith("|"):
         absolute, text = True, text[1:-1]
     if found := _REGISTER.match(text):

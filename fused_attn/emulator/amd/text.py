@@ -53,7 +53,7 @@ class Kernel:
 
 def parse(text: str) -> Kernel:
     """The kernel of a module's assembly text."""
-    arch = re.search(r'amdgcn_target "[^"]*--(\w+)', text)
+    arch = re.search(r'amdgcn_target "[^"]*-(\w+)', text)
     name = re.search(r"^\s*\.amdhsa_kernel (\S+)", text, re.MULTILINE)
     if arch is None or name is None:
         raise ValueError("expected the assembly text of an AMD kernel")

@@ -54,8 +54,8 @@ def _computed(instruction: Instruction, lanes: int, arch: str) -> Computed | Non
         name, operands = f"{_ACCUMULATING[found[1]]}_{found[2]}", [*operands, operands[0]]
     elif found := re.match(r"^(?:fma|mad)(ak|mk)_(f16|f32)$", name):
         name = f"fma_{found[2]}"  # fmamk: a, constant, b; fmaak: a, b, constant; both in the order of the sum
-    elif name == "cndmask_b32":
-        return _chosen(instruction, lanes)
+    elif name in ("cndmask_b32", "cndmask_b16"):
+        return _chosen(instruction, lanes, arch)
     elif name.startswith(("pk_", "fma_mix")):
         if "clamp" in instruction.modifiers or "dpp" in instruction.form:
             raise UnknownInstructionError(instruction.text)
@@ -114,11 +114,14 @@ def _of(instruction: Instruction, kind: str, gets: list[Get], function: Function
     return compute, write
 
 
-def _chosen(instruction: Instruction, lanes: int) -> Computed:
+def _chosen(instruction: Instruction, lanes: int, arch: str) -> Computed:
     """v_cndmask_b32: the second where a bit of a mask is set, VCC's where none is named."""
     target, *others = instruction.operands
     mask = scalar(ref(others[2] if len(others) > 2 else "vcc" if lanes == 64 else "vcc_lo"), lanes // 32)
-    index, kind = ref(target).index, "f32" if any(x.startswith(("-", "|")) for x in others[:2]) else "u32"
+    index, bits = ref(target).index, instruction.op[-2:]
+    kind = f"f{bits}" if any(x.startswith(("-", "|", "neg(")) for x in others[:2]) else f"u{bits}"
+    if bits == "16" and (arch.startswith("gfx9") or instruction.form not in ("", "e64") or instruction.modifiers):
+        raise UnknownInstructionError(instruction.text)
     gets = L.sources(instruction, (kind, kind), list(others[:2]))
     enabled: Callable[[Wave], Array] | None = None
     if "dpp" in instruction.form:
@@ -130,6 +133,8 @@ def _chosen(instruction: Instruction, lanes: int) -> Computed:
     def write(wave: Wave, words: tuple[Any, ...]) -> None:
         if enabled is not None:
             np.copyto(wave.v[index], words[0], where=enabled(wave))
+        elif bits == "16":
+            wave.write(index, wave.v[index] & np.uint32(0xFFFF0000) | words[0])
         else:
             wave.write(index, L.placed(words[0], wave.v[index], instruction.modifiers))
 
