@@ -12,7 +12,6 @@ import contextvars
 import dataclasses
 import functools
 import re
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +22,9 @@ from fused_attn.targets import triton_version
 
 _FENCE = "fence.proxy.async.shared::cta;"
 # Where a thread's own writes to shared memory are done: cp.async has landed, a descriptor was written and copied out of it.
-_LANDED = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:cp\.async\.wait_(?:group|all)|tensormap\.cp_fenceproxy)\b[^;\n]*;", re.MULTILINE)
+# Not where such a fence stands behind it already.
+_LANDED = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:cp\.async\.wait_(?:group|all)|tensormap\.cp_fenceproxy)\b[^;\n]*;"
+                     rf"(?!\s*{re.escape(_FENCE)})", re.MULTILINE)
 _PROXY = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|cp\.async\.bulk\.tensor)\b")
 
 _fencing: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_attn_fencing", default=False)
@@ -66,26 +67,15 @@ class _Hook:
         return told
 
 
-_lock = threading.Lock()
-_entered = 0
-
-
 @contextlib.contextmanager
 def putting_in() -> Iterator[None]:
-    """Fences what this thread compiles within."""
-    global _entered
+    """Fences what this thread compiles within. The hook stays: Triton asks twice whether there is one before it calls it, and
+    another thread may be between."""
     runtime = triton.knobs.runtime
-    with _lock:  # the hook is one for all threads
-        if _entered == 0:
-            runtime.add_stages_inspection_hook = _Hook(runtime.add_stages_inspection_hook)
-        _entered += 1
+    if not isinstance(runtime.add_stages_inspection_hook, _Hook):
+        runtime.add_stages_inspection_hook = _Hook(runtime.add_stages_inspection_hook)
     token = _fencing.set(True)
     try:
         yield
     finally:
         _fencing.reset(token)
-        with _lock:
-            _entered -= 1
-            hook = runtime.add_stages_inspection_hook
-            if _entered == 0 and isinstance(hook, _Hook):
-                runtime.add_stages_inspection_hook = hook.before

@@ -7,9 +7,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 
-from fused_attn.kernels import fences
+from fused_attn.kernels import fences, launch
 from fused_attn.spec import TileConfig
 
 FENCE = "\tfence.proxy.async.shared::cta;"
@@ -66,17 +67,22 @@ def compile_ptx():
     return stages["ptx"](None, {})
 
 
-def test_a_hook_is_there_while_a_kernel_is_launched_alone():
+@pytest.fixture(autouse=True)
+def no_hook(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", None)
+
+
+def test_kernels_are_fenced_while_one_of_ours_is_launched():
     before = compile_ptx()
     with fences.putting_in():
         with fences.putting_in():
             assert FENCE in compile_ptx()
         assert FENCE in compile_ptx()
-    assert triton.knobs.runtime.add_stages_inspection_hook is None
     assert compile_ptx() == before
     with pytest.raises(OSError, match="full"), fences.putting_in():
         raise OSError("full")
-    assert triton.knobs.runtime.add_stages_inspection_hook is None
+    assert compile_ptx() == before
+    assert triton.knobs.runtime.add_stages_inspection_hook() == ("", "")  # nothing of others' kernels has another key on disk
 
 
 def test_a_users_own_hook_is_called_and_stays(monkeypatch):
@@ -94,8 +100,16 @@ def test_a_users_own_hook_is_called_and_stays(monkeypatch):
         made = compile_ptx()
     assert FENCE in made
     assert made.endswith("// own")
-    assert triton.knobs.runtime.add_stages_inspection_hook is own
     assert len(seen) == 2
+    assert compile_ptx().endswith("// own")
+
+
+def test_a_hook_that_calls_ours_has_nothing_fenced_twice():
+    with fences.putting_in():
+        ours = triton.knobs.runtime.add_stages_inspection_hook
+    triton.knobs.runtime.add_stages_inspection_hook = lambda *compilation: ours(*compilation)
+    with fences.putting_in():
+        assert compile_ptx().count(FENCE) == 3
 
 
 def test_what_another_thread_compiles_meanwhile_is_its_own():
@@ -107,21 +121,15 @@ def test_what_another_thread_compiles_meanwhile_is_its_own():
     assert FENCE not in found[0]
 
 
-def test_threads_that_leave_in_any_order_leave_nothing():
-    inside, leave = threading.Event(), threading.Event()
-    made = []
+def test_launches_are_fenced_where_the_card_lacks_fences(monkeypatch):
+    made, config = [], TileConfig(64, 64, 4, 2)
 
-    def other():
-        with fences.putting_in():
-            inside.set()
-            leave.wait()
-            made.append(compile_ptx())
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: made.append((args[-1], FENCE in compile_ptx()))
 
-    thread = threading.Thread(target=other)
-    with fences.putting_in():
-        thread.start()
-        inside.wait()
-    leave.set()
-    thread.join()
-    assert FENCE in made[0]
-    assert triton.knobs.runtime.add_stages_inspection_hook is None
+    monkeypatch.setattr(fences, "lacking", lambda arch, descriptors: arch == "sm_90")
+    for arch in ("sm_90", "sm_80"):
+        monkeypatch.setattr(launch, "arch_of", lambda device, arch=arch: arch)
+        launch._launch(Kernel(), 1, (torch.empty(1),), config)
+    assert made == [(fences.fenced(config), True), (config, False)]

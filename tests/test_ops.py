@@ -352,6 +352,7 @@ def test_launch_on_the_tensors_device(monkeypatch, device, current, entered, fai
     from fused_attn.kernels import launch
 
     accelerator, seen = FakeAccelerator(monkeypatch, current), []
+    monkeypatch.setattr(launch, "arch_of", lambda device: "sm_80")
 
     class Kernel:
         def __getitem__(self, grid):
