@@ -33,14 +33,13 @@ def one(*arguments, **others):
     return pytest.param(emulation, id=str(emulation))
 
 
-HAS_GFX11 = triton_version() < (3, 9)  # whose assembly names halves of registers: docs/emulator.md
 FEW = [
     one(("causal",), "sm_80", shape=SEVERAL), one(("bias_keys",), "sm_80"),
     one(("packed",), "sm_90", shape=Shape(3, 2, 1, 65, 129, 64, 64, "packed")), one(("causal",), "sm_90", shape=SEVERAL),
     one(("causal",), "sm_90", rung="descriptors", shape=SEVERAL),
     one(("causal", "gqa"), "sm_90", rung="gluon", shape=SEVERAL), one(("causal",), "sm_86", "tf32x3"), one((), "sm_80", "fp64"),
     one(("causal",), "sm_90", rung="specialized", shape=SEVERAL), one(("causal",), "sm_100", shape=SEVERAL),
-    one((), "gfx942", "fp16"), *[one(("causal",), "gfx1100")] * HAS_GFX11,
+    one((), "gfx942", "fp16"), one(("causal",), "gfx1100"),
     one((), "sm_80", what="rotary"), one(("window", "sinks"), "sm_80", what="weights"),
 ]
 MANY = [pytest.param(emulation, id=str(emulation), marks=pytest.mark.slow) for emulation in every()]
@@ -63,7 +62,7 @@ DROPPED = [  # (fault, what it is called for)
     ("sm_90", "pointers", ("forward_kernel", "fence.proxy.async", int(triton_version() < (3, 9)), ""), "fence.proxy.async"),
     ("sm_90", "gluon", ("forward_kernel", "wgmma.wait_group", 0, ""), "not waited for"),
     ("gfx942", "pointers", ("forward_kernel", "s_waitcnt vmcnt", 0, ""), "no s_waitcnt between"),
-    *[("gfx1100", "pointers", ("forward_kernel", "s_barrier", 2, ""), "race")] * HAS_GFX11,
+    ("gfx1100", "pointers", ("forward_kernel", "s_barrier", 2, ""), "race"),
 ]
 
 

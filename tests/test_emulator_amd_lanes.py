@@ -192,6 +192,30 @@ def test_choices_of_halves_and_signs_of_constants():
     assert execute("v_mul_f32_e64 v1, v0, neg(1.0)", {0: np.float32(2)}).v[1].view(np.float32)[0] == -2
 
 
+def test_registers_with_halves():
+    """As Triton 3.9 writes them for RDNA 3: each against what the halves hold."""
+    given = {0: np.uint32(0x40003C00), 1: np.uint32(0x11112222), 2: np.uint32(0xAAAABBBB), 3: np.float32(1.5)}
+
+    def after(line, register=2, scalars=None):
+        return hex(execute(line, given, scalars, arch="gfx1100").v[register][0])
+
+    assert after("v_mov_b16_e32 v2.h, v1.l") == "0x2222bbbb"
+    assert after("v_mov_b16_e32 v2.l, v1.h") == "0xaaaa1111"
+    assert after("v_cvt_f16_f32_e32 v2.h, v3") == "0x3e00bbbb"
+    assert after("v_cvt_f32_f16_e32 v2, v0.h") == "0x40000000"
+    assert after("v_cvt_f32_f16_e64 v2, -|v0.h|") == "0xc0000000"
+    assert after("v_add_f16_e32 v2.l, v0.l, v0.h") == "0xaaaa4200"
+    assert after("v_fma_f16 v2.h, v0.h, v0.h, v0.l") == "0x4500bbbb"
+    assert after("v_pack_b32_f16 v2, v1.h, v0.l") == "0x3c001111"
+    assert after("v_cndmask_b16 v2.h, v1.l, v0.h, s4", scalars={4: 1}) == "0x4000bbbb"
+    assert after("v_cndmask_b16 v2.l, 0x7fff, v1.h, s4", scalars={4: 0}) == "0xaaaa7fff"
+    for right, bits in (("l", 0xFFFFFFFF), ("h", 0)):
+        wave = execute(f"v_cmp_eq_u16_e64 s4, 0x2222, v1.{right}", given, arch="gfx1100")
+        assert wave.s[4] == bits
+    with pytest.raises(UnknownInstructionError):
+        execute("v_fmac_f16_e32 v2.l, v0.l, v0.h", given, arch="gfx1100")
+
+
 def test_lanes_to_scalars_and_back():
     wave = execute(
         "v_readlane_b32 s4, v0, 9\nv_readfirstlane_b32 s5, v0\nv_writelane_b32 v1, s4, 3", {0: LANE, 1: 0}, active=LANE > 6

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fused_attn.targets import has_tf32, has_tf32x3, triton_version
+from fused_attn.targets import has_tf32, has_tf32x3
 from support.emulation import SEVERAL, Emulation
 from support.features import FEATURES, Shape, covering
 
-CARDS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", *["gfx1100"] * (triton_version() < (3, 9)))
+CARDS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 NAMES = tuple(feature.name for feature in FEATURES if feature.name != "dims_576")  # which is among HEAD_DIMS
 # Of the rungs of sm_90; what a rung does not take runs on pointers.
 TAKEN = {"descriptors": NAMES,

@@ -104,6 +104,11 @@ def placed(result: Any, before: Array, modifiers: dict[str, str]) -> Any:
     return field
 
 
+def half(result: Any, before: Array, upper: bool) -> Any:
+    """16 bits in the lower or upper half of what was there."""
+    return before & np.uint32(0xFFFF if upper else 0xFFFF0000) | result << np.uint32(16 * upper)
+
+
 def swizzled(text: str, lanes: int) -> Array:
     """The lane that each reads by ds_swizzle's offset."""
     lane = np.arange(lanes)

@@ -8,6 +8,7 @@ _LOC = re.compile(r"^\s*\.loc\s[^;]*;\s*(.*)$")
 _DIRECTIVE = re.compile(r"^\s*\.amdhsa_(\w+)\s+(\d\w*)", re.MULTILINE)
 _ARGUMENT = re.compile(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)\s+\.value_kind:\s+(\w+)")
 _MODIFIER = re.compile(r"^(?P<name>[a-z_]\w*)(?::(?P<value>\[[^]]*]|\w+\([^)]*\)|-?\w+))?$")
+_HALF = re.compile(r"^(.*\bv\d+)\.([lh])(\|?)$")
 # What may stand behind the operands. Everything else is an operand.
 _MODIFIERS = frozenset((
     "offset", "offset0", "offset1", "offen", "idxen", "glc", "slc", "dlc", "sc0", "sc1", "nt", "lds",
@@ -99,7 +100,18 @@ def _instruction(line: str, where: str) -> Instruction:
             words.pop()
         if words:
             operands.append(" ".join(words))
+    if any(map(_HALF.match, operands)):
+        operands, modifiers["op_sel"] = _halves(operands)
     return Instruction(op, form, tuple(operands), modifiers, line, where)
+
+
+def _halves(operands: list[str]) -> tuple[list[str], str]:
+    """Operands that name halves of registers (``v1.h``, as LLVM writes them for RDNA 3 from Triton 3.9 on) as whole ones, and
+    the op_sel that says the same: a bit for every source, then one for the destination."""
+    found = [_HALF.match(operand) for operand in operands]
+    upper = [int(half is not None and half[2] == "h") for half in found]
+    whole = [half[1] + half[3] if half else operand for half, operand in zip(found, operands, strict=True)]
+    return whole, str([*upper[1:], upper[0]])
 
 
 def _split(text: str) -> list[str]:

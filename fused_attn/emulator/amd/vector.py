@@ -51,6 +51,8 @@ def _computed(instruction: Instruction, lanes: int, arch: str) -> Computed | Non
     """What an instruction of the table computes, and how that is written."""
     name, operands = instruction.op.removeprefix("v_"), list(instruction.operands)
     if found := re.match(r"^(fmac|mac|dot2c|dot2acc)_(\w+)$", name):
+        if "op_sel" in instruction.modifiers:
+            raise UnknownInstructionError(instruction.text)
         name, operands = f"{_ACCUMULATING[found[1]]}_{found[2]}", [*operands, operands[0]]
     elif found := re.match(r"^(?:fma|mad)(ak|mk)_(f16|f32)$", name):
         name = f"fma_{found[2]}"  # fmamk: a, constant, b; fmaak: a, b, constant; both in the order of the sum
@@ -101,7 +103,7 @@ def _of(instruction: Instruction, kind: str, gets: list[Get], function: Function
         if sdwa:
             first = L.placed(first, wave.v[target], modifiers)
         elif keeps:
-            first = wave.v[target] & np.uint32(0xFFFF if upper else 0xFFFF0000) | first << np.uint32(16 * upper)
+            first = L.half(first, wave.v[target], upper)
         if enabled is not None:
             np.copyto(wave.v[target], first, where=enabled(wave))
         else:
@@ -120,7 +122,9 @@ def _chosen(instruction: Instruction, lanes: int, arch: str) -> Computed:
     mask = scalar(ref(others[2] if len(others) > 2 else "vcc" if lanes == 64 else "vcc_lo"), lanes // 32)
     index, bits = ref(target).index, instruction.op[-2:]
     kind = f"f{bits}" if any(x.startswith(("-", "|", "neg(")) for x in others[:2]) else f"u{bits}"
-    if bits == "16" and (arch.startswith("gfx9") or instruction.form not in ("", "e64") or instruction.modifiers):
+    upper = L.numbers(instruction.modifiers, "op_sel", (0,))[-1] == 1
+    more = instruction.form not in ("", "e64") or bool({*instruction.modifiers} - {"op_sel"})
+    if bits == "16" and (arch.startswith("gfx9") or more):
         raise UnknownInstructionError(instruction.text)
     gets = L.sources(instruction, (kind, kind), list(others[:2]))
     enabled: Callable[[Wave], Array] | None = None
@@ -134,7 +138,7 @@ def _chosen(instruction: Instruction, lanes: int, arch: str) -> Computed:
         if enabled is not None:
             np.copyto(wave.v[index], words[0], where=enabled(wave))
         elif bits == "16":
-            wave.write(index, wave.v[index] & np.uint32(0xFFFF0000) | words[0])
+            wave.write(index, L.half(words[0], wave.v[index], upper))
         else:
             wave.write(index, L.placed(words[0], wave.v[index], instruction.modifiers))
 
@@ -158,11 +162,9 @@ def _packed(name: str, instruction: Instruction) -> Computed | None:
 
         if name == "fma_mix_f32":
             return lambda wave: bits_of(summed(wave), "f32"), lambda wave, words: wave.write(index, words[0])
-        up = np.uint32(16 if name == "fma_mixhi_f16" else 0)
-        kept = np.uint32(0xFFFF if up else 0xFFFF0000)
 
         def write_half(wave: Wave, words: tuple[Any, ...]) -> None:
-            wave.write(index, wave.v[index] & kept | words[0] << up)
+            wave.write(index, L.half(words[0], wave.v[index], name == "fma_mixhi_f16"))
 
         return lambda wave: bits_of(summed(wave).astype(np.float16), "f16"), write_half
     found = re.match(r"^pk_(\w+?)_?([fuib])(16|32)$", name)
