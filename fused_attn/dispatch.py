@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import mods, reference, replay, rungs, settings, targets, torch_private, tuning
+from fused_attn import mods, reference, replay, settings, targets, torch_private, tuning
 from fused_attn.describe import Described
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
 
@@ -28,21 +28,23 @@ class Explanation:
 
     ``reasons`` maps every backend to its reasons, empty for one that could run the call too. Within ``fused_attn.hopper`` the
     ``rung`` is the one asked for and ``against_rung`` maps "forward" and "backward" to what it has against them; a pass with
-    reasons runs on pointers.
+    reasons runs on pointers. Of the kernels, ``schedule`` names those of each pass.
     """
 
     backend: str
     reasons: dict[str, tuple[str, ...]]
     rung: str = "pointers"
     against_rung: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    schedule: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
         for name, reasons in self.reasons.items():
             if name != self.backend:
                 lines.append(f"  {name}: {'; '.join(reasons) or 'could run this call too'}")
-        for which, reasons in self.against_rung.items():
-            lines.append(f"{which}: {f'pointers; {self.rung}: ' + '; '.join(reasons) if reasons else self.rung}")
+        for which, name in self.schedule.items():
+            reasons = self.against_rung.get(which, ())
+            lines.append(f"{which}: {name}" + (f"; {self.rung}: {'; '.join(reasons)}" if reasons else ""))
         return "\n".join(lines)
 
 
@@ -208,9 +210,18 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
     }
     chosen = choose(call, return_lse, backend, strict, warn=False)
     against_rung: dict[str, tuple[str, ...]] = {}
-    if chosen == "triton" and call.spec.rung != "pointers":
-        against_rung = {"forward": rungs.against("forward", *call), "backward": rungs.against("backward", *call)}
-    return Explanation(chosen, reasons, call.spec.rung, against_rung)
+    schedule: dict[str, str] = {}
+    if chosen == "triton":
+        from fused_attn.plan import schedules  # here, so that a machine without Triton gets an answer as well
+        from fused_attn.plan.problem import Problem
+
+        problem = Problem.of(*call)
+        schedule = {"forward": schedules.of_forward(problem).name, "backward": schedules.of_backward(problem).name}
+        if call.spec.rung != "pointers":
+            every = schedules.EVERY_GRADIENT
+            against_rung = {"forward": schedules.against(schedules.FORWARD, call.spec.rung, problem),
+                            "backward": schedules.against(schedules.BACKWARD, call.spec.rung, problem, every)}
+    return Explanation(chosen, reasons, call.spec.rung, against_rung, schedule)
 
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,

@@ -45,6 +45,12 @@ def rows_like(q: torch.Tensor, packed: bool, *leading: int) -> torch.Tensor:
     return rows[..., : q.shape[2]]
 
 
+def as_rows(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
+    """``x`` as ``rows_like`` lays it out: gradients, and saved tensors that a hook moved, may have other strides."""
+    fits = x.stride()[-2:] == (lse_stride(q), 1) if packed else x.is_contiguous()
+    return x if fits else rows_like(q, packed, *x.shape[:-3]).copy_(x)
+
+
 def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor:
     """The empty LSE of a call: of ``rows_like``, or two of them, LSE and its rest, where a mod may give scores of any size."""
     return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)

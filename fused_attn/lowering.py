@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fused_attn import settings
 from fused_attn.kernels.dropout import Dropout
 from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
@@ -16,7 +15,7 @@ from fused_attn.kernels.score import MODS, Mod, before_mods, one
 from fused_attn.kernels.tiles import Sequences
 from fused_attn.layout import packed_rows
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member
-from fused_attn.targets import arch_of, has_tf32, has_tf32x3
+from fused_attn.targets import has_tf32, has_tf32x3
 
 
 class Lowered(NamedTuple):
@@ -26,24 +25,23 @@ class Lowered(NamedTuple):
     roles: tuple[tuple[int, int] | None, ...]
 
 
-def precision(q: torch.Tensor, asked: str | None) -> str:
+def precision(dtype: torch.dtype, asked: str | None, arch: str) -> str:
     """How fp32 products are computed: as asked, else IEEE unless torch's own setting for matmuls on GPUs says TF32."""
-    if q.dtype != torch.float32 or not (q.is_cuda or settings.emulated_target()):
+    if dtype != torch.float32:
         return "ieee"
-    arch = arch_of(q.device)
     if asked == "tf32x3":
         return asked if has_tf32x3(arch) else "ieee"
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" if asked is None else asked == "tf32"
     return "tf32" if tf32 and has_tf32(arch) else "ieee"
 
 
-def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions) -> Lowered:
+def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions, arch: str) -> Lowered:
     """``spec`` and ``companions`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
     batch = q.shape[0] if companions.cu_q is None else companions.cu_q.shape[0] - 1
     n_queries, n_keys = spec.longest or Longest(q.shape[2], k.shape[2])
     # Without its mods, which would live as long as the cache.
     plain = spec._replace(score_mods=(), mask_mods=())
-    call = _call(plain, bool(spec.score_mods), batch, n_queries, n_keys, q.dtype, precision(q, spec.fp32_precision))
+    call = _call(plain, bool(spec.score_mods), batch, n_queries, n_keys, q.dtype, precision(q.dtype, spec.fp32_precision, arch))
     additive = () if companions.score_weight is None else _additive(companions.score_weight)
     dense = companions.cu_q is None and companions.used_k is None
     if dense and not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0:

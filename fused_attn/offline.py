@@ -1,7 +1,7 @@
 """Compiling the kernels for a GPU that is not there, and reading the machine code.
 
-The real launchers run on meta tensors with a launcher that only compiles, so that signatures, specialisations and tile
-configurations are those of a real launch. Registers, spills, shared memory and the instruction mix are read from the
+The launches come from the schedules that a real call would take, on tensors without storage: signatures, specialisations and
+tile configurations are those of a card. Registers, spills, shared memory and the instruction mix are read from the
 binary (``sass.py``).
 """
 
@@ -20,32 +20,13 @@ from triton.runtime import driver
 
 from fused_attn import mods, sass
 from fused_attn.kernels import fences
-from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq, with_weight_sums
-from fused_attn.kernels.combine import launch_combine
-from fused_attn.kernels.forward import Split, launch_forward
-from fused_attn.kernels.launch import Call, Launcher
-from fused_attn.kernels.mask import list_tiles
-from fused_attn.kernels.operand_grad import launch_operand_grad
-from fused_attn.kernels.rotary import launch_rotary
-from fused_attn.lowering import lower
+from fused_attn.kernels.launch import Launch
+from fused_attn.plan import inspection, schedules
+from fused_attn.plan.problem import Problem
+from fused_attn.schema import Needs, Saved
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
 from fused_attn.targets import has_tf32, has_tf32x3
-from fused_attn.tuning import (
-    KNOWN_TARGETS,
-    MAX_ADDITIVE,
-    SHARED_LIMIT,
-    Kernel,
-    against,
-    choose,
-    choose_additive,
-    choose_combine,
-    choose_fused,
-    choose_gluon_backward,
-    choose_rotary,
-    choose_rung,
-    choose_shares,
-    fit_operands,
-)
+from fused_attn.tuning import KNOWN_TARGETS, MAX_ADDITIVE, SHARED_LIMIT, Kernel, against
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
@@ -222,136 +203,94 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
     return found[name]
 
 
+def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, group: int, feature: str, head_dim_v: int,
+             config: TileConfig | None, rung: str) -> list[Launch]:
+    """The launches of a kernel that a call on long sequences makes, taken from its schedules, on tensors without storage."""
+    element = DTYPES[dtype]
+    batch, heads, length = (1 if feature == "packed" else 2), 8, 4096
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=element, device="meta")
+
+    q = tensor(batch, heads, 1 if feature == "decode" else length, head_dim)
+    k, v = (tensor(batch, heads // group, length, dim) for dim in (head_dim, head_dim_v))
+    if kernel == "rotary":
+        angles = torch.empty(batch, length, head_dim // 2, device="meta")
+        return list(inspection.rotary(q, angles, angles, False, False, config))
+    fields, companions = _feature(feature, length, heads, head_dim, element)
+    spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields,
+                         fp32_precision=dtype if dtype.startswith("tf32") else "ieee")
+    whose = {"statistics": "backward", "ordered": "backward", "list": "forward"}.get(kernel, kernel)
+    whose = "fused" if feature == "fused" else whose
+    problem = Problem.of(q, k, v, spec, companions, target, {} if config is None else {whose: config})
+    first = rung if rung != "pointers" else "splits" if feature == "decode" else "pointers"
+    steps = schedules.named(schedules.FORWARD, first).steps(problem)
+    found, (out, lse, residual) = collect(steps)
+    if kernel not in ("list", "forward", "shares", "combine"):
+        second = "gluon" if rung == "gluon" else "fused" if feature == "fused" else "separate"
+        if (second == "gluon" and max(head_dim, head_dim_v) > 128) or (second == "fused" and not problem.fused_config()):
+            return []
+        needs = Needs(True, True, True, companions.sinks is not None, companions.score_weight is not None,
+                      tuple(x.is_floating_point() for x in companions.operands))
+        saved = Saved(out, None, q, k, v, out, residual, lse)
+        found, _ = collect(schedules.named(schedules.BACKWARD, second).steps(problem, saved, needs))
+    name = {"shares": "forward"}.get(kernel, kernel) + "_kernel"
+    of_kernel = [launch for launch in found if launch.name == name]
+    return of_kernel if kernel == "dkv" else of_kernel[:1]
+
+
+def collect(steps: Any) -> tuple[list[Launch], Any]:
+    """(the launches of steps, none of which is run; what the steps return)."""
+    found: list[Launch] = []
+    while True:
+        try:
+            found.append(next(steps))
+        except StopIteration as end:
+            return found, end.value
+
+
+def _compile(launch: Launch, target: str) -> tuple[Any, str, float]:
+    """(binary, what ptxas said, seconds) of a launch."""
+    function, programs, arguments, tile = launch
+    function.device_caches.clear()  # which know kernels by device, whatever its target, and say nothing of what they hold
+    log, start = io.StringIO(), _cpu_seconds()
+    lacking = fences.lacking(target, tile.descriptors)
+    tile = fences.fenced(tile) if lacking else tile
+    with contextlib.redirect_stdout(log), fences.putting_in() if lacking else contextlib.nullcontext():
+        binary = function.warmup(*arguments, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages,
+                                 **dict(tile.options))
+    return binary, log.getvalue(), _cpu_seconds() - start
+
+
 def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, *, group: int = 4,
                    feature: str = "plain", head_dim_v: int | None = None, config: TileConfig | None = None,
                    rung: str = "pointers") -> list[Report]:
     """Compiles one kernel for ``target`` as ``attention`` would launch it on long sequences, and reads the binary.
 
     One report, or two, "dk" and "dv", where the configuration gives each a launch of its own. ``feature``: of ``FEATURES``;
-    ``rung``: of ``settings.RUNGS``, for a forward on sm_90.
+    ``rung``: of ``settings.RUNGS``, for a forward on sm_90; ``config`` stands in for the tiles of the kernel.
     """
-    element = DTYPES[dtype]
-    head_dim_v = head_dim_v or head_dim
     driver.set_active(_NoDriver(gpu_target(target)))
-    batch, heads, length = (1 if feature == "packed" else 2), 8, 4096
-
-    def tensor(n_heads: int, *last: int, dtype: torch.dtype = element) -> torch.Tensor:
-        return torch.empty(batch, n_heads, length, *last, dtype=dtype, device="meta")
-
-    q, k = tensor(heads, head_dim), tensor(heads // group, head_dim)
-    v, out = tensor(heads // group, head_dim_v), tensor(heads, head_dim_v)
-    delta = lse = tensor(heads, dtype=torch.float64 if element == torch.float64 else torch.float32)
-    fields, companions = _feature(feature, length, heads, head_dim, element)
-    spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields)
-    if spec.score_mods:  # as ``layout.lse_like`` has it
-        lse = torch.empty(2, *delta.shape, dtype=delta.dtype, device="meta")
-    call, roles = lower(q, k, spec, companions)
-    call = call._replace(precision=dtype if dtype.startswith("tf32") else "ieee")
-    if config is None and kernel == "rotary":
-        config = choose_rotary(head_dim)
-    elif config is None and kernel == "combine":
-        config = choose_combine(head_dim_v)
-    elif config is None and kernel == "shares":
-        config = choose_shares(group, head_dim, head_dim_v, element, target)
-    elif config is None and feature == "fused":
-        config = choose_fused(head_dim, head_dim_v, element, target)
-        if config is None:
-            return []
-    elif config is None and kernel in ("statistics", "backward", "ordered"):
-        if max(head_dim, head_dim_v) > 128:
-            return []
-        config = choose_gluon_backward(head_dim, head_dim_v)
-    elif config is None and rung != "pointers":
-        config = fit_operands(choose_rung(rung, head_dim, head_dim_v, call.heavy), call.loaded_bytes, element)
-    elif config is None and call.extras.additive:
-        config = choose_additive(kernel, head_dim, target)
-    elif config is None:
-        config = choose(kernel, head_dim, head_dim_v, element, target, call.heavy)
-        config = fit_operands(config, call.loaded_bytes, element)
-    compiled: list[tuple[Any, str, float]] = []
-
-    def compile_only(function: Any, programs: int, args: tuple[Any, ...], tile: TileConfig) -> None:
-        function.device_caches.clear()  # which know kernels by device, whatever its target, and say nothing of what they hold
-        log, start = io.StringIO(), _cpu_seconds()
-        lacking = fences.lacking(target, tile.descriptors)
-        tile = fences.fenced(tile) if lacking else tile
-        with contextlib.redirect_stdout(log), fences.putting_in() if lacking else contextlib.nullcontext():
-            binary = function.warmup(*args, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages,
-                                     **dict(tile.options))
-        compiled.append((binary, log.getvalue(), _cpu_seconds() - start))
-
-    def ignore(*_: Any) -> None:
-        """A launcher for what is not looked at."""
-
+    compiled: list[tuple[Launch, Any, str, float]] = []
     knobs = triton.knobs
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        if kernel == "list":
-            list_tiles(call, q, k, config, keys_first=False, launch=compile_only)
-        tiles = list_tiles(call, q, k, config, keys_first=kernel == "dkv", launch=ignore)
-        if kernel == "rotary":
-            angles = tensor(1, head_dim // 2, dtype=torch.float32)[:, 0]
-            launch_rotary(q, angles, angles, q, interleaved=False, back=False, config=config, launch=compile_only)
-        elif kernel == "shares":  # one query of each head of a group
-            rows, shares, shares_lse = (x[:, : heads // group, :group] for x in (q, out, lse))
-            call = call._replace(n_queries=group, left=None, right=None)
-            launch_forward(rows, k, v, shares.to(lse.dtype), shares_lse, None, (), call, config=config, launch=compile_only,
-                           split=Split(out.stride(1), lse.stride(1)), n_shares=16)
-        elif kernel == "combine":
-            launch_combine(out[None, :, :, :1].to(lse.dtype), lse[None, :, :, :1], out[:, :, :1], lse[:, :, :1], None,
-                           config=config, launch=compile_only)
-        elif rung == "gluon":
-            _launch_gluon(kernel, (q, k, v, out, lse, companions.sinks), spec.softcap, call, config, compile_only)
-        elif kernel == "forward":
-            launch_forward(q, k, v, out, lse, companions.sinks, tiles, call, config=config, launch=compile_only,
-                           precise=bool(call.extras.additive))  # which always keep the residual
-        elif kernel == "delta":
-            launch_delta(out, out, lse, None, delta, call, config=config, launch=compile_only)
-        elif kernel == "dq":
-            if call.extras.additive:
-                call, _ = with_weight_sums(call, q, config)
-            launch_dq(q, k, v, out, lse, delta, q, tiles, call, config=config, launch=compile_only)
-        elif kernel == "dkv":
-            total = out.to(delta.dtype) if feature == "fused" else None
-            launch_dkv(q, k, v, out, lse, delta, k, v, tiles, call, config=config, dq=total, launch=compile_only)
-        elif kernel == "operand_grad":
-            role = next(role for role in roles if role is not None)
-            launch_operand_grad(q, k, v, out, lse, delta, companions.operands[0], *role, call, config=config,
-                                launch=compile_only)
-    names = (kernel,) if len(compiled) == 1 else ("dk", "dv")
+        for launch in launches(target, kernel, head_dim, dtype, causal, group, feature, head_dim_v or head_dim, config, rung):
+            compiled.append((launch, *_compile(launch, target)))
+    names = ("dk", "dv") if len(compiled) == 2 else (kernel,) * len(compiled)
     return [
         Report(
             target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature, rung=rung,
-            config=describe(config),
+            config=describe(launch.config),
             shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
             compile_seconds=round(seconds, 2), triton=triton.__version__,
             **_figures(sass.read(binary, log, target)),
         )
-        for name, (binary, log, seconds) in zip(names, compiled, strict=True)
+        for name, (launch, binary, log, seconds) in zip(names, compiled, strict=True)
     ]
-
-
-def _launch_gluon(kernel: Kernel, tensors: tuple[Any, ...], softcap: float | None, call: Call, config: TileConfig,
-                  launch: Launcher) -> None:
-    from fused_attn.kernels.hopper import backward, forward, workspace  # here: Gluon is imported where it is asked for
-    from fused_attn.kernels.hopper.problem import tile_width
-
-    q, k, v, out, lse, sinks = tensors
-    around = TileConfig(config.block_m, config.block_n, num_warps=4, num_stages=1)
-    rows = call.batch * q.shape[1] * -(-call.n_queries // config.block_m)
-    stats = lse.new_empty(2, rows, config.block_m)
-    sums = lse.new_empty(rows, config.block_m * tile_width(q.shape[3]))
-    if kernel == "forward":
-        forward.launch_forward(q, k, v, out, lse, sinks, softcap, call, config=config, launch=launch)
-    elif kernel == "statistics":
-        workspace.launch_statistics(out, out, lse, None, stats, call, config=around, launch=launch)
-    elif kernel == "backward":
-        backward.launch_backward(q, k, v, out, stats, sums, k, v, call, config=config, launch=launch)
-    else:
-        workspace.launch_ordered(sums, q, call, config=around, launch=launch)
 
 
 def describe(config: TileConfig) -> str:

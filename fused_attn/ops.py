@@ -1,10 +1,10 @@
 """The kernels as torch ops: what torch.compile, FLOP counters, FakeTensors and profilers see.
 
-``fused_attn::forward`` and ``fused_attn::backward`` are ``execution`` behind a schema, ``statistics`` and ``weights`` are
-those of ``fused_attn.weights``. Gradients are the business of ``fused_attn.autograd``. Their arguments are the fields of the
-records in ``schema``, flat. The ops exist from ``import fused_attn`` on, for programs that were exported and for FLOP
-counters; the kernels, and Triton with them, are imported by the first call that runs one. Where nobody looks, the functions
-here go past the ops: thirty arguments through torch's dispatcher cost more than everything else that the host does for a call.
+``fused_attn::forward``, ``backward``, ``statistics`` and ``weights`` are those of ``execution`` behind a schema. Gradients
+are the business of ``fused_attn.autograd``. Their arguments are the fields of the records in ``schema``, flat. The ops exist
+from ``import fused_attn`` on, for programs that were exported and for FLOP counters; the kernels, and Triton with them, are
+imported by the first call that runs one. Where nobody looks, the functions here go past the ops: thirty arguments through
+torch's dispatcher cost more than everything else that the host does for a call.
 """
 
 import warnings
@@ -66,9 +66,9 @@ def statistics(q: torch.Tensor, k: torch.Tensor, companions: Companions,
                spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq]), without gradients."""
     if not watched((q, k, *companions.flat())):
-        from fused_attn import weights as kernels
+        from fused_attn import execution
 
-        return kernels.statistics(q, k, spec, companions)
+        return execution.statistics(q, k, spec, companions)
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _OPS.statistics.default(
         *INSPECTION.flat(Pair(q, k), companions, spec))
     return found
@@ -78,9 +78,9 @@ def statistics(q: torch.Tensor, k: torch.Tensor, companions: Companions,
 def weights(q: torch.Tensor, k: torch.Tensor, companions: Companions, spec: AttentionSpec) -> torch.Tensor:
     """[B, H, Nq, Nk] in q's dtype, without gradients."""
     if not watched((q, k, *companions.flat())):
-        from fused_attn import weights as kernels
+        from fused_attn import execution
 
-        return kernels.weights(q, k, spec, companions)
+        return execution.weights(q, k, spec, companions)
     found: torch.Tensor = _OPS.weights.default(*INSPECTION.flat(Pair(q, k), companions, spec))
     return found
 
@@ -181,10 +181,10 @@ def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 
 
 def _statistics(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    from fused_attn import weights as kernels
+    from fused_attn import execution
 
     (q, k), companions, spec = INSPECTION.records(arguments)
-    return kernels.statistics(q, k, spec, _in_rows(companions))
+    return execution.statistics(q, k, spec, _in_rows(companions))
 
 
 def _statistics_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -193,10 +193,10 @@ def _statistics_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _weights(*arguments: Any) -> torch.Tensor:
-    from fused_attn import weights as kernels
+    from fused_attn import execution
 
     (q, k), companions, spec = INSPECTION.records(arguments)
-    return kernels.weights(q, k, spec, _in_rows(companions))
+    return execution.weights(q, k, spec, _in_rows(companions))
 
 
 def _weights_fake(*arguments: Any) -> torch.Tensor:

@@ -11,8 +11,6 @@ import torch
 
 from fused_attn import settings, torch_private
 
-Launch = tuple[Any, int, tuple[Any, ...], Any]  # kernel, programs, arguments, configuration
-
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting that may change between calls
 _MOST = 4096  # kinds of calls kept; past them all are forgotten
@@ -37,7 +35,7 @@ def traced(x: torch.Tensor) -> bool:
 class Replay(NamedTuple):
     """The launches of one kind of call, and what it allocates: out, lse and buffers, each (shape, strides, type)."""
 
-    launches: tuple[tuple[Any, int, tuple[int, ...], tuple[Any, ...], Any], ...]  # with slots of tensors, then other arguments
+    launches: tuple[tuple[Any, tuple[int, ...], tuple[Any, ...]], ...]  # with slots of tensors, then other arguments
     made: tuple[tuple[Any, Any, torch.dtype], ...]
     run: Callable[..., None]
 
@@ -45,8 +43,8 @@ class Replay(NamedTuple):
         """(out, lse)"""
         device = q.device
         tensors = [q, k, v, *[torch.empty_strided(*place, dtype=dtype, device=device) for *place, dtype in self.made]]
-        for kernel, programs, slots, others, config in self.launches:
-            self.run(kernel, programs, (*[tensors[i] for i in slots], *others), config)
+        for launch, slots, others in self.launches:
+            self.run(launch._replace(arguments=(*[tensors[i] for i in slots], *others)))
         return tensors[3], tensors[4]
 
 
@@ -75,20 +73,22 @@ def find(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 
 
 def keep(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-         launches: list[Launch], run: Callable[..., None]) -> None:
-    """Remembers the launches of a call that was just made, if nothing but its tensors would differ in another one."""
+         launches: list[Any], run: Callable[..., None]) -> None:
+    """Remembers the launches (``kernels.launch.Launch``) of a call that was just made, if nothing but its tensors would
+    differ in another one."""
     tensors = [q, k, v, out, lse]
     slots = {x.data_ptr(): i for i, x in enumerate(tensors)}
     if len(slots) < len(tensors) or not launches:  # one tensor in two places, or empty ones; launched by other means
         return
     storages = {x.untyped_storage().data_ptr() for x in tensors}
     steps = []
-    for kernel, programs, arguments, config in launches:
+    for launch in launches:
+        arguments = launch.arguments
         given = [x for x in arguments if isinstance(x, torch.Tensor)]
         if any(x is not y for x, y in zip(given, arguments, strict=False)):  # tensors must come first
             return
         # A tensor descriptor is that of one tensor, or asks of every other one that it be aligned as this one is.
-        if config.descriptors or any(hasattr(x, "block_shape") for x in arguments):
+        if launch.config.descriptors or any(hasattr(x, "block_shape") for x in arguments):
             return
         for x in given:
             if x.data_ptr() not in slots:
@@ -96,7 +96,7 @@ def keep(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
                     return
                 slots[x.data_ptr()] = len(tensors)
                 tensors.append(x)
-        steps.append((kernel, programs, tuple(slots[x.data_ptr()] for x in given), arguments[len(given) :], config))
+        steps.append((launch, tuple(slots[x.data_ptr()] for x in given), arguments[len(given) :]))
     if len(_made) >= _MOST:
         _made.clear()
     _made[key] = Replay(tuple(steps), tuple((x.shape, x.stride(), x.dtype) for x in tensors[3:]), run)

@@ -17,10 +17,12 @@ import torch
 
 from fused_attn import options, report, settings, tuned
 from fused_attn.bench.timing import measure
-from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
-from fused_attn.kernels.forward import launch_forward
+from fused_attn.kernels import launch
+from fused_attn.kernels.backward import delta_launch, dq_launch
+from fused_attn.kernels.forward import forward_launch
 from fused_attn.layout import like
 from fused_attn.lowering import lower
+from fused_attn.plan.backward import dkv_launches
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
 from fused_attn.targets import arch_of, triton_name
 from fused_attn.tuned import STEPS
@@ -43,9 +45,9 @@ class Subject:
         generator = torch.Generator(device).manual_seed(0)
         self.q, self.k, self.v, self.dout = (
             torch.randn(batch, heads, length, head_dim, device=device, generator=generator).to(dtype) for _ in range(4))
-        self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_COMPANIONS).call
-                      for right in (None, 0)]
         arch = arch_of(device)
+        self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_COMPANIONS, arch).call
+                      for right in (None, 0)]
         shipped = tuned.shipped(kernel, head_dim, dtype, arch)
         assert shipped is not None, f"{arch} has no fused backward at head dim {head_dim}"
         self.shipped: TileConfig = shipped
@@ -53,10 +55,11 @@ class Subject:
         if kernel != "forward":
             for call in self.calls:
                 out, lse = torch.empty_like(self.q), self._rows()
-                launch_forward(self.q, self.k, self.v, out, lse, None, (), call,
-                               config=choose("forward", head_dim, head_dim, dtype, arch))
+                launch.run(forward_launch(self.q, self.k, self.v, out, lse, None, (), call,
+                                   config=choose("forward", head_dim, head_dim, dtype, arch)))
                 delta = self._rows()
-                launch_delta(out, self.dout, lse, None, delta, call, config=choose("delta", head_dim, head_dim, dtype, arch))
+                launch.run(delta_launch(out, self.dout, lse, None, delta, call,
+                                 config=choose("delta", head_dim, head_dim, dtype, arch)))
                 self.saved.append((lse, delta))
 
     def _rows(self) -> torch.Tensor:
@@ -69,17 +72,18 @@ class Subject:
         for i, call in enumerate(self.calls):
             if self.kernel == "forward":
                 out, lse = torch.empty_like(q), self._rows()
-                launch_forward(q, k, v, out, lse, None, (), call, config=config)
+                launch.run(forward_launch(q, k, v, out, lse, None, (), call, config=config))
                 results += [out, lse]
                 continue
             lse, delta = self.saved[i]
             if self.kernel == "dq":
                 results.append(torch.empty_like(q))
-                launch_dq(q, k, v, dout, lse, delta, results[-1], (), call, config=config)
+                launch.run(dq_launch(q, k, v, dout, lse, delta, results[-1], (), call, config=config))
                 continue
             dk, dv = torch.empty_like(k), torch.empty_like(v)
             sums = like(q, self.head_dim, torch.float32).zero_() if self.kernel == "fused" else None
-            launch_dkv(q, k, v, dout, lse, delta, dk, dv, (), call, dq=sums, config=config)
+            for each in dkv_launches(q, k, v, dout, lse, delta, dk, dv, (), call, config, sums):
+                launch.run(each)
             results += [dk, dv] if sums is None else [dk, dv, sums]
         return results
 

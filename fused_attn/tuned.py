@@ -78,6 +78,8 @@ def tuned(device: torch.device) -> Found:
 
 def instead(config: TileConfig, kernel: str, q: torch.Tensor, v: torch.Tensor) -> TileConfig:
     """What was tuned for a kernel on the device of q, in place of the shipped configuration."""
+    if kernel not in KERNELS or q.is_meta:
+        return config
     found = tuned(q.device)
     if not found or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[3], v.shape[3]) > WIDEST:
         return config

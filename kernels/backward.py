@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run, with_lse
+from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, programs, with_lse
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
 from fused_attn.kernels.operand import per_query
 from fused_attn.kernels.product import Additive, products, pulled, weight_finish, weight_start, weight_step
@@ -314,34 +314,29 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
         store_tile(dv_view, first, dv, DV, BLOCK_N, TILE.wide)
 
 
-def launch_delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None,
-                 delta: torch.Tensor, call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``delta`` [B, H, Nq]; ``dlse`` must lie in memory like it and ``lse``, which may come with its rest."""
-    if out.numel() == 0:
-        return
+def delta_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None,
+                 delta: torch.Tensor, call: Call, *, config: TileConfig) -> Launch:
+    """What fills ``delta`` [B, H, Nq]; ``dlse`` must lie in memory like it and ``lse``, which may come with its rest."""
     heads = out.shape[1]
     lse, _ = with_lse(call, lse)
     args = (out, dout, lse, dlse, delta, call.strides(out, dout), heads, call.n_queries, call.extras.sequences,
             out.shape[3], accumulator(out.dtype))
-    launch(delta_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
-           fit_offsets(config, call, out, dout))
+    return Launch(delta_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
+                  fit_offsets(config, call, out, dout))
 
 
-def launch_dq(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
-              delta: torch.Tensor, dq: torch.Tensor, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
-              launch: Launcher = run) -> None:
-    """Fills ``dq`` [B, H, Nq, D]; ``lse`` [B, H, Nq], or with its rest [2, B, H, Nq]."""
+def dq_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
+              delta: torch.Tensor, dq: torch.Tensor, tiles: tuple[Any, ...], call: Call, *, config: TileConfig) -> Launch:
+    """What fills ``dq`` [B, H, Nq, D]; ``lse`` [B, H, Nq], or with its rest [2, B, H, Nq]."""
     heads = q.shape[1]
-    if dq.numel() == 0:
-        return
     lse, call = with_lse(call, lse)
     args = (
         q, k, v, dout, lse, delta, dq, call.strides(q, k, v, dout, dq),
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
         heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision,
     )
-    launch(dq_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
-           fit_offsets(config, call, q, k, v, dout, dq))
+    return Launch(dq_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
+                  fit_offsets(config, call, q, k, v, dout, dq))
 
 
 def with_weight_sums(call: Call, q: torch.Tensor, config: TileConfig) -> tuple[Call, torch.Tensor]:
@@ -357,21 +352,15 @@ def with_weight_sums(call: Call, q: torch.Tensor, config: TileConfig) -> tuple[C
     return call._replace(extras=call.extras._replace(additive=Additive(weight, stride, (parts,)))), parts
 
 
-def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
+def dkv_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
                delta: torch.Tensor, dk: torch.Tensor | None, dv: torch.Tensor | None, tiles: tuple[Any, ...], call: Call,
-               *, config: TileConfig, dq: torch.Tensor | None = None, launch: Launcher = run) -> None:
-    """Fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; None for one nobody asked for.
+               *, config: TileConfig, dq: torch.Tensor | None = None) -> Launch:
+    """What fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; None for one nobody asked for.
 
     ``lse`` is as for dQ. ``dq`` [B, H, Nq, D] of the accumulator's type, if it is given, gains dQ without its ``scale``.
     """
     kv_heads = k.shape[1]
     wanted = [grad for grad in (dk, dv) if grad is not None]
-    if k.numel() == 0 or not wanted:
-        return
-    if config.split and len(wanted) == 2:
-        launch_dkv(q, k, v, dout, lse, delta, dk, None, tiles, call, config=config, launch=launch)
-        launch_dkv(q, k, v, dout, lse, delta, None, dv, tiles, call, config=config, launch=launch)
-        return
     lse, call = with_lse(call, lse)
     args = (
         q, k, v, dout, lse, delta, dk, dv, dq,
@@ -381,4 +370,4 @@ def launch_dkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
         dk is not None, dv is not None,
     )
     config = fit_offsets(config, call, q, k, v, dout, *wanted, q if dq is None else dq)
-    launch(dkv_kernel, programs(call.n_keys, config.block_n, call.batch * kv_heads), args, config)
+    return Launch(dkv_kernel, programs(call.n_keys, config.block_n, call.batch * kv_heads), args, config)

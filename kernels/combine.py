@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.launch import Launcher, accumulator, run
+from fused_attn.kernels.launch import Launch, accumulator
 from fused_attn.kernels.softmax import LOG2E, softmax_finish
 from fused_attn.spec import TileConfig
 
@@ -80,9 +80,9 @@ def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rest
         tl.store(rests[1] + own, rest)
 
 
-def launch_combine(shares: torch.Tensor, shares_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-                   sinks: torch.Tensor | None, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq] from ``shares`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq].
+def combine_launch(shares: torch.Tensor, shares_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+                   sinks: torch.Tensor | None, *, config: TileConfig) -> Launch:
+    """What fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq] from ``shares`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq].
 
     Both LSE may come with their rests, [2, ...] (``launch.with_lse``).
     """
@@ -94,4 +94,4 @@ def launch_combine(shares: torch.Tensor, shares_lse: torch.Tensor, out: torch.Te
     steps = shares.stride(0), shares_lse.stride(0), shares_lse.stride(2), lse.stride(1)
     args = (shares, shares_lse, out, lse, sinks, rests, steps, out.stride(), heads, n_queries, shares.shape[0], dim_v,
             accumulator(out.dtype))
-    launch(combine_kernel, batch * heads * n_queries, args, config)
+    return Launch(combine_kernel, batch * heads * n_queries, args, config)

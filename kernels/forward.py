@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run, with_lse
+from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, programs, with_lse
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
@@ -170,20 +170,17 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         store_rows(views[1], first, rest, BLOCK_M)
 
 
-def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
-                   precise: bool = False, split: tuple[Any, ...] = (), n_shares: int = 1,
-                   launch: Launcher = run) -> None:
-    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``, lse [2, B, H, Nq] where it is to come with its rest
-    (``with_lse``). ``tiles`` is what ``list_tiles`` gave, ``split`` a Split."""
+                   precise: bool = False, split: tuple[Any, ...] = (), n_shares: int = 1) -> Launch:
+    """What fills ``out`` and ``lse``; shapes as in ``forward_kernel``, lse [2, B, H, Nq] where it is to come with its rest
+    (``with_lse``). ``tiles`` is what ``list_launch`` gave, ``split`` a Split."""
     heads = q.shape[1]
-    if out.numel() == 0:
-        return
     lse, call = with_lse(call, lse)
     args = (
         q, k, v, out, lse, sinks, call.strides(q, k, v, out),
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles, split, n_shares,
         heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, precise,
     )
-    launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads) * n_shares, args,
-           fit_offsets(config, call, q, k, v, out))
+    return Launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads) * n_shares, args,
+                  fit_offsets(config, call, q, k, v, out))

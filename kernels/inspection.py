@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fused_attn.kernels.backward import weights
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, programs, run, with_lse
+from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, programs, with_lse
 from fused_attn.kernels.mask import keep_tile
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
@@ -150,31 +150,28 @@ def _arguments(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[object, ..
             call.extras, heads // k.shape[1], q.shape[3], accumulator(q.dtype), call.precision)
 
 
-def launch_row_stats(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, maximum: torch.Tensor,
-                     sinks: torch.Tensor | None, call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``lse``, ``entropy`` and ``maximum`` [B, H, Nq]; ``lse`` [2, B, H, Nq] where it is to come with its rest."""
-    if lse.numel():
-        lse, call = with_lse(call, lse)
-        args = (q, k, lse, entropy, maximum, sinks, *_arguments(q, k, call))
-        launch(row_stats_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
-               fit_offsets(config, call, q, k))
+def row_stats_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, maximum: torch.Tensor,
+                     sinks: torch.Tensor | None, call: Call, *, config: TileConfig) -> Launch:
+    """What fills ``lse``, ``entropy`` and ``maximum`` [B, H, Nq]; ``lse`` [2, B, H, Nq] where it is to come with its rest."""
+    lse, call = with_lse(call, lse)
+    args = (q, k, lse, entropy, maximum, sinks, *_arguments(q, k, call))
+    return Launch(row_stats_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
+                  fit_offsets(config, call, q, k))
 
 
-def launch_column_sums(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, received: torch.Tensor, call: Call, *,
-                       config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``received`` [B, H, Nk]."""
-    if received.numel():
-        lse, call = with_lse(call, lse)
-        args = (q, k, lse, received, *_arguments(q, k, call))
-        launch(column_sums_kernel, programs(call.n_keys, config.block_n, call.batch * q.shape[1]), args,
-               fit_offsets(config, call, q, k))
+def column_sums_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, received: torch.Tensor, call: Call, *,
+                       config: TileConfig) -> Launch:
+    """What fills ``received`` [B, H, Nk]."""
+    lse, call = with_lse(call, lse)
+    args = (q, k, lse, received, *_arguments(q, k, call))
+    return Launch(column_sums_kernel, programs(call.n_keys, config.block_n, call.batch * q.shape[1]), args,
+                  fit_offsets(config, call, q, k))
 
 
-def launch_weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: torch.Tensor, call: Call, *, config: TileConfig,
-                   launch: Launcher = run) -> None:
-    """Fills ``p`` [B, H, Nq, Nk]."""
-    if p.numel():
-        lse, call = with_lse(call, lse)
-        args = (q, k, lse, p, *_arguments(q, k, call))
-        launch(weights_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
-               fit_offsets(config, call, q, k))
+def weights_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: torch.Tensor, call: Call, *,
+                   config: TileConfig) -> Launch:
+    """What fills ``p`` [B, H, Nq, Nk]."""
+    lse, call = with_lse(call, lse)
+    args = (q, k, lse, p, *_arguments(q, k, call))
+    return Launch(weights_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
+                  fit_offsets(config, call, q, k))

@@ -5,8 +5,8 @@ import contextvars
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,9 +21,6 @@ from fused_attn.targets import arch_of
 if settings.interpreted():
     interpreter.repair()
 
-# (kernel, number of programs, arguments before TILE, configuration) -> None. `run` launches; offline compilation and
-# the overhead benchmark bring their own.
-Launcher: TypeAlias = Callable[[Any, int, tuple[Any, ...], TileConfig], None]
 
 # A tile has at most 256 rows and 256 columns: below this stride its 32-bit offsets cannot overflow.
 WIDEST_STRIDE = 2**31 // 512
@@ -74,6 +71,24 @@ class Call(NamedTuple):
         return tuple((tl.constexpr(0), *t.stride()[1:]) for t in tensors)
 
 
+class Launch(NamedTuple):
+    """A launch that may be run, compiled, timed or told of: all of it but the moment.
+
+    ``arguments`` are the kernel's before TILE, which ``config`` becomes; the first is a tensor, on whose device it runs.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    config: TileConfig
+
+    @property
+    def name(self) -> str:
+        """The kernel's, such as "forward_kernel"."""
+        name: str = self.kernel.fn.__name__
+        return name
+
+
 _counters: list[Counter[str]] = []
 
 
@@ -90,16 +105,16 @@ def counted() -> Iterator[Counter[str]]:
 
 class _Recorders(threading.local):
     def __init__(self) -> None:
-        self.lists: tuple[list[tuple[Any, int, tuple[Any, ...], TileConfig]], ...] = ()
+        self.lists: tuple[list[Launch], ...] = ()
 
 
 _recorders = _Recorders()
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[tuple[Any, int, tuple[Any, ...], TileConfig]]]:
+def recorded() -> Iterator[list[Launch]]:
     """Keeps the launches that this thread makes within it, in their order; one within another keeps its own part."""
-    launches: list[tuple[Any, int, tuple[Any, ...], TileConfig]] = []
+    launches: list[Launch] = []
     _recorders.lists = (*_recorders.lists, launches)
     try:
         yield launches
@@ -107,35 +122,38 @@ def recorded() -> Iterator[list[tuple[Any, int, tuple[Any, ...], TileConfig]]]:
         _recorders.lists = tuple([other for other in _recorders.lists if other is not launches])
 
 
-def run(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
-    """Launches on the device of the first argument, a tensor, and on that device's current stream."""
-    device = args[0].device
+def run(launch: Launch) -> None:
+    """Launches on the device of the first argument and on that device's current stream; without a program, nothing."""
+    if launch.programs == 0:
+        return
+    device = launch.arguments[0].device
     here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
-        counter[kernel.fn.__name__] += 1
+        counter[launch.name] += 1
     for launches in _recorders.lists:
-        launches.append((kernel, programs, args, config))
+        launches.append(launch)
     if here:
-        _launch(kernel, programs, args, config)
+        _launch(launch, device)
     else:
         with torch.accelerator.device_index(device.index):
-            _launch(kernel, programs, args, config)
+            _launch(launch, device)
 
 
-def _launch(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
-    if fences.lacking(arch_of(args[0].device), config.descriptors):
+def _launch(launch: Launch, device: torch.device) -> None:
+    if fences.lacking(arch_of(device), launch.config.descriptors):
         with fences.putting_in():
-            _launch_as_it_is(kernel, programs, args, fences.fenced(config))
+            _launch_as_it_is(launch._replace(config=fences.fenced(launch.config)))
     else:
-        _launch_as_it_is(kernel, programs, args, config)
+        _launch_as_it_is(launch)
 
 
-def _launch_as_it_is(kernel: Any, programs: int, args: tuple[Any, ...], config: TileConfig) -> None:
+def _launch_as_it_is(launch: Launch) -> None:
+    kernel, programs, arguments, config = launch
     options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
     if config.descriptors:  # which the kernel writes; a context of its own keeps the user's allocator
-        contextvars.copy_context().run(_launch_with_scratch, kernel, programs, (*args, config), options)
+        contextvars.copy_context().run(_launch_with_scratch, kernel, programs, (*arguments, config), options)
     else:
-        kernel[(programs,)](*args, config, **options)
+        kernel[(programs,)](*arguments, config, **options)
 
 
 def _launch_with_scratch(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.launch import Call, Launcher, fit_offsets, programs, run
+from fused_attn.kernels.launch import Call, Launch, fit_offsets, programs
 from fused_attn.kernels.operand import Operand, load_operand, per_key, per_query
 from fused_attn.kernels.tiles import Place, locate
 from fused_attn.kernels.window import edge_count, edge_start, keep_mask, sweep_range
@@ -190,11 +190,12 @@ def _alone(keep: Keep) -> Keep:
     return keep._replace(args=tuple(x._replace(narrow=tl.constexpr(False)) if isinstance(x, Operand) else x for x in keep.args))
 
 
-def list_tiles(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig, *, keys_first: bool,
-               launch: Launcher = run) -> tuple[Any, ...]:
-    """The tiles that a kernel of this call and configuration visits: a ``TileList``, or () where no mask asks for one."""
+def list_launch(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig, *,
+                keys_first: bool) -> tuple[tuple[Any, ...], tuple[Launch, ...]]:
+    """(the tiles that a kernel of this call and configuration visits, what lists them): a ``TileList`` and (launch,), or () and
+    () where no mask asks for a list."""
     if not call.extras.keeps or 0 in (call.batch, q.shape[1], call.n_queries, call.n_keys):
-        return ()
+        return (), ()
     heads, kv_heads = q.shape[1], k.shape[1]
     by_batch, by_head = call.masks_by
     group = heads // kv_heads if keys_first else 1
@@ -206,5 +207,5 @@ def list_tiles(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig,
     extras = call.extras._replace(keeps=tuple(_alone(keep) for keep in call.extras.keeps))
     args = (entries, counts, lists[1], call.n_queries, call.n_keys, call.offset, call.left, call.right, extras,
             group, keys_first)
-    launch(list_kernel, programs(rows, 1, lists[0] * lists[1]), args, fit_offsets(config, call))
-    return TileList(entries, counts, tl.constexpr(by_batch), tl.constexpr(by_head))
+    listing = Launch(list_kernel, programs(rows, 1, lists[0] * lists[1]), args, fit_offsets(config, call))
+    return TileList(entries, counts, tl.constexpr(by_batch), tl.constexpr(by_head)), (listing,)

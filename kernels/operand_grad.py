@@ -5,13 +5,15 @@ the scores exists unless the operand has that size itself, and no atomics, so th
 the operand is too small to occupy a GPU, the walk is cut into parts whose sums are added at the end.
 """
 
+from collections.abc import Generator
+
 import torch
 import triton
 import triton.language as tl
 
 from fused_attn.kernels.backward import score_gradient, weights
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launcher, accumulator, fit_offsets, run, with_lse
+from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, with_lse
 from fused_attn.kernels.product import products
 from fused_attn.kernels.softmax import load_lse, lse_views
 from fused_attn.kernels.tiles import Place, head_view, inner, load_rows, load_tile, locate, row_view
@@ -141,10 +143,11 @@ def diagonal_sums(tiles: torch.Tensor, n_queries: int, n_keys: int) -> torch.Ten
     return line.permute(2, 1, 0, 3).flatten(2)[..., first : first + n_queries + n_keys - 1]
 
 
-def launch_operand_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
-                        delta: torch.Tensor, operand: torch.Tensor, member: int, arg: int, call: Call, *,
-                        config: TileConfig, launch: Launcher = run) -> torch.Tensor:
-    """Gradient of argument ``arg`` of mod ``member``, in the shape and type of ``operand``.
+def operand_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
+                     delta: torch.Tensor, operand: torch.Tensor, member: int, arg: int, call: Call, *,
+                     config: TileConfig) -> Generator[Launch, None, torch.Tensor]:
+    """The gradient of argument ``arg`` of mod ``member``, in the shape and type of ``operand``: yields the launch that fills it
+    in parts, and returns their sum.
 
     ``operand`` is [B', H', Nq', Nk'], each the full extent or 1, or [B', H', Nq + Nk - 1] for values by k - q.
     """
@@ -176,7 +179,7 @@ def launch_operand_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout:
         call.offset, call.left, call.right, call.scale, call.extras, parts,
         heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, member, arg, (*own, relative),
     )
-    launch(operand_grad_kernel, n_own * parts, args, fit_offsets(config, call, q, k, v, dout))
+    yield Launch(operand_grad_kernel, n_own * parts, args, fit_offsets(config, call, q, k, v, dout))
     whole = grad[0] if parts == 1 else grad.sum(0)
     if relative:
         whole = diagonal_sums(whole, call.n_queries, call.n_keys)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.launch import Launcher, accumulator, run
+from fused_attn.kernels.launch import Launch, accumulator
 from fused_attn.layout import check_rotary
 from fused_attn.spec import TileConfig
 
@@ -73,17 +73,15 @@ def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, D: tl.constex
             tl.store(rows_and_columns(out_head, rows, rest, out_strides[2], out_strides[3], TILE.wide), x, mask=passes)
 
 
-def launch_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool, back: bool, *,
-                  config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``out``: shapes as in ``rotary_kernel``, cos and sin possibly expanded along the batch."""
+def rotary_launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool, back: bool, *,
+                  config: TileConfig) -> Launch:
+    """What fills ``out``: shapes as in ``rotary_kernel``, cos and sin possibly expanded along the batch."""
     check_rotary(x, cos, sin)
     batch, heads, length, head_dim = x.shape
-    if x.numel() == 0:
-        return
     tensors = (x, cos, sin, out)
     # Offsets inside a head are 32 bits where all of its elements lie so close.
     if any((t.shape[-2] - 1) * t.stride(-2) + (t.shape[-1] - 1) * t.stride(-1) >= 2**31 for t in tensors):
         config = dataclasses.replace(config, wide=True)
     args = (*tensors, tuple(t.stride() for t in tensors), heads, length, head_dim, cos.shape[-1], accumulator(x.dtype),
             interleaved, back, HEADS)
-    launch(rotary_kernel, -(-length // config.block_m) * -(-heads // HEADS) * batch, args, config)
+    return Launch(rotary_kernel, -(-length // config.block_m) * -(-heads // HEADS) * batch, args, config)

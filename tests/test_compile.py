@@ -129,14 +129,13 @@ def test_a_new_length_never_compiles_again():
         from fused_attn.tuning import choose
         driver.set_active(offline._NoDriver(offline.gpu_target("sm_80")))
         kernels = set()
-        def launch(kernel, programs, args, tile):
-            kernels.add(id(kernel.warmup(*args, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages)))
         def call(n_queries, n_keys, dim, right, scale):
             q, k = (torch.empty(1, 2, n, dim, dtype=torch.bfloat16, device="meta") for n in (n_queries, n_keys))
             lse = torch.empty(1, 2, n_queries, device="meta")
             call = Call(scale, None, right, n_keys - n_queries, "ieee", 1, n_queries, n_keys)
             config = choose("forward", dim, dim, torch.bfloat16, "sm_80")
-            forward.launch_forward(q, k, k, q, lse, None, (), call, config=config, launch=launch)
+            kernel, programs, args, tile = forward.forward_launch(q, k, k, q, lse, None, (), call, config=config)
+            kernels.add(id(kernel.warmup(*args, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages)))
         for n_queries, n_keys, right, scale in ((1, 1, 0, .1), (1, 16, 1, .2), (16, 1000, 0, .1), (1001, 17, 16, 1.)):
             call(n_queries, n_keys, 64, right, scale)
         print(len(kernels))

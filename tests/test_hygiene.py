@@ -28,6 +28,7 @@ FORBIDDEN_IMPORTS = {
     "fused_attn/ops.py": "fused_attn.autograd",
     "fused_attn/autograd.py": "fused_attn.functional",
     "fused_attn/emulator/ptx.py": "fused_attn.emulator.driver",
+    "fused_attn/plan/problem.py": "fused_attn.plan.forward",
 }
 
 

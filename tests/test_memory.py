@@ -15,8 +15,8 @@ import triton
 from support.guard import is_poison, memory_guard
 
 import fused_attn
-from fused_attn import execution
 from fused_attn.kernels.launch import WIDEST_STRIDE
+from fused_attn.plan import backward, problem
 from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
@@ -140,7 +140,7 @@ def test_element_types(dtype):
 ], ids=lambda tile: f"{tile.block_m}x{tile.block_n}{'-wide' * tile.wide}")
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": (20, 9)}], ids=str)
 def test_tiles(tile, arguments, monkeypatch):
-    monkeypatch.setattr(execution, "choose", lambda *_: tile)
+    monkeypatch.setattr(problem, "choose", lambda *_: tile)
     check(*draw(1, 2, 1, 35, 150, 12, 16), **arguments)
 
 
@@ -256,7 +256,8 @@ def test_offsets_beyond_32_bits(dimension, stride, length, which, address_space,
         return made[-1]
 
     if which in ("all", "outputs"):
-        monkeypatch.setattr(execution, "like", far_like)
+        for module in (problem, backward):
+            monkeypatch.setattr(module, "like", far_like)
     placed = [far_apart(x) if which in ("all", name) else x
               for name, x in zip(("q", "k", "v", "dout"), tensors, strict=True)]
     for name, x, expected in zip(NAMES, guarded(*placed, window=(20, 0)), compact, strict=True):

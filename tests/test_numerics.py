@@ -197,22 +197,22 @@ def test_rows_without_a_key_give_zero_and_minus_infinity():
 @pytest.mark.parametrize("block", [(16, 16), (16, 64), (64, 16), (128, 32)], ids=lambda b: f"{b[0]}x{b[1]}")
 def test_tiles_do_not_change_the_answer(monkeypatch, block):
     """Other tile shapes walk other interior and edge tiles: the answer is the same up to rounding."""
-    from fused_attn import execution
+    from fused_attn.plan import problem
 
-    monkeypatch.setattr(execution, "choose", lambda *_: TileConfig(*block, 1, 1))
+    monkeypatch.setattr(problem, "choose", lambda *_: TileConfig(*block, 1, 1))
     for arguments in ({"causal": True}, {"window": (30, 7)}, {}):
         check_e(Case(heads=4, kv_heads=2, n_queries=75, n_keys=110, dim=16, arguments=arguments), torch.float64)
 
 
 def test_dk_and_dv_by_a_launch_each_are_bitwise_the_same(monkeypatch):
-    from fused_attn import execution
+    from fused_attn.plan import problem
 
     inputs, dout, dlse = Case(heads=4, kv_heads=2, n_queries=75, n_keys=90, dim=16).draw(torch.float32)
     together = oracle.run(inputs, dout, dlse, {"causal": True, "backend": "triton"})
-    monkeypatch.setattr(execution, "choose", lambda *_: TileConfig(32, 64, 1, 1, split=True))
+    monkeypatch.setattr(problem, "choose", lambda *_: TileConfig(32, 64, 1, 1, split=True))
     joint = lambda *_: TileConfig(32, 64, 1, 1)  # noqa: E731
     apart = oracle.run(inputs, dout, dlse, {"causal": True, "backend": "triton"})
-    monkeypatch.setattr(execution, "choose", joint)
+    monkeypatch.setattr(problem, "choose", joint)
     joined = oracle.run(inputs, dout, dlse, {"causal": True, "backend": "triton"})
     for name in ("dk", "dv"):
         assert torch.equal(apart[name], joined[name])

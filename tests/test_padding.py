@@ -11,6 +11,7 @@ from support.guard import memory_guard
 import fused_attn
 from fused_attn import settings
 from fused_attn.kernels.launch import counted
+from fused_attn.plan import problem
 from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
@@ -81,7 +82,7 @@ def test_every_remainder_of_keys_in_the_fused_backward(n_keys):
 
 @pytest.mark.parametrize("tile", [TileConfig(16, 64, 1, 1), TileConfig(64, 16, 1, 1), TileConfig(32, 128, 1, 1)], ids=str)
 def test_every_shape_of_tile(monkeypatch, tile):
-    monkeypatch.setattr(fused_attn.execution, "choose_fused", lambda *_: tile)
+    monkeypatch.setattr(problem, "choose_fused", lambda *_: tile)
     inputs, dout = deep(torch.float16, (1, 2, 2, 256, 77), 16.0)
     got = gradients(inputs, dout, "triton", False, {})
     want = gradients([x.double() for x in inputs], dout.double(), "reference", None, {})

@@ -95,7 +95,7 @@ def test_recording_launches_may_nest_and_overlap():
     q, k, v = qkv(dtype=torch.bfloat16)
 
     def names(launches):
-        return [kernel.fn.__name__ for kernel, *_ in launches]
+        return [launch.name for launch in launches]
 
     def attend(**arguments):
         fused_attn.attention(q, k, v, backend="triton", **arguments)

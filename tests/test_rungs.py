@@ -11,7 +11,8 @@ from support.features import FEATURES, Call, Shape
 from support.guard import is_poison
 
 import fused_attn
-from fused_attn import attention, execution, rungs, settings
+from fused_attn import attention, rungs, settings
+from fused_attn.plan import problem, schedules
 from fused_attn.spec import TileConfig
 from fused_attn.targets import triton_name
 
@@ -26,8 +27,8 @@ OTHER_KERNELS = {"additive", "precise"}
 def climb(monkeypatch, rung):
     """Has every forward run on ``rung``, in the interpreter's tiles; returns how often it did."""
     times = []
-    monkeypatch.setattr(execution.rungs, "rung", lambda *_: rung)
-    monkeypatch.setattr(execution, "choose_rung", lambda *_: times.append(1) or TILES[rung])
+    monkeypatch.setattr(schedules, "FORWARD", (schedules.named(schedules.FORWARD, rung)._replace(against=lambda _: ()),))
+    monkeypatch.setattr(problem, "choose_rung", lambda *_: times.append(1) or TILES[rung])
     return times
 
 
@@ -48,7 +49,7 @@ def test_every_feature_has_the_same_answer(monkeypatch, rung, name):
 @pytest.fixture
 def card(monkeypatch):
     """A machine whose tensors lie on a Hopper."""
-    monkeypatch.setattr(rungs, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(problem, "arch_of", lambda device: "sm_90")
 
 
 def halves(dim=64, length=96, heads=2, dtype=torch.bfloat16):
@@ -150,7 +151,7 @@ def test_a_call_on_another_rung_is_not_repeated_from_this_one(monkeypatch):
 @pytest.mark.parametrize("rung", list(TILES))
 def test_a_kept_call_is_not_made_again_with_tensors_that_boxes_cannot_hold(card, monkeypatch, rung):
     """Shapes and strides agree; the second address is no multiple of 16 bytes."""
-    monkeypatch.setattr(execution, "choose_rung", lambda *_: TILES[rung])
+    monkeypatch.setattr(problem, "choose_rung", lambda *_: TILES[rung])
     with fused_attn.hopper(rung):
         for first in (0, 1):
             tensors = [torch.randn(1281).bfloat16()[first : first + 1280].view(1, 2, 40, 16) for _ in range(3)]
@@ -165,7 +166,7 @@ def test_decoding_is_told_as_what_it_is(card):
         tensors = torch.randn(1, 2, 1, 64).bfloat16(), *halves(length=8192)[1:]
         told = fused_attn.explain(*tensors, backend="triton")
         near = fused_attn.explain(*tensors, window=(100, 0), backend="triton")
-    assert told.against_rung["forward"] == ("few queries over many keys take shares of the keys",)
+    assert told.against_rung["forward"] == ("splits comes first",)
     assert near.against_rung["forward"] == ()
 
 

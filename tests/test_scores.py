@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.features import Call, Shape
 
-from fused_attn import RelativeBias, attention, attention_varlen, execution, t5_bias
+from fused_attn import RelativeBias, attention, attention_varlen, t5_bias
+from fused_attn.plan import problem
 from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
@@ -251,7 +252,7 @@ def test_dropping_nothing_and_everything():
 def test_the_dropout_mask_does_not_depend_on_tiles(monkeypatch):
     results = []
     for block in ((64, 32), (16, 16), (32, 128)):
-        monkeypatch.setattr(execution, "choose", lambda *_, block=block: TileConfig(*block, 1, 1))
+        monkeypatch.setattr(problem, "choose", lambda *_, block=block: TileConfig(*block, 1, 1))
         torch.manual_seed(0)
         results.append(weights_kept(70, 93, dropout_p=0.3, causal=True) != 0)
     assert torch.equal(results[0], results[1])

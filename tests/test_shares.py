@@ -6,8 +6,8 @@ from support import oracle
 from support.features import FEATURES, Call, Shape
 from support.guard import is_poison, memory_guard
 
-from fused_attn import attention, attention_varlen, execution, reference_attention, tuning
-from fused_attn.kernels.launch import counted
+from fused_attn import attention, attention_varlen, reference_attention, tuning
+from fused_attn.kernels.launch import counted, recorded
 
 pytestmark = pytest.mark.kernels
 
@@ -67,18 +67,12 @@ def test_halves_lose_no_more_than_in_one_sweep(arguments, heads, n_queries, dtyp
     ({"key_lengths": torch.tensor([70])}, (1, 2, 4, 16)), ({"sinks": torch.zeros(8)}, (1, 2, 4, 16)),
     ({"key_lengths": torch.tensor([70]), "window": (100, 0)}, (1, 8, 1, 16)), ({"alibi_slopes": torch.ones(8)}, (1, 8, 1, 16)),
     ({"mask": torch.ones(128, dtype=torch.bool)}, (1, 8, 1, 16)), ({"dropout_p": 0.5}, (1, 8, 1, 16))], ids=str)
-def test_keys_are_read_once_for_a_group(arguments, rows, small_shares, monkeypatch):
+def test_keys_are_read_once_for_a_group(arguments, rows, small_shares):
     """The query heads of a group become rows of one tile, where nothing tells them apart."""
-    launched, launch = [], execution.launch_forward
-
-    def seen(q, *others, **more):
-        launched.append(q.shape)
-        launch(q, *others, **more)
-
-    monkeypatch.setattr(execution, "launch_forward", seen)
     q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 128, 16)
-    attention(q, k, k, backend="triton", **arguments)
-    assert launched == [rows]
+    with recorded() as launches:
+        attention(q, k, k, backend="triton", **arguments)
+    assert [launch.arguments[0].shape for launch in launches if launch.name == "forward_kernel"] == [rows]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"window": (100, 0)}, {"sinks": torch.randn(4)},

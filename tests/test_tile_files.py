@@ -40,7 +40,7 @@ def launched():
     q, k, v = (torch.randn(1, 2, 40, 16).bfloat16() for _ in range(3))
     with launch.recorded() as launches:
         fused_attn.attention(q, k, v, backend="triton")
-    return {kernel.fn.__name__: config for kernel, _, _, config in launches}
+    return {launch.name: launch.config for launch in launches}
 
 
 FIXED = ("wide", "split", "descriptors", "specialize")

@@ -207,7 +207,7 @@ def launched(**arguments):
     with launch.recorded() as launches:
         out = fused_attn.attention(q, k, v, backend="triton", **arguments)
         torch.autograd.grad(out.sum(), (q, k, v))
-    return {kernel.fn.__name__: config for kernel, _, _, config in launches}
+    return {launch.name: launch.config for launch in launches}
 
 
 def test_calls_use_what_was_found(tmp_path, use):

@@ -84,9 +84,9 @@ def test_a_careless_longest_length_costs_nothing(arguments):
         with recorded() as launches:
             out = attention_varlen(*leaves[:3], cu, cu, 500, 300, backend=backend, **arguments)
             found.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
-        for kernel, programs, *_ in launches:
-            assert programs <= 2 * 2 * 512 // 32 or kernel.fn.__name__ == "operand_grad_kernel", kernel.fn.__name__
-            if kernel.fn.__name__ == "forward_kernel":
-                assert programs == 4  # one tile for each head of each sequence
+        for launch in launches:
+            assert launch.programs <= 2 * 2 * 512 // 32 or launch.name == "operand_grad_kernel", launch.name
+            if launch.name == "forward_kernel":
+                assert launch.programs == 4  # one tile for each head of each sequence
     for ours, want in zip(*found, strict=True):
         torch.testing.assert_close(ours, want)

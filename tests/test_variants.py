@@ -9,12 +9,10 @@ from support.guard import is_poison
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import attention, attention_varlen, describe, document_mask, lowering, prefix_lm_mask
-from fused_attn.kernels.backward import launch_delta, launch_dkv, launch_dq
-from fused_attn.kernels.combine import launch_combine
-from fused_attn.kernels.forward import launch_forward
-from fused_attn.kernels.mask import list_tiles
-from fused_attn.kernels.operand_grad import launch_operand_grad
+from fused_attn import attention, attention_varlen, describe, document_mask, prefix_lm_mask
+from fused_attn.kernels import launch
+from fused_attn.kernels.mask import list_launch
+from fused_attn.plan.problem import Problem
 from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
@@ -169,7 +167,8 @@ def test_documents_visit_the_tiles_on_the_diagonal_alone(arguments, keys_first, 
     q, k, v, _ = qkv(256, 256)
     call = describe.describe(q, k, v, mask_mod=document_mask(torch.arange(256) // 64), **arguments)
     tile = TileConfig(32, 64, 1, 1) if keys_first else TileConfig(64, 32, 1, 1)
-    tiles = list_tiles(lowering.lower(q, k, call.spec, call.companions).call, q, k, tile, keys_first=keys_first)
+    tiles, (listing,) = list_launch(Problem.of(*call).call, q, k, tile, keys_first=keys_first)
+    launch.run(listing)
     assert tiles.counts[0, 0].tolist() == counts
     for row, (full, partial) in enumerate(counts):
         entries = tiles.entries[0, 0, row]
@@ -196,8 +195,7 @@ class Allocations(TorchDispatchMode):
 def test_nothing_of_the_size_of_the_scores_is_allocated(name, monkeypatch):
     """Launches are left out, so that the length can be one at which N x N stands out."""
     n = 4096
-    for launcher in (launch_forward, launch_delta, launch_dq, launch_dkv, list_tiles, launch_operand_grad):
-        monkeypatch.setitem(launcher.__kwdefaults__, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "_launch", lambda *_: None)
     inputs = Call((name,), Shape(1, 1, 1, n, n, 8, 8)).draw(torch.float32)
     with Allocations() as seen:
         inputs.run("triton")
@@ -208,8 +206,7 @@ def test_nothing_of_the_size_of_the_scores_is_allocated(name, monkeypatch):
 @pytest.mark.parametrize("arguments", [{"causal": True}, {"window": (4096, 0)}], ids=str)
 def test_a_million_keys_cost_memory_linear_in_them(n_queries, arguments, monkeypatch):
     """Forward and backward; what shares of the keys write is a part of what the keys themselves take."""
-    for launcher in (launch_forward, launch_combine, launch_delta, launch_dq, launch_dkv):
-        monkeypatch.setitem(launcher.__kwdefaults__, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "_launch", lambda *_: None)
     q, k, v, dout = qkv(n_queries, 2**20, heads=4, kv_heads=1, dim=8, dim_v=8, dtype=torch.float16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with Allocations() as seen:

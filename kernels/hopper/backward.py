@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_attn.kernels.hopper.problem import NEG_INF, ROWS, accumulator_layout, descriptor
 from fused_attn.kernels.hopper.ring import tma_load, tma_store
-from fused_attn.kernels.launch import Call, Launcher, programs, run
+from fused_attn.kernels.launch import Call, Launch, programs
 from fused_attn.kernels.softmax import LOG2E
 from fused_attn.spec import TileConfig
 
@@ -289,10 +289,9 @@ def backward_kernel(dq_ptr, q_desc, k_desc, v_desc, dout_desc, stats_desc, dk_de
                         (producer, (shared, q_desc, k_desc, v_desc, dout_desc, stats_desc, work, TILE))], [4, 1], [240, 24])
 
 
-def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, stats: torch.Tensor,
-                    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, call: Call, *, config: TileConfig,
-                    launch: Launcher = run) -> None:
-    """Fills ``dk`` and ``dv``, adds to ``dq``; shapes as in ``backward_kernel``."""
+def backward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, stats: torch.Tensor,
+                    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, call: Call, *, config: TileConfig) -> Launch:
+    """What fills ``dk`` and ``dv`` and adds to ``dq``; shapes as in ``backward_kernel``."""
     kv_heads = k.shape[1]
     block_m, block_n = config.block_m, config.block_n
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
@@ -301,4 +300,4 @@ def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: tor
     boxes += [descriptor(x, ROWS.value, False) for x in (dk, dv)]
     args = (dq, *boxes, kv_heads, q.shape[1] // kv_heads, call.n_queries, call.n_keys, call.offset, call.left, call.right,
             call.scale)
-    launch(backward_kernel, programs(call.n_keys, block_n, call.batch * kv_heads), args, config)
+    return Launch(backward_kernel, programs(call.n_keys, block_n, call.batch * kv_heads), args, config)

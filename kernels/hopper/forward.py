@@ -33,7 +33,7 @@ from fused_attn.kernels.hopper.problem import (
     visible,
 )
 from fused_attn.kernels.hopper.ring import allocate_ring, await_tile, fill, release, tile_at, tma_load, tma_store
-from fused_attn.kernels.launch import Call, Launcher, programs, run
+from fused_attn.kernels.launch import Call, Launch, programs
 from fused_attn.kernels.softmax import LN2, LOG2E
 from fused_attn.spec import TileConfig
 
@@ -254,10 +254,9 @@ def forward_kernel(lse_ptr, q_desc, k_desc, v_desc, out_desc, sinks, sequences, 
                            [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER])
 
 
-def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-                   sinks: torch.Tensor | None, softcap: float | None, call: Call, *, config: TileConfig,
-                   launch: Launcher = run) -> None:
-    """Fills ``out`` and ``lse``; shapes as in ``forward_kernel``, all addressable by TMA (``problem.describable``)."""
+def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+                   sinks: torch.Tensor | None, softcap: float | None, call: Call, *, config: TileConfig) -> Launch:
+    """What fills ``out`` and ``lse``; shapes as in ``forward_kernel``, all addressable by TMA (``problem.describable``)."""
     packed = bool(call.extras.sequences.cu_q)
     heads = q.shape[1]
     group = heads // k.shape[1]
@@ -268,4 +267,4 @@ def launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch
         heads, group, min(kept * group, call.batch * heads), call.n_queries, call.n_keys, call.offset, call.left, call.right,
         call.scale, () if softcap is None else (softcap,),
     )
-    launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args, config)
+    return Launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args, config)

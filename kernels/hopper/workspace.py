@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.launch import Call, Launcher, fit_offsets, programs, run
+from fused_attn.kernels.launch import Call, Launch, fit_offsets, programs
 from fused_attn.kernels.softmax import lse_to_log2
 from fused_attn.kernels.tiles import head_view, inside, load_rows, load_tile, program_tile, row_products, tile_ptrs
 from fused_attn.spec import TileConfig
@@ -64,16 +64,16 @@ def ordered_kernel(sums_ptr, dq_ptr, strides, H, Nq, scale: tl.float64, D: tl.co
         store_part(view, first + ROWS, sums_ptr + ROWS * COLS, scale, 0, D, COLS, TILE)
 
 
-def launch_statistics(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, stats: torch.Tensor,
-                      call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``stats``; shapes as in ``statistics_kernel``, lse and dlse contiguous."""
+def statistics_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, stats: torch.Tensor,
+                      call: Call, *, config: TileConfig) -> Launch:
+    """What fills ``stats``; shapes as in ``statistics_kernel``, lse and dlse contiguous."""
     args = (out, dout, lse, dlse, stats, (out.stride(), dout.stride()), out.shape[1], call.n_queries, out.shape[3])
-    launch(statistics_kernel, programs(call.n_queries, config.block_m, call.batch * out.shape[1]), args,
-           fit_offsets(config, call, out, dout))
+    return Launch(statistics_kernel, programs(call.n_queries, config.block_m, call.batch * out.shape[1]), args,
+                  fit_offsets(config, call, out, dout))
 
 
-def launch_ordered(sums: torch.Tensor, dq: torch.Tensor, call: Call, *, config: TileConfig, launch: Launcher = run) -> None:
-    """Fills ``dq``; shapes as in ``ordered_kernel``."""
+def ordered_launch(sums: torch.Tensor, dq: torch.Tensor, call: Call, *, config: TileConfig) -> Launch:
+    """What fills ``dq``; shapes as in ``ordered_kernel``."""
     args = (sums, dq, (dq.stride(),), dq.shape[1], call.n_queries, call.scale, dq.shape[3], sums.shape[1] // config.block_m)
-    launch(ordered_kernel, programs(call.n_queries, config.block_m, call.batch * dq.shape[1]), args,
-           fit_offsets(config, call, dq))
+    return Launch(ordered_kernel, programs(call.n_queries, config.block_m, call.batch * dq.shape[1]), args,
+                  fit_offsets(config, call, dq))

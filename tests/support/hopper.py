@@ -1,15 +1,16 @@
 """Calls of attention on Hopper's Gluon kernels, in the CPU interpreter for Gluon."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from types import ModuleType
 from unittest import mock
 
 import torch
 
-from fused_attn import execution, rungs, settings
+from fused_attn import execution, settings
 from fused_attn.kernels.hopper import backward, forward, workspace
+from fused_attn.kernels.launch import Launch
+from fused_attn.plan import problem
 from fused_attn.spec import TileConfig
 from support.gluon import launch
 
@@ -23,22 +24,27 @@ def gluon(config: TileConfig | None = None, seed: int = 0, modules: dict[str, Mo
     bugs in them. Yields the names of the Gluon kernels that were launched.
     """
     launches: list[str] = []
+    own, run = [], execution.run  # kernels that Triton's interpreter does not take
 
-    def schedule(kernel, programs, args, tile):
-        launches.append(kernel.fn.__name__)
-        launch(kernel, programs, args, tile, seed=seed)
+    def scheduled(one: Launch) -> None:
+        if one.kernel in own:
+            launches.append(one.name)
+            launch(*one, seed=seed)
+        else:
+            run(one)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings.hopper("gluon"))
-        stack.enter_context(mock.patch.object(rungs, "arch_of", return_value="sm_90"))
-        for module, name, more in ((forward, "launch_forward", {"launch": schedule}),
-                                   (backward, "launch_backward", {"launch": schedule}),
-                                   (workspace, "launch_statistics", {}), (workspace, "launch_ordered", {})):
-            function = getattr((modules or {}).get(module.__name__, module), name)
-            stack.enter_context(mock.patch.object(module, name, functools.partial(function, **more)))
+        stack.enter_context(mock.patch.object(problem, "arch_of", return_value="sm_90"))
+        stack.enter_context(mock.patch.object(execution, "run", scheduled))
+        of_gluon = (forward, "forward_launch", "forward_kernel"), (backward, "backward_launch", "backward_kernel")
+        for module, name, kernel in (*of_gluon, (workspace, "statistics_launch", ""), (workspace, "ordered_launch", "")):
+            source = (modules or {}).get(module.__name__, module)
+            stack.enter_context(mock.patch.object(module, name, getattr(source, name)))
+            own += [getattr(source, kernel)] if kernel else []
         for name, chosen in (("choose_rung", config), ("choose_gluon_backward", backward_config)):
             if chosen is not None:
-                stack.enter_context(mock.patch.object(execution, name, return_value=chosen))
+                stack.enter_context(mock.patch.object(problem, name, return_value=chosen))
         yield launches
 
 

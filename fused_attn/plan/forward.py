@@ -1,0 +1,101 @@
+"""The schedules of the forward: each a generator of the launches that make (out, LSE, what rounding took from out or None)."""
+
+from collections.abc import Generator
+from typing import TypeAlias
+
+import torch
+
+from fused_attn.kernels.combine import combine_launch
+from fused_attn.kernels.forward import Split, forward_launch
+from fused_attn.kernels.launch import Call, Launch
+from fused_attn.kernels.mask import list_launch
+from fused_attn.layout import accumulates, like, lse_like
+from fused_attn.plan.problem import Problem
+from fused_attn.spec import TileConfig
+from fused_attn.tuning import FEW_QUERIES, n_shares, unseen_keys
+
+Forward: TypeAlias = Generator[Launch, None, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+
+def pointers(problem: Problem) -> Forward:
+    """Triton's kernel, with tiles that are loaded by pointers."""
+    return _one_kernel(problem, problem.config("forward"))
+
+
+def descriptors(problem: Problem) -> Forward:
+    """The same source, with tiles that sm_90's tensor memory accelerator loads."""
+    return _one_kernel(problem, problem.rung_config("descriptors"))
+
+
+def specialized(problem: Problem) -> Forward:
+    """That, with warps of their own for the loads, as Triton divides them."""
+    return _one_kernel(problem, problem.rung_config("specialized"))
+
+
+def _one_kernel(problem: Problem, config: TileConfig) -> Forward:
+    q, k, v, call = problem.q, problem.k, problem.v, problem.call
+    precise = problem.residual
+    out, lse = problem.outputs(accumulates(q) if precise else None)
+    if out.numel():
+        tiles, listing = list_launch(call, q, k, config, keys_first=False)
+        yield from listing
+        yield forward_launch(q, k, v, out, lse, problem.companions.sinks, tiles, call, config=config, precise=precise)
+    if not precise:
+        return out, lse, None
+    rounded = like(q, out.shape[3]).copy_(out)
+    return rounded, lse, like(q, out.shape[3]).copy_(out.sub_(rounded))
+
+
+def against_splits(problem: Problem) -> tuple[str, ...]:
+    """Reasons not to give the keys of a call to several programs each."""
+    if problem.call.n_queries > FEW_QUERIES:
+        return (f"more than {FEW_QUERIES} queries fill a card by themselves",)
+    if problem.residual or problem.companions.score_weight is not None:
+        return ("precise and additive attention do not join parts",)
+    return () if _n_splits(problem) > 1 else ("too few keys",)
+
+
+def _unseen(problem: Problem) -> int:
+    return unseen_keys(problem.spec, problem.companions, problem.call.n_queries, problem.call.n_keys)
+
+
+def _n_splits(problem: Problem) -> int:
+    (q, k), call, unseen = problem[:2], problem.call, _unseen(problem)
+    return n_shares(q.shape[2], k.shape[2] - unseen, call.n_queries, call.n_keys - unseen, q.shape[1] // k.shape[1])
+
+
+def splits(problem: Problem) -> Forward:
+    """Few queries over many keys, as in decoding: the keys in shares, each with a result of its own, and these joined."""
+    q, k, v, spec, companions = problem[:5]
+    count, unseen, call = _n_splits(problem), _unseen(problem), problem.call
+    if unseen:  # from the first key on that the window of some query reaches
+        k, v = k[:, :, unseen:], v[:, :, unseen:]
+        call = call._replace(offset=call.offset - unseen, n_keys=call.n_keys - unseen)
+    lse = lse_like(q, spec, problem.packed)
+    shares = lse.new_empty((count, *q.shape[:3], v.shape[3]))
+    # [count, B, H, rows] or [2, count, B, H, rows]. Rows of no sequence are no program's: their LSE says that nothing is there.
+    shape = (*lse.shape[:-3], count, *lse.shape[-3:-1], lse.stride(-2) if problem.packed else lse.shape[-1])
+    shares_lse = lse.new_full(shape, float("-inf")) if problem.packed else lse.new_empty(shape)
+    rows, outs, split = q, shares.flatten(0, 1), Split(shares.stride(0), shares_lse.stride(-4))
+    if _groups_into_rows(problem, call):
+        # [B, Hkv, group, D]: the query heads of a key head as the rows of one tile, so that keys are read once.
+        rows, outs = (x[:, :, 0].unflatten(1, (k.shape[1], -1)) for x in (q, outs))
+        call = call._replace(n_queries=rows.shape[2], left=None, right=None)
+    config = problem._replace(call=call).config("shares")
+    tiles, listing = list_launch(call, rows, k, config, keys_first=False)
+    yield from listing
+    yield forward_launch(rows, k, v, outs, shares_lse.flatten(-4, -3), None, tiles, call, config=config, split=split,
+                         n_shares=count)
+    out = like(q, v.shape[3])
+    yield combine_launch(shares, shares_lse, out, lse, companions.sinks, config=problem.config("combine"))
+    return out, lse, None
+
+
+def _groups_into_rows(problem: Problem, call: Call) -> bool:
+    """Whether the query heads of a group may be rows of one tile: they have one query each, nothing tells heads apart, and
+    the window keeps every key."""
+    spec, q, k = problem.spec, problem.q, problem.k
+    plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and not problem.packed
+    every = ((call.left is None or call.left >= call.offset)
+             and (call.right is None or call.offset + call.right >= call.n_keys - 1))
+    return plain and every and q.shape[2] == 1 and q.shape[1] > k.shape[1]

@@ -1,0 +1,77 @@
+"""The table of schedules: for either pass, the ways to make it, best first, each with what it has against a call.
+
+The first that has nothing against a call makes it. A new way is one entry here and its steps.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from fused_attn.plan import backward, forward, hopper
+from fused_attn.plan.problem import Problem
+from fused_attn.schema import Needs, Saved
+
+EVERY_GRADIENT = Needs(True, True, True, False, False, ())
+
+
+class Schedule(NamedTuple):
+    """A way to make one pass of a call: ``against`` gives the reasons why it cannot, ``steps`` make the results.
+
+    Those of the forward take a ``Problem``; those of the backward also the ``Needs``, before them the steps the ``Saved``.
+    """
+
+    name: str
+    against: Callable[..., tuple[str, ...]]
+    steps: Callable[..., Any]
+
+
+def _nothing(*_: Any) -> tuple[str, ...]:
+    return ()
+
+
+FORWARD = (
+    Schedule("splits", forward.against_splits, forward.splits),
+    Schedule("gluon", partial(hopper.against, "gluon", "forward"), hopper.gluon_forward),
+    Schedule("specialized", partial(hopper.against, "specialized", "forward"), forward.specialized),
+    Schedule("descriptors", partial(hopper.against, "descriptors", "forward"), forward.descriptors),
+    Schedule("pointers", _nothing, forward.pointers),
+)
+BACKWARD = (
+    Schedule("gluon", hopper.against_gluon_backward, backward.gluon),
+    Schedule("fused", backward.against_fused, backward.fused),
+    Schedule("separate", _nothing, backward.separate),
+)
+
+
+def of_forward(problem: Problem) -> Schedule:
+    """The schedule of a call's forward."""
+    return next(schedule for schedule in FORWARD if not schedule.against(problem))
+
+
+def of_backward(problem: Problem, needs: Needs = EVERY_GRADIENT) -> Schedule:
+    """The schedule of a call's backward."""
+    return next(schedule for schedule in BACKWARD if not schedule.against(problem, needs))
+
+
+def against(table: tuple[Schedule, ...], name: str, problem: Problem, *more: Any) -> tuple[str, ...]:
+    """Reasons why a schedule does not make a pass of a call, of those before it in the table as well."""
+    for schedule in table:
+        reasons = schedule.against(problem, *more)
+        if schedule.name == name:
+            return reasons
+        if not reasons:
+            return (f"{schedule.name} comes first",)
+    return (f"{name} has no {'forward' if table is FORWARD else 'backward'}",)
+
+
+def named(table: tuple[Schedule, ...], name: str) -> Schedule:
+    """A schedule by its name, whatever it has against a call."""
+    return next(schedule for schedule in table if schedule.name == name)
+
+
+def forward_steps(problem: Problem) -> forward.Forward:
+    return of_forward(problem).steps(problem)
+
+
+def backward_steps(problem: Problem, saved: Saved, needs: Needs) -> backward.Backward:
+    return of_backward(problem, needs).steps(problem, saved, needs)
