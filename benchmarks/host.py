@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: backend "trit
 import torch
 
 import fused_attn
-from fused_attn import replay
+from fused_attn import plans
 from fused_attn.bench.timing import measure as measure_ms
 from fused_attn.kernels.forward import forward_kernel
 
@@ -51,7 +51,7 @@ def _calls(batch: int, heads: int, kv_heads: int, n_queries: int, n_keys: int) -
         return out
 
     def first() -> None:
-        replay.forget()
+        plans.forget()
         attend(q, k, v)
 
     calls = (lambda: attend(q, k, v), first, lambda: attend(*leaves),

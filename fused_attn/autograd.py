@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fused_attn import ops, replay, torch_private
+from fused_attn import ops, torch_private
 from fused_attn.schema import FORWARD, Needs, Saved
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
 
@@ -135,19 +135,6 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     function = TransformedAttention if transformed else Attention
     out, lse, *_ = function.apply(spec, *distinct)
     return out, _rounded(lse)
-
-
-def attention_to_repeat(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                        spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """``attention``, whose launches the next call of this kind may repeat."""
-    if (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))) or replay.watched((q, k, v)):
-        return attention(q, k, v, spec)
-    from fused_attn.kernels import launch  # here, so that the package imports without Triton
-
-    with launch.recorded() as launches:
-        out, lse = attention(q, k, v, spec)
-    replay.keep(key, q, k, v, out, lse, launches, launch.run)
-    return out, lse
 
 
 class Rotary(torch.autograd.Function):

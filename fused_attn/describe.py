@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import mods, ops, replay, settings, torch_private
+from fused_attn import mods, ops, settings, torch_private, tracing
 from fused_attn.classes import check_causal_bias, check_classes, check_layout, is_causal_bias
 from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
@@ -93,7 +93,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
         if used is not None:
             _check_lengths(name, used, q, batch)
-    if q.device.type == "cpu" and not (replay.traced(cu_seqlens_q) or replay.traced(cu_seqlens_k)):  # looking costs nothing
+    if q.device.type == "cpu" and not (tracing.traced(cu_seqlens_q) or tracing.traced(cu_seqlens_k)):  # looking costs nothing
         _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
     for name in ("bias", "mask"):

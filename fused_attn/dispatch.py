@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import mods, reference, replay, settings, targets, torch_private, tuning
+from fused_attn import mods, reference, settings, targets, torch_private, tracing, tuning
 from fused_attn.describe import Described
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
 
@@ -282,7 +282,7 @@ def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec
 def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
                   companions: Companions) -> torch.Tensor:
     """One sequence after the other, or all at once where lengths have no values yet; rows that belong to none give 0."""
-    if replay.traced(companions.cu_q):
+    if tracing.traced(companions.cu_q):
         return _torch_padded(q, k, v, spec, companions)
     one, outs, at = spec._replace(longest=None), [], 0
     spans = zip(reference.spans(companions.cu_q, companions.used_q, q.shape[2]),

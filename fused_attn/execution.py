@@ -7,9 +7,11 @@ import torch
 
 from fused_attn.kernels.launch import Launch, run
 from fused_attn.plan import inspection, schedules
+from fused_attn.plan.plan import Plan, plan, unstored
 from fused_attn.plan.problem import Problem
 from fused_attn.schema import Needs, Saved
-from fused_attn.spec import AttentionSpec, Companions
+from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
+from fused_attn.targets import arch_of
 
 Result = TypeVar("Result")
 
@@ -24,10 +26,18 @@ def finish(steps: Generator[Launch, None, Result]) -> Result:
         run(launch)
 
 
+def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Plan | None:
+    """The plan of a plain call without gradients: (q, k, v) -> (out, lse)."""
+    given = unstored(q), unstored(k), unstored(v)
+    problem = Problem.of(*given, spec, NO_COMPANIONS, arch_of(q.device))
+    return plan(schedules.of_forward(problem).steps(problem), given)
+
+
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
             companions: Companions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse as ``lse_like`` makes it, and what rounding took from out where the call keeps it)."""
-    return finish(schedules.forward_steps(Problem.of(q, k, v, spec, companions)))
+    problem = Problem.of(q, k, v, spec, companions)
+    return finish(schedules.of_forward(problem).steps(problem))
 
 
 def backward(saved: Saved, spec: AttentionSpec, companions: Companions, needs: Needs) -> tuple[Any, ...]:

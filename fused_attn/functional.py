@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import autograd, describe, dispatch, reference, replay, settings, torch_private
+from fused_attn import autograd, describe, dispatch, plans, reference, settings, torch_private, tracing
 from fused_attn.classes import is_causal_bias
 from fused_attn.describe import Described
 from fused_attn.dispatch import Explanation
@@ -32,7 +32,7 @@ def run(call: Described, return_lse: bool, backend: str | None, strict: bool | N
     call = describe.seeded(call)
     if chosen == "triton":
         if key is not None:
-            return autograd.attention_to_repeat(key, call.q, call.k, call.v, call.spec)
+            plans.keep(key, call.spec)
         return autograd.attention(*call)
     return reference.attention(*call)
 
@@ -123,10 +123,9 @@ def attention(
         and score_weight is None and score_mod is None and mask_mod is None and type(mod_args) is tuple and not mod_args
         and type(dropout_p) is float and dropout_p == 0 and precise is False and fp32_precision is None
     )
-    key = replay.kind(q, k, v, causal, window, scale, softcap, backend) if plain else None
-    again = None if key is None else replay.find(key, q, k, v)
-    if again is not None:
-        return again(q, k, v) if return_lse else again(q, k, v)[0]
+    key = plans.key(q, k, v, causal, window, scale, softcap, backend) if plain else None
+    if key is not None and (found := plans.attend(key, q, k, v)) is not None:
+        return found if return_lse else found[0]
     call = describe.describe(
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, fp32_precision=fp32_precision, precise=precise,
         key_lengths=key_lengths, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
@@ -181,7 +180,7 @@ def _nested(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool,
     if len(offsets_k) != len(offsets_q):
         raise ValueError(f"k: expected q's batch {len(offsets_q) - 1}; got {len(offsets_k) - 1}")
     # While a compiler traces there are no lengths to look at; that v has as many rows as k is checked of the packed ones.
-    if offsets_v is not offsets_k and not replay.traced(offsets_k) and not torch.equal(offsets_v, offsets_k):
+    if offsets_v is not offsets_k and not tracing.traced(offsets_k) and not torch.equal(offsets_v, offsets_k):
         raise ValueError(f"v: expected k's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
     packed = attention_varlen(
         tokens[0].values(), tokens[1].values(), tokens[2].values(), offsets_q.to(torch.int32), offsets_k.to(torch.int32),

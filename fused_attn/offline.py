@@ -22,6 +22,7 @@ from fused_attn import mods, sass
 from fused_attn.kernels import fences
 from fused_attn.kernels.launch import Launch
 from fused_attn.plan import inspection, schedules
+from fused_attn.plan.plan import collect
 from fused_attn.plan.problem import Problem
 from fused_attn.schema import Needs, Saved
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
@@ -237,16 +238,6 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
     name = {"shares": "forward"}.get(kernel, kernel) + "_kernel"
     of_kernel = [launch for launch in found if launch.name == name]
     return of_kernel if kernel == "dkv" else of_kernel[:1]
-
-
-def collect(steps: Any) -> tuple[list[Launch], Any]:
-    """(the launches of steps, none of which is run; what the steps return)."""
-    found: list[Launch] = []
-    while True:
-        try:
-            found.append(next(steps))
-        except StopIteration as end:
-            return found, end.value
 
 
 def _compile(launch: Launch, target: str) -> tuple[Any, str, float]:

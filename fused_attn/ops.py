@@ -16,9 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fused_attn import torch_private
 from fused_attn.layout import check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
-from fused_attn.replay import watched
 from fused_attn.schema import BACKWARD, FORWARD, INSPECTION, Inputs, Needs, Pair, Saved
 from fused_attn.spec import AttentionSpec, Companions
+from fused_attn.tracing import watched
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
 LIBRARY.define(f"forward({FORWARD.text}) -> (Tensor, Tensor, Tensor)")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fused_attn import replay, saturation
+from fused_attn import saturation, tracing
 from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
 from fused_attn.torch_private import known
 
@@ -35,7 +35,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], packed [1, H, T, D] and so on. Returns out [B, H, Nq, Dv] in q's
     dtype and lse [B, H, Nq] in fp32 (fp64 for fp64). A row with no key gives 0 and -inf, or its sink.
     """
-    packed = _padded if spec.longest is not None and replay.traced(companions.cu_q) else _packed
+    packed = _padded if spec.longest is not None and tracing.traced(companions.cu_q) else _packed
     run = exact if spec.longest is None else packed
     if not torch.amp.is_autocast_available(q.device.type):
         return run(q, k, v, spec, companions)

@@ -38,9 +38,9 @@ def poison():
 @pytest.fixture(autouse=True)
 def forgotten():
     """No test repeats the launches of another, whose tiles it may have chosen."""
-    from fused_attn import replay
+    from fused_attn import plans
 
-    replay.forget()
+    plans.forget()
 
 
 @pytest.fixture

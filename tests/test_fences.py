@@ -131,5 +131,5 @@ def test_launches_are_fenced_where_the_card_lacks_fences(monkeypatch):
     monkeypatch.setattr(fences, "lacking", lambda arch, descriptors: arch == "sm_90")
     for arch in ("sm_90", "sm_80"):
         monkeypatch.setattr(launch, "arch_of", lambda device, arch=arch: arch)
-        launch._launch(Kernel(), 1, (torch.empty(1),), config)
+        launch.run(launch.Launch(Kernel(), 1, (torch.empty(1),), config))
     assert made == [(fences.fenced(config), True), (config, False)]

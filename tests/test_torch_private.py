@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 import fused_attn
-from fused_attn import nn, replay, torch_private
+from fused_attn import nn, torch_private, tracing
 
 PACKAGE = Path(fused_attn.__file__).parent
 # Attributes with an underscore of what torch makes.
@@ -93,7 +93,7 @@ def layers():
 def watches():
     """Calls go through the op, as if someone looked: slower, and the same."""
     x = torch.randn(1, 2, 4, 8)
-    assert replay.watched((x,))
+    assert tracing.watched((x,))
     same(fused_attn.attention)
 
 
@@ -149,7 +149,7 @@ def test_the_names_are_there_in_this_torch():
     assert not torch_private.forward_mode()
     assert torch_private.below_autograd is torch._C._AutoDispatchBelowAutograd
     x = torch.randn(1, 2, 4, 8)
-    assert not replay.watched((x,))
+    assert not tracing.watched((x,))
     marked = torch.compiler.assume_constant_result(lambda: 0)
     assert vars(torch_private.constant_when_traced(lambda: 0)) == vars(marked)
 

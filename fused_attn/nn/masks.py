@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_attn.mods import BIAS, HIDE
-from fused_attn.replay import watched
+from fused_attn.tracing import watched
 
 
 def readable(x: torch.Tensor) -> bool:

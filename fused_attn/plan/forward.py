@@ -14,6 +14,7 @@ from fused_attn.plan.problem import Problem
 from fused_attn.spec import TileConfig
 from fused_attn.tuning import FEW_QUERIES, n_shares, unseen_keys
 
+_MANY_QUERIES = (f"more than {FEW_QUERIES} queries fill a card by themselves",)
 Forward: TypeAlias = Generator[Launch, None, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
@@ -49,7 +50,7 @@ def _one_kernel(problem: Problem, config: TileConfig) -> Forward:
 def against_splits(problem: Problem) -> tuple[str, ...]:
     """Reasons not to give the keys of a call to several programs each."""
     if problem.call.n_queries > FEW_QUERIES:
-        return (f"more than {FEW_QUERIES} queries fill a card by themselves",)
+        return _MANY_QUERIES
     if problem.residual or problem.companions.score_weight is not None:
         return ("precise and additive attention do not join parts",)
     return () if _n_splits(problem) > 1 else ("too few keys",)

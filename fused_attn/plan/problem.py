@@ -1,7 +1,5 @@
 """One call as its schedules see it: tensors, description, target, and the tiles of every kernel."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -24,13 +22,12 @@ from fused_attn.tuning import (
     fit_operands,
 )
 
-SHIPPED: Mapping[str, TileConfig] = MappingProxyType({})  # no tiles but those of the tables
-
 
 class Problem(NamedTuple):
     """A call, and the ``arch`` that it is for: tensors without storage may stand for those of any card.
 
-    ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, in place of the tables' own.
+    ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, those that stand in for the
+    tables' own and those that were looked up there.
     """
 
     q: torch.Tensor
@@ -41,14 +38,14 @@ class Problem(NamedTuple):
     arch: str
     call: Call
     roles: tuple[tuple[int, int] | None, ...]
-    tiles: Mapping[str, TileConfig] = SHIPPED
+    tiles: dict[str, TileConfig]
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
-           arch: str | None = None, tiles: Mapping[str, TileConfig] = SHIPPED) -> "Problem":
+           arch: str | None = None, tiles: dict[str, TileConfig] | None = None) -> "Problem":
         """For the device of its tensors, or for ``arch``."""
         arch = arch_of(q.device) if arch is None else arch
-        return cls(q, k, v, spec, companions, arch, *lower(q, k, spec, companions, arch), tiles)
+        return cls(q, k, v, spec, companions, arch, *lower(q, k, spec, companions, arch), {} if tiles is None else tiles)
 
     @property
     def packed(self) -> bool:
@@ -68,8 +65,12 @@ class Problem(NamedTuple):
 
     def config(self, kernel: Kernel) -> TileConfig:
         """The tiles of a kernel that takes pointers."""
-        if kernel in self.tiles:
-            return self.tiles[kernel]
+        found = self.tiles.get(kernel)
+        if found is None:
+            found = self.tiles[kernel] = self._chosen(kernel)
+        return found
+
+    def _chosen(self, kernel: Kernel) -> TileConfig:
         dim, dim_v = self.q.shape[3], self.v.shape[3]
         if kernel == "combine":
             return choose_combine(dim_v)

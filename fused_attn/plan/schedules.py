@@ -69,9 +69,5 @@ def named(table: tuple[Schedule, ...], name: str) -> Schedule:
     return next(schedule for schedule in table if schedule.name == name)
 
 
-def forward_steps(problem: Problem) -> forward.Forward:
-    return of_forward(problem).steps(problem)
-
-
 def backward_steps(problem: Problem, saved: Saved, needs: Needs) -> backward.Backward:
     return of_backward(problem, needs).steps(problem, saved, needs)

@@ -1,15 +1,19 @@
-"""A call of a kind that was made before takes its launches from then: the same bits, and never another call's."""
+"""A call that was made before takes its plan from then: the same bits, and never another call's."""
 
+import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
 from support.guard import is_poison, memory_guard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_attn import attention, replay, settings, tuning
+import fused_attn
+from fused_attn import attention, execution, plans, settings, tuning
 from fused_attn.kernels.launch import counted, recorded
+from fused_attn.plan import schedules
 
 pytestmark = pytest.mark.kernels
 
@@ -23,13 +27,16 @@ def call(*tensors, **arguments):
     return attention(*tensors, return_lse=True, backend="triton", **arguments)
 
 
+def counting(monkeypatch, module, name):
+    """How often a function of a module was called."""
+    times, real = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, **more: times.append(1) or real(*given, **more))
+    return times
+
+
 def described(monkeypatch):
     """How often a call was described, which repeated ones are not."""
-    from fused_attn import describe
-
-    times, real = [], describe.describe
-    monkeypatch.setattr(describe, "describe", lambda *given, **more: times.append(1) or real(*given, **more))
-    return times
+    return counting(monkeypatch, fused_attn.describe, "describe")
 
 
 KINDS = [{}, {"causal": True}, {"window": (7, 2)}, {"window": (20, None), "causal": True}, {"scale": 0.5}, {"scale": -0.5},
@@ -43,23 +50,24 @@ TENSORS = {
 
 
 def test_repeated_calls_equal_first_ones(monkeypatch):
-    """Every kind of call twice, in an order that mixes them, against calls that remember nothing."""
+    """Every kind of call three times, in an order that mixes them, against calls that remember nothing; the third time from
+    plans."""
     monkeypatch.setattr(tuning, "MANY_KEYS", 128)
     monkeypatch.setattr(tuning, "SHARE", 64)
     # Of tensors and arguments every one, and the two that choose what runs with all of the others.
     kinds = [(make, arguments) for (name, make), arguments in itertools.product(TENSORS.items(), KINDS)
              if name in ("plain", "decoding") or arguments in KINDS[1:3]]
     expected = []
-    inputs = [[make(), make()] for make, _ in kinds]
+    inputs = [[make(), make(), make()] for make, _ in kinds]
     for (_, arguments), both in zip(kinds, inputs, strict=True):
         for tensors in both:
-            replay.forget()
+            plans.forget()
             expected.append(call(*tensors, **arguments))
-    replay.forget()
-    times = described(monkeypatch)
-    found = [[call(*both[turn], **arguments) for (_, arguments), both in zip(kinds, inputs, strict=True)] for turn in (0, 1)]
-    # The last window over 300 keys takes shares of a part of them, whose place is no other call's.
-    assert len(times) == len(kinds) + 1
+    plans.forget()
+    times, planned = described(monkeypatch), counting(monkeypatch, schedules, "of_forward")
+    found = [[call(*each[turn], **arguments) for (_, arguments), each in zip(kinds, inputs, strict=True)] for turn in (0, 1, 2)]
+    assert len(times) < len(kinds)  # those that differ in lengths alone are of one kind
+    assert len(planned) == 3 * len(kinds)
     for want, got in zip(expected, itertools.chain(*zip(*found, strict=True)), strict=True):
         for x, y in zip(want, got, strict=True):
             assert torch.equal(x, y)
@@ -70,14 +78,47 @@ def test_a_repeated_call_writes_all_that_it_returns(monkeypatch):
     monkeypatch.setattr(tuning, "MANY_KEYS", 128)
     monkeypatch.setattr(tuning, "SHARE", 64)
     first, second = (qkv(1, 300) for _ in range(2))
-    call(*first)
-    times = described(monkeypatch)
+    for _ in range(2):
+        call(*first)
+    times = counting(monkeypatch, execution, "forward")
     with memory_guard() as guard:
         out, lse = call(*second)
     assert not times
     assert guard.kernels == ["forward_kernel", "combine_kernel"]
     assert not is_poison(out).any()
     assert not is_poison(lse).any()
+
+
+def test_a_new_length_is_described_no_more(monkeypatch):
+    """The steps of a generation, two layers each: every layer after the first, and every later step, goes without checks."""
+    monkeypatch.setattr(tuning, "MANY_KEYS", 64)
+    monkeypatch.setattr(tuning, "SHARE", 32)
+    q, k, v = qkv(1, 300)
+    call(q, k[:, :, :50], v[:, :, :50], causal=True)
+    times = described(monkeypatch)
+    for n in (60, 70, 150, 150, 150, 290):
+        keys, values = k[:, :, :n], v[:, :, :n]
+        got = call(q, keys, values, causal=True)
+        torch.testing.assert_close(got, attention(q, keys, values, return_lse=True, backend="reference"), rtol=0.02, atol=0.02)
+    assert len(times) == 6  # the reference's own
+    with pytest.raises(ValueError, match=r"v: expected k's batch, heads and length"):
+        call(q, k[:, :, :60], v[:, :, :61], causal=True)
+
+
+def test_a_plan_keeps_no_tensor_of_the_call():
+    tensors = qkv(40)
+    for _ in range(3):
+        call(*tensors)
+    gone = [weakref.ref(x) for x in tensors]
+    del tensors
+    gc.collect()
+    assert [x() for x in gone] == [None] * 3
+
+
+@pytest.mark.parametrize("tensors", [qkv(0), qkv(5, 0), qkv(batch=0)], ids=["no queries", "no keys", "no batch"])
+def test_empty_calls_are_plans_too(tensors):
+    for _ in range(3):
+        torch.testing.assert_close(call(*tensors), attention(*tensors, return_lse=True, backend="reference"))
 
 
 def test_gradients_are_never_lost():
@@ -144,7 +185,9 @@ def test_a_thread_records_its_own_launches():
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(replay, "_MOST", 3)
+    monkeypatch.setattr(plans, "_MOST", 3)
     for n in range(5, 15):
-        call(*qkv(n))
-    assert 1 <= len(replay._made) <= 3
+        call(*qkv(n, dim=n))
+        call(*qkv(n + 1, dim=n))
+    assert 1 <= len(plans._plans) <= 3
+    assert 1 <= len(plans._specs) <= 3

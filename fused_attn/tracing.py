@@ -1,0 +1,26 @@
+"""Who looks at a call beside the one who makes it: compilers, tracers, modes, transforms, profilers."""
+
+from collections.abc import Iterable
+
+import torch
+
+from fused_attn import torch_private
+
+PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+
+
+def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether a call must be a torch op: for a compiler, tracer, mode, transform, forward AD, profiler, tensor subclass or meta
+    device, or a tensor whose values are not those that it stores, such as ``x.conj().imag``."""
+    if (torch.compiler.is_compiling() or torch_private.dispatch_modes() or torch_private.transforms_active()
+            or torch_private.forward_mode() or torch_private.profiler_enabled() or torch_private.is_tracing()):
+        return True
+    for x in tensors:  # a loop takes half the time of any()
+        if x is not None and (type(x) not in PLAIN_CLASSES or x.is_meta or x.is_neg() or torch_private.is_zero(x)):
+            return True
+    return False
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether the values of a tensor cannot be looked at, or must not: the next run of what is traced has others."""
+    return torch.compiler.is_compiling() or torch_private.is_tracing() or type(x) not in PLAIN_CLASSES or x.is_meta
