@@ -44,9 +44,8 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 test-fast: $(STAMP)
 	$(PYTEST) -m "$(FAST)" $(TESTS)
 
-test-all: $(STAMP)  ## every test that needs no GPU, and `make versions` on the newest Triton; summary in docs/test-all.txt
-	@log=$$(mktemp); commit=$$(git describe --always --dirty); $(PYTEST) -q -m "not gpu" tests | tee "$$log"; \
-		{ echo "$$commit"; grep -E '^(torch|triton)==' $(CONSTRAINTS); tail -n 1 "$$log"; } > docs/test-all.txt
+test-all: $(STAMP)  ## every test that needs no GPU, by file into docs/test-all.json, and `make versions` on the newest Triton
+	$(BIN)/python -m tests.whole
 	$(MAKE) --no-print-directory versions VENV=.venv-triton-$(NEWEST) CONSTRAINTS=constraints-triton-$(NEWEST).txt
 
 versions: $(STAMP)  ## what compiles and passes on the versions in VENV, kept in fused_attn/versions.json

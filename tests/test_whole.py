@@ -1,0 +1,59 @@
+"""What `make test-all` keeps of each file: nothing of one that is not through, every failure, and for which code it speaks."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests import whole
+from tests.whole import Record
+
+
+@pytest.fixture
+def out(monkeypatch, tmp_path):
+    monkeypatch.setattr(whole, "OUT", tmp_path / "test-all.json")
+    return whole.OUT
+
+
+def ran(record, name, outcome="passed", teardown="passed"):
+    """The reports of one test, as pytest makes them."""
+    whens = [("setup", "passed"), ("call", outcome)] if outcome != "skipped" else [("setup", "skipped")]
+    for when, result in (*whens, ("teardown", teardown)):
+        record.pytest_runtest_logreport(SimpleNamespace(nodeid=name, when=when, outcome=result, duration=0.5))
+
+
+def test_files_are_kept_when_they_are_through(out):
+    record = Record({"test_old.py": {"commit": "1", "passed": 3, "skipped": 0, "failed": [], "seconds": 1.0}}, "2")
+    for worker in range(2):  # which have the same tests
+        record.pytest_xdist_node_collection_finished(worker, ["test_a.py::one", "test_a.py::two[x::y]", "test_b.py::one",
+                                                              "test_b.py::two", "test_c.py::one"])
+    ran(record, "test_a.py::one")
+    assert not out.exists()
+    ran(record, "test_b.py::one")
+    ran(record, "test_a.py::two[x::y]", "skipped")
+    assert json.loads(out.read_text())["files"].keys() == {"test_old.py", "test_a.py"}
+    ran(record, "test_b.py::two", "failed")
+    ran(record, "test_c.py::one", teardown="failed")
+    rows = json.loads(out.read_text())["files"]
+    assert rows["test_a.py"] == {"commit": "2", "passed": 1, "skipped": 1, "failed": [], "seconds": 2.5}
+    assert rows["test_b.py"]["failed"] == ["two"]
+    assert rows["test_c.py"]["failed"] == ["one"]
+    assert rows["test_old.py"]["passed"] == 3
+
+
+def test_a_file_has_passed_on_the_code_that_it_ran_on(monkeypatch):
+    row = {"commit": "abc", "passed": 1, "skipped": 0, "failed": [], "seconds": 1.0}
+    monkeypatch.setattr(whole, "unchanged", lambda commit: commit == "abc")
+    assert whole.passed(row)
+    for other in ({"commit": "abd"}, {"commit": "abc-dirty"}, {"failed": ["one"]}):
+        assert not whole.passed({**row, **other})
+
+
+def test_a_change_of_code_is_a_change():
+    assert not whole.unchanged("no-such-commit")
+
+
+def test_a_file_that_is_none_ends_the_command(out, capsys):
+    assert whole.main(["tests/test_whole.py", "tests/nonsense.py"]) == 2
+    assert capsys.readouterr().err == "tests.whole: expected files of tests/; got nonsense.py\n"
+    assert not out.exists()
