@@ -118,6 +118,17 @@ class TileConfig:
     options: tuple[tuple[str, int], ...] = ()  # further compiler options of the target
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a kernel is compiled for beside its tiles, one compile-time argument; kernels that need to know more add fields."""
+
+    group: int  # query heads to a key head
+    dim: int  # of queries and keys
+    dim_v: int
+    acc: Any  # Triton's type of the softmax state and of every sum
+    precision: str = "ieee"  # of fp32 products
+
+
 def kept_pairs(n_queries: int, n_keys: int, window: Window, offset: int) -> int:
     """How many (query, key) pairs a window keeps: what FLOPs are counted by."""
     left, right = window

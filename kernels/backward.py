@@ -8,14 +8,16 @@ of dK and dV for every query head of its group. Fused, the programs of dK and dV
 and so the last bits of dQ, differ from run to run.
 """
 
-from typing import Any
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, programs, with_lse
+from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, kind_of, programs, with_lse
 from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
 from fused_attn.kernels.operand import per_query
 from fused_attn.kernels.product import Additive, products, pulled, weight_finish, weight_start, weight_step
@@ -39,15 +41,29 @@ from fused_attn.kernels.tiles import (
     store_tile,
     zeros,
 )
-from fused_attn.kernels.window import sweep_range
-from fused_attn.spec import TileConfig
+from fused_attn.kernels.window import Rule, side, sweep_range
+from fused_attn.spec import Kind, TileConfig
+
+
+@dataclass(frozen=True)
+class KeysKind(Kind):
+    """Which of dK and dV a kernel makes, and whether it adds up dQ as well."""
+
+    need_dk: bool = True
+    need_dv: bool = True
+    fused: bool = False
+
+
+keys_kind = functools.cache(KeysKind)
 
 
 @triton.jit(do_not_specialize=["H", "Nq"])
 def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq, sequences,
-                 DV: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr):
+                 KIND: tl.constexpr, TILE: tl.constexpr):
     """delta [B, H, Nq] = rowsum(dO * O) - dLSE, for BLOCK_M rows of one head; ``dlse_ptr`` may be None."""
     BLOCK_M: tl.constexpr = TILE.block_m
+    DV: tl.constexpr = KIND.dim_v
+    ACC: tl.constexpr = KIND.acc
     out_strides, dout_strides = strides
     first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, False)
     batch = bh // H
@@ -69,7 +85,7 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
 
 
 @triton.jit
-def weights(raw, lse, place, left, right, scale, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
+def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
             KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr, MASKED: tl.constexpr):
     """P of a tile from its raw scores, and the derivative of the mods (see ``apply_mods``), in either orientation.
 
@@ -78,16 +94,16 @@ def weights(raw, lse, place, left, right, scale, extras, MEMBER: tl.constexpr, A
     of_query = per_query(lse[0], KEYS_FIRST)
     if len(extras.mods) == 0:
         reach = 1.0
-        p = tl.exp2(raw * (scale * LOG2E) - of_query)
+        p = tl.exp2(raw * (rule.scale * LOG2E) - of_query)
     else:
-        score, reach = apply_mods(raw * scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
+        score, reach = apply_mods(raw * rule.scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
         exponent = (score - of_query) * LOG2E
         if len(lse) > 1:
             exponent -= per_query(lse[1], KEYS_FIRST)
         p = tl.exp2(exponent)
     if MASKED:
         # Where a key does not count, exp2 may have overflowed: select, never multiply by 0.
-        p = tl.where(keep_tile(place, left, right, extras.keeps, TILE, KEYS_FIRST), p, 0.0)
+        p = tl.where(keep_tile(place, rule, extras.keeps, TILE, KEYS_FIRST), p, 0.0)
     if len(extras.mods) > 0 and (MASKED or len(extras.additive) > 0):
         # A function of one's own may give anything for the zeros past the last query, and sums over queries meet them.
         p = tl.where(of_query == float("inf"), 0.0, p)
@@ -104,31 +120,34 @@ def score_gradient(p, dp, delta, reach, extras, MASKED: tl.constexpr):
 
 
 @triton.jit
-def dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, left, right, scale, extras, D: tl.constexpr, DV: tl.constexpr,
-            ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+def dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr,
+            MASKED: tl.constexpr):
     """Adds what the BLOCK_N keys of ``place`` give to dQ, and to the gradient of an additive score's weights."""
     BLOCK_N: tl.constexpr = TILE.block_n
+    ACC: tl.constexpr = KIND.acc
+    PRECISION: tl.constexpr = KIND.precision
     # [BLOCK_N, D], [BLOCK_N, DV]
-    k = load_tile(k_view, place.k_first, D, BLOCK_N, MASKED, TILE.wide)
-    v = load_tile(v_view, place.k_first, DV, BLOCK_N, MASKED, TILE.wide)
+    k = load_tile(k_view, place.k_first, KIND.dim, BLOCK_N, MASKED, TILE.wide)
+    v = load_tile(v_view, place.k_first, KIND.dim_v, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
-    raw = products(q, k, place.head, extras.additive, D, ACC, PRECISION)
-    p, reach = weights(raw, lse, place, left, right, scale, extras, -1, 0, TILE, False, True, MASKED)
+    raw = products(q, k, place.head, extras.additive, KIND)
+    p, reach = weights(raw, lse, place, rule, extras, -1, 0, TILE, False, True, MASKED)
     dp = inner(dout, v, ACC, PRECISION)
     if len(extras.dropout) > 0:
         dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
     ds = score_gradient(p, dp, delta[:, None], reach, extras, MASKED)
-    return pulled(ds, q, k, dq, place.head, extras.additive, D, ACC, PRECISION), weight_step(dw, ds, q, k, extras.additive, ACC)
+    return pulled(ds, q, k, dq, place.head, extras.additive, KIND), weight_step(dw, ds, q, k, extras.additive, ACC)
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
 def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides,
-              H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles,
-              GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr,
-              PRECISION: tl.constexpr, TILE: tl.constexpr):
+              H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: dQ of BLOCK_M queries of one head, over the keys in their window. ``strides``: of q, k, v, dout, dq."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
+    D: tl.constexpr = KIND.dim
+    DV: tl.constexpr = KIND.dim_v
+    ACC: tl.constexpr = KIND.acc
     LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, dout_strides, dq_strides = strides
     first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, right is not None)
@@ -138,68 +157,67 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     if len(extras.sequences.cu_q) > 0:
         if first >= n_queries:
             return
-    scale = scale.to(ACC)
+    rule = Rule(side(left), side(right), scale.to(ACC))
     # [BLOCK_M, D], [BLOCK_M, DV], [BLOCK_M], [BLOCK_M]
     q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
     dout = load_tile(head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries), first, DV, BLOCK_M, True, TILE.wide)
     lse = load_lse(lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries), first, extras, BLOCK_M, True)
     delta_view = row_view(delta_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
     delta = load_rows(delta_view, first, 0.0, BLOCK_M, True)
-    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
-    v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
+    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
+    v_view = head_view(v_ptr, v_strides, batch, head // KIND.group, k_start, n_keys)
     dq = zeros(D, BLOCK_M, ACC)
     dw = weight_start(extras.additive, D, ACC)
 
     if LISTED:
         sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
     else:
-        sweep = sweep_range(first + offset, n_keys, left, right, BLOCK_M, BLOCK_N)
+        sweep = sweep_range(first + offset, n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
     inner_first, inner_stop = inner_range(sweep, tiles)
     for i in tl.range(inner_first, inner_stop, 1 if LISTED else BLOCK_N, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, left, right, scale, extras,
-                         D, DV, ACC, PRECISION, TILE, False)
+        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND, TILE, False)
     for i in tl.range(0, n_edges(sweep, tiles, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, left, right, scale, extras,
-                         D, DV, ACC, PRECISION, TILE, True)
+        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND, TILE, True)
 
     dq_view = head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries)
-    store_tile(dq_view, first, scaled(dq, scale), D, BLOCK_M, TILE.wide)
-    weight_finish(dw, scale, extras.additive, D)
+    store_tile(dq_view, first, scaled(dq, rule.scale), D, BLOCK_M, TILE.wide)
+    weight_finish(dw, rule.scale, extras.additive, D)
 
 
 @triton.jit
-def dkv_step(dk, dv, k, v, q_view, dout_view, lse_view, delta_view, dq_view, place, left, right, scale, extras,
-             D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
-             NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, FUSED: tl.constexpr, MASKED: tl.constexpr):
-    """Adds what the BLOCK_M queries of ``place`` give to dK and dV, and with ``FUSED`` what the keys give to their dQ.
+def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """Adds what the BLOCK_M queries of ``place`` give to dK and dV, and what the keys give to their dQ where it is asked for.
 
     Tiles are transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands straight from registers.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
+    ACC: tl.constexpr = KIND.acc
+    PRECISION: tl.constexpr = KIND.precision
     # [BLOCK_M, D], [BLOCK_M, DV]
-    q = load_tile(q_view, place.q_first, D, BLOCK_M, MASKED, TILE.wide)
-    lse = load_lse(lse_view, place.q_first, extras, BLOCK_M, MASKED)
-    dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, MASKED, TILE.wide)
-    raw = products(k, q, place.head, extras.additive, D, ACC, PRECISION)
-    p, reach = weights(raw, lse, place, left, right, scale, extras, -1, 0, TILE, True, MASKED, MASKED)
+    q = load_tile(views.q, place.q_first, KIND.dim, BLOCK_M, MASKED, TILE.wide)
+    lse = load_lse(views.lse, place.q_first, extras, BLOCK_M, MASKED)
+    dout = load_tile(views.dout, place.q_first, KIND.dim_v, BLOCK_M, MASKED, TILE.wide)
+    raw = products(k, q, place.head, extras.additive, KIND)
+    p, reach = weights(raw, lse, place, rule, extras, -1, 0, TILE, True, MASKED, MASKED)
     if len(extras.dropout) > 0:
         stays = dropout_keep(extras.dropout, place, TILE, True)
-    if NEED_DV:
+    if KIND.need_dv:
         dropped = p
         if len(extras.dropout) > 0:
             dropped = tl.where(stays, p, 0.0)
         dv = outer(dropped.to(dout[0].dtype), dout, dv, ACC, PRECISION)
-    if NEED_DK:
-        delta = load_rows(delta_view, place.q_first, 0.0, BLOCK_M, MASKED)
+    if KIND.need_dk:
+        delta = load_rows(views.delta, place.q_first, 0.0, BLOCK_M, MASKED)
         dp = inner(v, dout, ACC, PRECISION)
         if len(extras.dropout) > 0:
             dp = tl.where(stays, dp * extras.dropout.factor, 0.0)
         ds = score_gradient(p, dp, delta[None, :], reach, extras, MASKED)
-        dk = pulled(ds, k, q, dk, place.head, extras.additive, D, ACC, PRECISION)
-        if FUSED:
-            add_tile(dq_view, place.q_first, outer_transposed(ds.to(k[0].dtype), k, ACC, PRECISION), D, BLOCK_M, TILE.wide)
+        dk = pulled(ds, k, q, dk, place.head, extras.additive, KIND)
+        if KIND.fused:
+            part = outer_transposed(ds.to(k[0].dtype), k, ACC, PRECISION)
+            add_tile(views.dq, place.q_first, part, KIND.dim, BLOCK_M, TILE.wide)
     return dk, dv
 
 
@@ -238,21 +256,44 @@ def edge_queries(sweep, tiles, i, kv_head, n_steps, GROUP: tl.constexpr, BLOCK_M
         return head, edge_tile(sweep, tiles, tile, BLOCK_M)
 
 
+class QueryViews(NamedTuple):
+    """What a program of keys reads of one query head, and where it adds to dQ."""
+
+    q: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    dq: Any
+
+
+@triton.jit
+def query_views(pointers, strides, extras, place, H, Nq, q_start, FUSED: tl.constexpr):
+    """The QueryViews of the head of ``place``; pointers to q, dout, lse, delta and dq, ``strides`` of ``dkv_kernel``."""
+    rows = place.batch * H + place.head
+    batch, head, n_queries = place.batch, place.head, place.n_queries
+    return QueryViews(head_view(pointers[0], strides[0], batch, head, q_start, n_queries),
+                      head_view(pointers[1], strides[3], batch, head, q_start, n_queries),
+                      lse_views(pointers[2], extras, rows, head, Nq, q_start, n_queries),
+                      row_view(pointers[3], extras.sequences, rows, head, Nq, q_start, n_queries),
+                      head_view(pointers[4], strides[6], batch, head, q_start, n_queries) if FUSED else 0)
+
+
 @triton.jit(do_not_specialize=["Hkv", "Nq", "Nk", "offset", "left", "right"])
 def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dq_ptr, strides,
-               Hkv, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles,
-               GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-               NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, TILE: tl.constexpr):
+               Hkv, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: dK and dV of BLOCK_N keys of one key head, over the queries of its whole group in their window.
 
-    ``strides`` are those of q, k, v, dout, dk, dv and dq; without ``NEED_DK`` or ``NEED_DV`` that output is not touched.
-    dq [B, H, Nq, D] of zeros, of the type ``ACC``, receives dQ without its factor ``scale``, or is None.
+    ``strides`` are those of q, k, v, dout, dk, dv and dq. ``KIND``, a KeysKind, tells which of dk and dv are wanted, and if
+    dq [B, H, Nq, D], zeros of the type of sums, is to receive dQ without its factor ``scale``; what is not wanted is None.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
+    D: tl.constexpr = KIND.dim
+    DV: tl.constexpr = KIND.dim_v
+    ACC: tl.constexpr = KIND.acc
+    GROUP: tl.constexpr = KIND.group
     LISTED: tl.constexpr = len(tiles) > 0
-    FUSED: tl.constexpr = dq_ptr is not None
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, dq_strides = strides
+    _, k_strides, v_strides, _, dk_strides, dv_strides, _ = strides
     first, bh = program_tile(tl.program_id(0), Nk, BLOCK_N, False)
     batch = bh // Hkv
     kv_head = bh % Hkv
@@ -260,13 +301,13 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     if len(extras.sequences.cu_k) + len(extras.sequences.used_k) > 0:
         if first >= n_keys:
             return
-    scale = scale.to(ACC)
+    rule = Rule(side(left), side(right), scale.to(ACC))
     # [BLOCK_N, D], [BLOCK_N, DV]
     k = load_tile(head_view(k_ptr, k_strides, batch, kv_head, k_start, n_keys), first, D, BLOCK_N, True, TILE.wide)
     v = load_tile(head_view(v_ptr, v_strides, batch, kv_head, k_start, n_keys), first, DV, BLOCK_N, True, TILE.wide)
     # A sum that nobody asked for is a plain 0, which takes no registers.
-    dk = zeros(D, BLOCK_N, ACC) if NEED_DK else 0
-    dv = zeros(DV, BLOCK_N, ACC) if NEED_DV else 0
+    dk = zeros(D, BLOCK_N, ACC) if KIND.need_dk else 0
+    dv = zeros(DV, BLOCK_N, ACC) if KIND.need_dv else 0
 
     n_steps = tl.cdiv(Nq, BLOCK_M)
     if LISTED:
@@ -275,39 +316,30 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
         n_edge = sweep[2]
     else:
         # Key k sees the queries whose position lies in [k - right, k + left]: the same window with its sides swapped.
-        sweep = sweep_range(first - offset, n_queries, right, left, BLOCK_N, BLOCK_M)
+        sweep = sweep_range(first - offset, n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
         # Keys past the end make rows of dK and dV that are never stored. But dQ sums over keys, where a weight that should be 0
         # is exp(0 - LSE), infinite below LSE -88, and a mod may read an operand there: then every tile of theirs is masked.
-        if FUSED or len(extras.mods) > 0:
+        if KIND.fused or len(extras.mods) > 0:
             inner_hi = tl.where(first + BLOCK_N > n_keys, sweep[1], sweep[2])
             sweep = sweep[0], sweep[1], inner_hi, sweep[3]
         n_inner = (sweep[2] - sweep[1]) // BLOCK_M * GROUP
         n_edge = n_edges(sweep, tiles, BLOCK_M) * GROUP
+    pointers = q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr if KIND.fused else 0
     for i in tl.range(0, n_inner, disable_licm=TILE.disable_licm):
         head, q_first = inner_queries(sweep, tiles, i, kv_head, n_steps, GROUP, BLOCK_M)
-        rows = batch * (Hkv * GROUP) + head
         place = Place(batch, head, q_first, first, offset, n_queries, n_keys)
-        dk, dv = dkv_step(dk, dv, k, v, head_view(q_ptr, q_strides, batch, head, q_start, n_queries),
-                          head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries),
-                          lse_views(lse_ptr, extras, rows, head, Nq, q_start, n_queries),
-                          row_view(delta_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
-                          head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries) if FUSED else 0,
-                          place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, FUSED, False)
+        views = query_views(pointers, strides, extras, place, Hkv * GROUP, Nq, q_start, KIND.fused)
+        dk, dv = dkv_step(dk, dv, k, v, views, place, rule, extras, KIND, TILE, False)
     for i in tl.range(0, n_edge, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         head, q_first = edge_queries(sweep, tiles, i, kv_head, n_steps, GROUP, BLOCK_M)
-        rows = batch * (Hkv * GROUP) + head
         place = Place(batch, head, q_first, first, offset, n_queries, n_keys)
-        dk, dv = dkv_step(dk, dv, k, v, head_view(q_ptr, q_strides, batch, head, q_start, n_queries),
-                          head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries),
-                          lse_views(lse_ptr, extras, rows, head, Nq, q_start, n_queries),
-                          row_view(delta_ptr, extras.sequences, rows, head, Nq, q_start, n_queries),
-                          head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries) if FUSED else 0,
-                          place, left, right, scale, extras, D, DV, ACC, PRECISION, TILE, NEED_DK, NEED_DV, FUSED, True)
+        views = query_views(pointers, strides, extras, place, Hkv * GROUP, Nq, q_start, KIND.fused)
+        dk, dv = dkv_step(dk, dv, k, v, views, place, rule, extras, KIND, TILE, True)
 
-    if NEED_DK:
+    if KIND.need_dk:
         dk_view = head_view(dk_ptr, dk_strides, batch, kv_head, k_start, n_keys)
-        store_tile(dk_view, first, scaled(dk, scale), D, BLOCK_N, TILE.wide)
-    if NEED_DV:
+        store_tile(dk_view, first, scaled(dk, rule.scale), D, BLOCK_N, TILE.wide)
+    if KIND.need_dv:
         if len(extras.dropout) > 0:
             dv = scaled(dv, extras.dropout.factor)
         dv_view = head_view(dv_ptr, dv_strides, batch, kv_head, k_start, n_keys)
@@ -320,7 +352,7 @@ def delta_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse:
     heads = out.shape[1]
     lse, _ = with_lse(call, lse)
     args = (out, dout, lse, dlse, delta, call.strides(out, dout), heads, call.n_queries, call.extras.sequences,
-            out.shape[3], accumulator(out.dtype))
+            kind_of(1, 0, out.shape[3], accumulator(out.dtype)))
     return Launch(delta_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
                   fit_offsets(config, call, out, dout))
 
@@ -333,7 +365,7 @@ def dq_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Ten
     args = (
         q, k, v, dout, lse, delta, dq, call.strides(q, k, v, dout, dq),
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
-        heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision,
+        kind_of(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision),
     )
     return Launch(dq_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
                   fit_offsets(config, call, q, k, v, dout, dq))
@@ -366,8 +398,8 @@ def dkv_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
         q, k, v, dout, lse, delta, dk, dv, dq,
         call.strides(q, k, v, dout, k if dk is None else dk, v if dv is None else dv, q if dq is None else dq),
         kv_heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles,
-        q.shape[1] // kv_heads, q.shape[3], v.shape[3], accumulator(q.dtype), call.precision,
-        dk is not None, dv is not None,
+        keys_kind(q.shape[1] // kv_heads, q.shape[3], v.shape[3], accumulator(q.dtype), call.precision,
+                  dk is not None, dv is not None, dq is not None),
     )
     config = fit_offsets(config, call, q, k, v, dout, *wanted, q if dq is None else dq)
     return Launch(dkv_kernel, programs(call.n_keys, config.block_n, call.batch * kv_heads), args, config)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.launch import Launch, accumulator
+from fused_attn.kernels.launch import Launch, accumulator, kind_of
 from fused_attn.kernels.softmax import LOG2E, softmax_finish
 from fused_attn.spec import TileConfig
 
@@ -30,7 +30,7 @@ def share_weights(lse, pivot, rests, row, which, step, n_shares):
 
 @triton.jit(do_not_specialize=["H", "Nq", "n_shares"])
 def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rests, steps, strides, H, Nq, n_shares,
-                   DV: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr):
+                   KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: one row [DV] of out [B, H, Nq, Dv], and its LSE; BLOCK_M shares at a time, BLOCK_N at most.
 
     shares [S, B, H, Nq, Dv] and shares_lse [S, B, H, rows]; ``steps`` are (elements from one share to the next in shares, in
@@ -38,6 +38,8 @@ def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rest
     key has LSE -inf, and what its row of shares holds is never read. ``rests``: (pointer, pointer) to what rounding took from
     shares_lse and takes from lse, or ().
     """
+    DV: tl.constexpr = KIND.dim_v
+    ACC: tl.constexpr = KIND.acc
     step, lse_step, row_step, out_row_step = steps
     pid = tl.program_id(0)
     row = pid % Nq
@@ -92,6 +94,6 @@ def combine_launch(shares: torch.Tensor, shares_lse: torch.Tensor, out: torch.Te
         (shares_lse, shares_rest), (lse, rest) = shares_lse, lse
         rests = shares_rest, rest
     steps = shares.stride(0), shares_lse.stride(0), shares_lse.stride(2), lse.stride(1)
-    args = (shares, shares_lse, out, lse, sinks, rests, steps, out.stride(), heads, n_queries, shares.shape[0], dim_v,
-            accumulator(out.dtype))
+    args = (shares, shares_lse, out, lse, sinks, rests, steps, out.stride(), heads, n_queries, shares.shape[0],
+            kind_of(1, 0, dim_v, accumulator(out.dtype)))
     return Launch(combine_kernel, batch * heads * n_queries, args, config)

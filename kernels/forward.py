@@ -3,6 +3,8 @@
 Source: Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2".
 """
 
+import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +30,18 @@ from fused_attn.kernels.tiles import (
     store_tile,
     zeros,
 )
-from fused_attn.kernels.window import sweep_range
-from fused_attn.spec import TileConfig
+from fused_attn.kernels.window import Rule, side, sweep_range
+from fused_attn.spec import Kind, TileConfig
+
+
+@dataclass(frozen=True)
+class ForwardKind(Kind):
+    """``precise``: the output is freed from what rounding the weights costs it."""
+
+    precise: bool = False
+
+
+forward_kind = functools.cache(ForwardKind)
 
 
 class Split(NamedTuple):
@@ -47,28 +59,29 @@ def shared(first, stop, STEP: tl.constexpr, share, count):
 
 
 @triton.jit
-def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.constexpr, DV: tl.constexpr,
-           ACC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+def attend(state, q, k_view, v_view, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
     """Attends to the BLOCK_N keys of ``place``: one step of the sweep. ``MASKED`` where some may not count."""
     BLOCK_N: tl.constexpr = TILE.block_n
+    ACC: tl.constexpr = KIND.acc
+    PRECISION: tl.constexpr = KIND.precision
     acc, row_max, row_sum, key_sum, rounded_sum = state
     # [BLOCK_N, D]
-    k = load_tile(k_view, place.k_first, D, BLOCK_N, MASKED, TILE.wide)
+    k = load_tile(k_view, place.k_first, KIND.dim, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
-    scores = products(q, k, place.head, extras.additive, D, ACC, PRECISION)
+    scores = products(q, k, place.head, extras.additive, KIND)
     NATURAL: tl.constexpr = len(extras.mods) > 0
     if NATURAL:
-        scores, _ = apply_mods(scores * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, MASKED)
+        scores, _ = apply_mods(scores * rule.scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, MASKED)
     if MASKED:
-        scores = tl.where(keep_tile(place, left, right, extras.keeps, TILE, False), scores, float("-inf"))
+        scores = tl.where(keep_tile(place, rule, extras.keeps, TILE, False), scores, float("-inf"))
     # A mod may give -inf as well: a bias often does.
-    p, shrink, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale * LOG2E, MASKED or NATURAL, NATURAL)
+    p, shrink, row_max, row_sum = softmax_step(scores, row_max, row_sum, rule.scale * LOG2E, MASKED or NATURAL, NATURAL)
     if len(extras.dropout) > 0:
         p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p, 0.0)
     # [BLOCK_N, DV]
-    v = load_tile(v_view, place.k_first, DV, BLOCK_N, MASKED, TILE.wide)
+    v = load_tile(v_view, place.k_first, KIND.dim_v, BLOCK_N, MASKED, TILE.wide)
     acc = outer(p.to(v[0].dtype), v, scaled(acc, shrink[:, None]), ACC, PRECISION)
-    if PRECISE:
+    if KIND.precise:
         key_sum = key_sum * shrink + tl.sum(p, 1)
         rounded_sum = rounded_sum * shrink + tl.sum(p.to(v[0].dtype).to(ACC), 1)
     return acc, row_max, row_sum, key_sum, rounded_sum
@@ -77,18 +90,20 @@ def attend(state, q, k_view, v_view, place, left, right, scale, extras, D: tl.co
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right", "n_shares"])
 def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
                    H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, split, n_shares,
-                   GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr,
-                   PRECISION: tl.constexpr, PRECISE: tl.constexpr, TILE: tl.constexpr):
+                   KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: BLOCK_M queries of one head against all keys in their window, or against one share of them.
 
-    q [B, H, Nq, D], k [B, H / GROUP, Nk, D], v [B, H / GROUP, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq], sinks [H] or
+    q [B, H, Nq, D], k [B, H / group, Nk, D], v [B, H / group, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq], sinks [H] or
     None; ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the
     position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``split`` a Split or (), with which
-    out and lse are those of the first of ``n_shares``; ``ACC`` the type of the softmax state, ``TILE`` a TileConfig.
+    out and lse are those of the first of ``n_shares``; ``KIND`` a ForwardKind, ``TILE`` a TileConfig.
     Packed sequences: q [H, T, D] and so on, Nq and Nk the longest.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
+    D: tl.constexpr = KIND.dim
+    DV: tl.constexpr = KIND.dim_v
+    ACC: tl.constexpr = KIND.acc
     LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, out_strides = strides
     pid = tl.program_id(0)
@@ -106,10 +121,10 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     if len(extras.sequences.cu_q) > 0:
         if first >= n_queries:
             return
-    scale = scale.to(ACC)
+    rule = Rule(side(left), side(right), scale.to(ACC))
     q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
-    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
-    v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
+    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
+    v_view = head_view(v_ptr, v_strides, batch, head // KIND.group, k_start, n_keys)
     if TILE.descriptors:
         q_view = boxed(q_view, D, BLOCK_M)
         k_view = boxed(k_view, D, BLOCK_N)
@@ -122,13 +137,13 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     # [BLOCK_M, D]
     q = load_tile(q_view, load_first, D, BLOCK_M, True, TILE.wide)
     row_max, row_sum = tl.full([BLOCK_M], float("-inf"), ACC), tl.zeros([BLOCK_M], ACC)
-    sums = tl.zeros([BLOCK_M], ACC) if PRECISE else 0
+    sums = tl.zeros([BLOCK_M], ACC) if KIND.precise else 0
     state = zeros(DV, BLOCK_M, ACC), row_max, row_sum, sums, sums
 
     if LISTED:
         sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
     else:
-        sweep = sweep_range(first + offset, n_keys, left, right, BLOCK_M, BLOCK_N)
+        sweep = sweep_range(first + offset, n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
     STEP: tl.constexpr = 1 if LISTED else BLOCK_N
     inner_first, inner_stop = inner_range(sweep, tiles)
     edges_first, edges_stop = 0, n_edges(sweep, tiles, BLOCK_N)
@@ -139,17 +154,14 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         # One loop, masked all along: the compiler specialises no other.
         for k_first in tl.range(sweep[0], sweep[3], BLOCK_N, warp_specialize=True):
             place = Place(batch, head, first, k_first, offset, n_queries, n_keys)
-            state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
-                           True)
+            state = attend(state, q, k_view, v_view, place, rule, extras, KIND, TILE, True)
     else:
         for i in tl.range(inner_first, inner_stop, STEP, disable_licm=TILE.disable_licm):
             place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-            state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
-                           False)
+            state = attend(state, q, k_view, v_view, place, rule, extras, KIND, TILE, False)
         for i in tl.range(edges_first, edges_stop, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
             place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
-            state = attend(state, q, k_view, v_view, place, left, right, scale, extras, D, DV, ACC, PRECISION, PRECISE, TILE,
-                           True)
+            state = attend(state, q, k_view, v_view, place, rule, extras, KIND, TILE, True)
 
     row_max, row_sum, shrink = state[1] if len(extras.mods) > 0 else state[1] * LN2, state[2], 1.0
     if sinks_ptr is not None:
@@ -158,7 +170,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     factor *= shrink
     if len(extras.dropout) > 0:
         factor *= extras.dropout.factor
-    if PRECISE:
+    if KIND.precise:
         # Weights are rounded before they meet V. Divided by what the rounded ones sum to, the output loses the part of
         # that error that is common to all values: the one that a large mean of V blows up.
         factor *= tl.where(state[4] == 0.0, 1.0, state[3] / tl.where(state[4] == 0.0, 1.0, state[4]))
@@ -180,7 +192,7 @@ def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch
     args = (
         q, k, v, out, lse, sinks, call.strides(q, k, v, out),
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles, split, n_shares,
-        heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, precise,
+        forward_kind(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, precise),
     )
     return Launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads) * n_shares, args,
                   fit_offsets(config, call, q, k, v, out))

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fused_attn.kernels.backward import weights
 from fused_attn.kernels.dropout import dropout_keep
-from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, programs, with_lse
+from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, kind_of, programs, with_lse
 from fused_attn.kernels.mask import keep_tile
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
@@ -23,39 +23,41 @@ from fused_attn.kernels.tiles import (
     row_view,
     store_rows,
 )
-from fused_attn.kernels.window import sweep_range
+from fused_attn.kernels.window import Rule, side, sweep_range
 from fused_attn.spec import TileConfig
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
 def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr, strides,
                      H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
-                     GROUP: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr):
+                     KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: LSE, entropy -sum(p ln p) over the keys, and largest weight, each [B, H, Nq], of BLOCK_M queries.
 
     Beside maximum m and sum l of exp(s - m) it carries t, the sum of exp(s - m) (s - m): entropy is ln l - t / l.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
+    D: tl.constexpr = KIND.dim
+    ACC: tl.constexpr = KIND.acc
     q_strides, k_strides = strides
     first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, right is not None)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
-    scale = scale.to(ACC)
+    rule = Rule(side(left), side(right), scale.to(ACC))
     q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
-    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
+    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
     row_max = tl.full([BLOCK_M], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
     row_dot = tl.zeros([BLOCK_M], ACC)
-    bounds = sweep_range(first + offset, n_keys, left, right, BLOCK_M, BLOCK_N)
+    bounds = sweep_range(first + offset, n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
     for start in tl.range(bounds[0], bounds[3], BLOCK_N, num_stages=1):
         place = Place(batch, head, first, start, offset, n_queries, n_keys)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
         # [BLOCK_M, BLOCK_N]
-        raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
-        scores, _ = apply_mods(raw * scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, True)
-        keep = keep_tile(place, left, right, extras.keeps, TILE, False)
+        raw = products(q, k, head, extras.additive, KIND)
+        scores, _ = apply_mods(raw * rule.scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, True)
+        keep = keep_tile(place, rule, extras.keeps, TILE, False)
         scores = tl.where(keep, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -88,28 +90,30 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
 def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
                        H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
-                       GROUP: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr):
+                       KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: what BLOCK_N keys receive from all queries of one head; received [B, H, Nk]."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
+    D: tl.constexpr = KIND.dim
+    ACC: tl.constexpr = KIND.acc
     q_strides, k_strides = strides
     first, bh = program_tile(tl.program_id(0), Nk, BLOCK_N, False)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
-    scale = scale.to(ACC)
-    k = load_tile(head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys), first, D, BLOCK_N, True, TILE.wide)
+    rule = Rule(side(left), side(right), scale.to(ACC))
+    k = load_tile(head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys), first, D, BLOCK_N, True, TILE.wide)
     q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
     views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries)
     received = tl.zeros([BLOCK_N], ACC)
-    bounds = sweep_range(first - offset, n_queries, right, left, BLOCK_N, BLOCK_M)
+    bounds = sweep_range(first - offset, n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
     for start in tl.range(bounds[0], bounds[3], BLOCK_M, num_stages=1):
         place = Place(batch, head, start, first, offset, n_queries, n_keys)
         q = load_tile(q_view, start, D, BLOCK_M, True, TILE.wide)
         lse = load_lse(views, start, extras, BLOCK_M, True)
         # [BLOCK_N, BLOCK_M]
-        raw = products(k, q, head, extras.additive, D, ACC, PRECISION)
-        p, _ = weights(raw, lse, place, left, right, scale, extras, NO_SLOPE, 0, TILE, True, True, True)
+        raw = products(k, q, head, extras.additive, KIND)
+        p, _ = weights(raw, lse, place, rule, extras, NO_SLOPE, 0, TILE, True, True, True)
         received += tl.sum(p, 1)
     store_rows((received_ptr + tl.cast(bh, tl.int64) * Nk, Nk), first, received, BLOCK_N)
 
@@ -117,18 +121,20 @@ def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
 def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
                    H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
-                   GROUP: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr):
+                   KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: the weights of BLOCK_M queries of one head to all keys; p [B, H, Nq, Nk], contiguous."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
+    D: tl.constexpr = KIND.dim
+    ACC: tl.constexpr = KIND.acc
     q_strides, k_strides = strides
     first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, False)
     batch = bh // H
     head = bh % H
     q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
-    scale = scale.to(ACC)
+    rule = Rule(side(left), side(right), scale.to(ACC))
     q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
-    k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
+    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
     lse = load_lse(lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries), first, extras, BLOCK_M, True)
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
@@ -136,8 +142,8 @@ def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
     for start in tl.range(0, Nk, BLOCK_N, num_stages=1):
         place = Place(batch, head, first, start, offset, n_queries, n_keys)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
-        raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
-        p, _ = weights(raw, lse, place, left, right, scale, extras, NO_SLOPE, 0, TILE, False, True, True)
+        raw = products(q, k, head, extras.additive, KIND)
+        p, _ = weights(raw, lse, place, rule, extras, NO_SLOPE, 0, TILE, False, True, True)
         if len(extras.dropout) > 0:
             p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p * extras.dropout.factor, 0.0)
         ptrs = p_ptr + rows.to(tl.int64) * Nk + (start + cols)
@@ -147,7 +153,7 @@ def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
 def _arguments(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[object, ...]:
     heads = q.shape[1]
     return (call.strides(q, k), heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale,
-            call.extras, heads // k.shape[1], q.shape[3], accumulator(q.dtype), call.precision)
+            call.extras, kind_of(heads // k.shape[1], q.shape[3], 0, accumulator(q.dtype), call.precision))
 
 
 def row_stats_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, maximum: torch.Tensor,

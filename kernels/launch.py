@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import triton.language as tl
 from fused_attn import interpreter, settings
 from fused_attn.kernels import fences
 from fused_attn.kernels.tiles import Sequences
-from fused_attn.spec import TileConfig
+from fused_attn.spec import Kind, TileConfig
 from fused_attn.targets import arch_of
 
 if settings.interpreted():
@@ -194,3 +195,7 @@ def programs(length: int, block: int, heads: int) -> int:
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """Type of the softmax state and of every sum, for inputs of ``dtype``."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+# Kinds are made once: a launch is quicker for it.
+kind_of = functools.cache(Kind)

@@ -5,6 +5,7 @@ such structure, so a kernel of its own sorts the tiles of every row into full on
 device; the attention kernels walk that list, skip what is empty and mask only what is partial.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from fused_attn.kernels.launch import Call, Launch, fit_offsets, programs
 from fused_attn.kernels.operand import Operand, load_operand, per_key, per_query
 from fused_attn.kernels.tiles import Place, locate
-from fused_attn.kernels.window import edge_count, edge_start, keep_mask, sweep_range
+from fused_attn.kernels.window import Rule, edge_count, edge_start, keep_mask, side, sweep_range
 from fused_attn.spec import TileConfig
 
 
@@ -24,6 +25,14 @@ class Keep(NamedTuple):
     function: Any
     args: Any = ()
     order: Any = ()
+
+
+@dataclass(frozen=True)
+class ListKind:
+    """Whether lists are of the query tiles that see keys, those of ``group`` query heads, and not of key tiles."""
+
+    group: int
+    keys_first: bool
 
 
 class TileList(NamedTuple):
@@ -74,11 +83,11 @@ KEEPS: dict[str, Any] = {"mask": stored, "hide": hidden, "document": document, "
 
 
 @triton.jit
-def keep_tile(place, left, right, keeps, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def keep_tile(place, rule, keeps, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Which pairs of a tile attend: inside the window, before the last key, and kept by every mask."""
     q_pos = per_query(place.q_first + place.offset + tl.arange(0, TILE.block_m), KEYS_FIRST)
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
-    keep = keep_mask(q_pos, k_idx, place.n_keys, left, right)
+    keep = keep_mask(q_pos, k_idx, place.n_keys, rule.left, rule.right)
     for i in tl.static_range(len(keeps)):
         read = [x[0] if len(x) == 1 else load_operand(x, place, None, TILE, KEYS_FIRST, True, True)
                 for x in keeps[i].args]
@@ -137,14 +146,15 @@ def edge_tile(sweep, tiles, i, STEP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
-def list_kernel(entries_ptr, counts_ptr, H, Nq, Nk, offset, left, right, extras, GROUP: tl.constexpr,
-                KEYS_FIRST: tl.constexpr, TILE: tl.constexpr):
+def list_kernel(entries_ptr, counts_ptr, H, Nq, Nk, offset, left, right, extras, KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: the list of one row of tiles, of one head of one batch entry.
 
-    A row holds the key tiles that BLOCK_M queries see, or with ``KEYS_FIRST`` the query tiles, head after head of the
-    group, that see BLOCK_N keys; ``H`` counts the heads of the list. Tiles that reach past the last key, or with
-    ``KEYS_FIRST`` past the last query, are partial: what they load needs a mask.
+    ``KIND`` is a ListKind. A row holds the key tiles that BLOCK_M queries see, or with ``keys_first`` the query tiles, head
+    after head of the group, that see BLOCK_N keys; ``H`` counts the heads of the list. Tiles that reach past the last key, or
+    with ``keys_first`` past the last query, are partial: what they load needs a mask.
     """
+    GROUP: tl.constexpr = KIND.group
+    KEYS_FIRST: tl.constexpr = KIND.keys_first
     OWN: tl.constexpr = TILE.block_n if KEYS_FIRST else TILE.block_m
     STEP: tl.constexpr = TILE.block_m if KEYS_FIRST else TILE.block_n
     n_rows = tl.cdiv(Nk if KEYS_FIRST else Nq, OWN)
@@ -154,11 +164,12 @@ def list_kernel(entries_ptr, counts_ptr, H, Nq, Nk, offset, left, right, extras,
     batch = pid // n_rows // H
     own_head = pid // n_rows % H
     _, n_queries, _, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    rule = Rule(side(left), side(right), 1.0)
     entries_ptr += tl.cast(pid, tl.int64) * n_steps * GROUP
     if KEYS_FIRST:
-        bounds = sweep_range(first - offset, n_queries, right, left, OWN, STEP)
+        bounds = sweep_range(first - offset, n_queries, rule.right, rule.left, OWN, STEP)
     else:
-        bounds = sweep_range(first + offset, n_keys, left, right, OWN, STEP)
+        bounds = sweep_range(first + offset, n_keys, rule.left, rule.right, OWN, STEP)
     n_full = tl.full([], 0, tl.int32)
     n_partial = tl.full([], 0, tl.int32)
     lo = bounds[0] // STEP
@@ -172,7 +183,7 @@ def list_kernel(entries_ptr, counts_ptr, H, Nq, Nk, offset, left, right, extras,
             place = Place(batch, own_head, first, step * STEP, offset, n_queries, n_keys)
         rows = place.q_first + tl.arange(0, TILE.block_m)[:, None] < n_queries
         cols = place.k_first + tl.arange(0, TILE.block_n)[None, :] < n_keys
-        keep = keep_tile(place, left, right, extras.keeps, TILE, False)
+        keep = keep_tile(place, rule, extras.keeps, TILE, False)
         some = tl.max(tl.max((keep & rows & cols).to(tl.int32), 1), 0)
         every = keep & rows if KEYS_FIRST else keep | (rows == 0)
         full = tl.min(tl.min(every.to(tl.int32), 1), 0) * some
@@ -206,6 +217,6 @@ def list_launch(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig
     counts = torch.empty(*lists, rows, 2, dtype=torch.int32, device=q.device)
     extras = call.extras._replace(keeps=tuple(_alone(keep) for keep in call.extras.keeps))
     args = (entries, counts, lists[1], call.n_queries, call.n_keys, call.offset, call.left, call.right, extras,
-            group, keys_first)
+            ListKind(group, keys_first))
     listing = Launch(list_kernel, programs(rows, 1, lists[0] * lists[1]), args, fit_offsets(config, call))
     return TileList(entries, counts, tl.constexpr(by_batch), tl.constexpr(by_head)), (listing,)

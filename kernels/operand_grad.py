@@ -5,7 +5,9 @@ the scores exists unless the operand has that size itself, and no atomics, so th
 the operand is too small to occupy a GPU, the walk is cut into parts whose sums are added at the end.
 """
 
+import functools
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,10 +19,24 @@ from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, wi
 from fused_attn.kernels.product import products
 from fused_attn.kernels.softmax import load_lse, lse_views
 from fused_attn.kernels.tiles import Place, head_view, inner, load_rows, load_tile, locate, row_view
-from fused_attn.spec import TileConfig
+from fused_attn.kernels.window import Rule, side
+from fused_attn.spec import Kind, TileConfig
 
 # Programs that keep a large GPU busy: operands with fewer tiles are summed in parts.
 ENOUGH_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class OperandKind(Kind):
+    """The gradient of argument ``arg`` of mod ``member``; ``own`` tells for (batch, head, query, key, diagonal) whether the
+    operand differs along it."""
+
+    member: int = 0
+    arg: int = 0
+    own: tuple[bool, ...] = ()
+
+
+operand_kind = functools.cache(OperandKind)
 
 
 @triton.jit
@@ -35,18 +51,22 @@ def split_index(index, Own: tl.constexpr, extent, own, walked):
 @triton.jit(do_not_specialize=["B", "H", "Nq", "Nk", "offset", "left", "right", "n_parts"])
 def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_ptr, strides,
                         B, H, Nq, Nk, offset, left, right, scale: tl.float64, extras, n_parts,
-                        GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                        MEMBER: tl.constexpr, ARG: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr):
-    """One program: one tile of the gradient of argument ``ARG`` of mod ``MEMBER``, or of one part of its sum.
+                        KIND: tl.constexpr, TILE: tl.constexpr):
+    """One program: one tile of the gradient of an operand, or of one part of its sum; ``KIND`` is an OperandKind.
 
-    ``OWN`` tells for (batch, head, query, key, diagonal) whether the operand differs along it; what it does not is
-    walked. grad [parts, B', H', Nq', Nk'] with 1 where walked. Along diagonals it is [parts, differences, H', B', BLOCK,
-    BLOCK]: the sums of all tiles whose first key minus first query is one and the same, for ``diagonal_sums`` to finish.
+    What the operand does not differ along is walked. grad [parts, B', H', Nq', Nk'] with 1 where walked. Along diagonals it is
+    [parts, differences, H', B', BLOCK, BLOCK]: the sums of all tiles whose first key minus first query is one and the same, for
+    ``diagonal_sums`` to finish.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
+    D: tl.constexpr = KIND.dim
+    DV: tl.constexpr = KIND.dim_v
+    ACC: tl.constexpr = KIND.acc
+    PRECISION: tl.constexpr = KIND.precision
+    OWN: tl.constexpr = KIND.own
     q_strides, k_strides, v_strides, dout_strides = strides
-    scale = scale.to(ACC)
+    rule = Rule(side(left), side(right), scale.to(ACC))
     m_tiles = tl.cdiv(Nq, BLOCK_M)
     n_tiles = tl.cdiv(Nk, BLOCK_N)
     walk = tl.full([], 1, tl.int64)  # of all tiles of all heads there may be more than 2**31
@@ -81,18 +101,17 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             alive = alive & (place.k_first + BLOCK_N - 1 >= place.q_first + shift - left)
         if alive:
             q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
-            k_view = head_view(k_ptr, k_strides, batch, head // GROUP, k_start, n_keys)
-            v_view = head_view(v_ptr, v_strides, batch, head // GROUP, k_start, n_keys)
+            k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
+            v_view = head_view(v_ptr, v_strides, batch, head // KIND.group, k_start, n_keys)
             dout_view = head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries)
             views = lse_views(lse_ptr, extras, batch * H + head, head, Nq, q_start, n_queries)
             delta_view = row_view(delta_ptr, extras.sequences, batch * H + head, head, Nq, q_start, n_queries)
             q = load_tile(q_view, place.q_first, D, BLOCK_M, True, TILE.wide)
             k = load_tile(k_view, place.k_first, D, BLOCK_N, True, TILE.wide)
             # [BLOCK_M, BLOCK_N]
-            raw = products(q, k, head, extras.additive, D, ACC, PRECISION)
+            raw = products(q, k, head, extras.additive, KIND)
             lse = load_lse(views, place.q_first, extras, BLOCK_M, True)
-            p, reach = weights(raw, lse, place, left, right, scale, extras, MEMBER, ARG, TILE, False, True,
-                               True)
+            p, reach = weights(raw, lse, place, rule, extras, KIND.member, KIND.arg, TILE, False, True, True)
             dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, True, TILE.wide)
             v = load_tile(v_view, place.k_first, DV, BLOCK_N, True, TILE.wide)
             dp = inner(dout, v, ACC, PRECISION)
@@ -177,7 +196,8 @@ def operand_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: to
     args = (
         q, k, v, dout, lse, delta, grad, call.strides(q, k, v, dout), call.batch, heads, call.n_queries, call.n_keys,
         call.offset, call.left, call.right, call.scale, call.extras, parts,
-        heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, member, arg, (*own, relative),
+        operand_kind(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, member, arg,
+                     (*own, relative)),
     )
     yield Launch(operand_grad_kernel, n_own * parts, args, fit_offsets(config, call, q, k, v, dout))
     whole = grad[0] if parts == 1 else grad.sum(0)

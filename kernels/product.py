@@ -77,11 +77,14 @@ def tanh_block(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def products(a, b, head, additive, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def products(a, b, head, additive, KIND: tl.constexpr):
     """[rows of a, rows of b]: raw scores of two tiles."""
+    ACC: tl.constexpr = KIND.acc
+    PRECISION: tl.constexpr = KIND.precision  # a name of its own: Triton 3.6 passes on no text that is none
     if len(additive) == 0:
         return inner(a, b, ACC, PRECISION)
     else:
+        D: tl.constexpr = KIND.dim
         HEAD: tl.constexpr = head_columns(D)
         score = tl.sum(tanh_block(a[0], b[0], ACC) * weight_block(additive, head, 0, HEAD, D, ACC)[None, None, :], 2)
         if len(a) > 1:
@@ -96,11 +99,14 @@ def pulled_block(ds, a, b, weight, acc, ACC: tl.constexpr):
 
 
 @triton.jit
-def pulled(ds, a, b, acc, head, additive, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def pulled(ds, a, b, acc, head, additive, KIND: tl.constexpr):
     """``acc`` plus what dS [rows of a, rows of b] gives to the gradient of a."""
+    ACC: tl.constexpr = KIND.acc
+    PRECISION: tl.constexpr = KIND.precision
     if len(additive) == 0:
         return outer(ds.to(b[0].dtype), b, acc, ACC, PRECISION)
     else:
+        D: tl.constexpr = KIND.dim
         HEAD: tl.constexpr = head_columns(D)
         result = (pulled_block(ds, a[0], b[0], weight_block(additive, head, 0, HEAD, D, ACC), acc[0], ACC),)
         if len(a) > 1:

@@ -7,6 +7,8 @@ gradient is the rotation back. Source: Su et al. 2021, "RoFormer: Enhanced Trans
 """
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +18,18 @@ from fused_attn.kernels.launch import Launch, accumulator
 from fused_attn.layout import check_rotary
 from fused_attn.spec import TileConfig
 
-HEADS = 4  # of one program: they share its cosines and sines
+HEADS = tl.constexpr(4)  # of one program: they share its cosines and sines
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How ``pairs`` of the ``dim`` columns are turned, in sums of the type ``acc``; ``back``: the other way."""
+
+    dim: int
+    pairs: int
+    acc: Any
+    interleaved: bool
+    back: bool
 
 
 @triton.jit
@@ -29,13 +42,15 @@ def rows_and_columns(ptr, rows, cols, row_stride, col_stride, WIDE: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["H", "N"])
-def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, D: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
-                  INTERLEAVED: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """One program: BLOCK_M rows of HEADS heads. x and out [B, H, N, D], cos and sin [B, N, PAIRS]; ``strides`` of all four.
+def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, TURN: tl.constexpr, TILE: tl.constexpr):
+    """One program: BLOCK_M rows of HEADS heads. x and out [B, H, N, D], cos and sin [B, N, pairs]; ``strides`` of all four.
 
-    ``BACK`` turns the other way.
+    ``TURN`` is a Turn.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
+    D: tl.constexpr = TURN.dim
+    PAIRS: tl.constexpr = TURN.pairs
+    ACC: tl.constexpr = TURN.acc
     COLS: tl.constexpr = triton.next_power_of_2(PAIRS)
     x_strides, cos_strides, sin_strides, out_strides = strides
     n_tiles = tl.cdiv(N, BLOCK_M)
@@ -52,10 +67,10 @@ def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, D: tl.constex
                   mask=exists, other=0.0).to(ACC)
     sin = tl.load(rows_and_columns(sin_ptr + batch * sin_strides[0], rows, pairs, sin_strides[1], sin_strides[2], TILE.wide),
                   mask=exists, other=0.0).to(ACC)
-    if BACK:
+    if TURN.back:
         sin = -sin
-    a_cols = 2 * pairs if INTERLEAVED else pairs
-    b_cols = a_cols + 1 if INTERLEAVED else a_cols + PAIRS
+    a_cols = 2 * pairs if TURN.interleaved else pairs
+    b_cols = a_cols + 1 if TURN.interleaved else a_cols + PAIRS
     for head in range(first_head, tl.minimum(first_head + HEADS, H)):
         x_head = x_ptr + batch * x_strides[0] + tl.cast(head, tl.int64) * x_strides[1]
         out_head = out_ptr + batch * out_strides[0] + tl.cast(head, tl.int64) * out_strides[1]
@@ -82,6 +97,6 @@ def rotary_launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: to
     # Offsets inside a head are 32 bits where all of its elements lie so close.
     if any((t.shape[-2] - 1) * t.stride(-2) + (t.shape[-1] - 1) * t.stride(-1) >= 2**31 for t in tensors):
         config = dataclasses.replace(config, wide=True)
-    args = (*tensors, tuple(t.stride() for t in tensors), heads, length, head_dim, cos.shape[-1], accumulator(x.dtype),
-            interleaved, back, HEADS)
-    return Launch(rotary_kernel, -(-length // config.block_m) * -(-heads // HEADS) * batch, args, config)
+    args = (*tensors, tuple(t.stride() for t in tensors), heads, length,
+            Turn(head_dim, cos.shape[-1], accumulator(x.dtype), interleaved, back))
+    return Launch(rotary_kernel, -(-length // config.block_m) * -(-heads // HEADS.value) * batch, args, config)

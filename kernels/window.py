@@ -1,22 +1,42 @@
-"""The window: key k is kept for query position q when q - left <= k <= q + right; None leaves a side open.
+"""The window: key k is kept for query position q when q - left <= k <= q + right; a side without a bound is open.
 
 A query's position is its index plus the alignment offset (Nk - Nq when the last query is to see the last key, 0 when
 the first ones are aligned). Full, causal and sliding attention are all windows, and a window gives both the mask and
 the range of tiles to visit, for queries over keys and, with left and right swapped, for keys over queries.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Rule(NamedTuple):
+    """Which pairs attend and what their scores are scaled by, as kernels carry it: a side of the window is () or (bound,), for
+    Triton 3.6 loses a None on its way into a function."""
+
+    left: Any
+    right: Any
+    scale: Any
+
+
+@triton.jit
+def side(bound):
+    """A side of a ``Rule`` from a kernel's argument, which is a number or None."""
+    if bound is None:
+        return ()
+    else:
+        return (bound,)
 
 
 @triton.jit
 def keep_mask(q_pos, k_idx, n_keys, left, right):
     """Which (query position, key index) pairs attend; the shapes broadcast."""
     keep = k_idx < n_keys
-    if right is not None:
-        keep = keep & (k_idx <= q_pos + right)
-    if left is not None:
-        keep = keep & (k_idx >= q_pos - left)
+    if len(right) > 0:
+        keep = keep & (k_idx <= q_pos + right[0])
+    if len(left) > 0:
+        keep = keep & (k_idx >= q_pos - left[0])
     return keep
 
 
@@ -32,12 +52,12 @@ def sweep_range(first, length, left, right, SPAN: tl.constexpr, STEP: tl.constex
     inner_lo = 0
     hi = length
     inner_hi = length // STEP * STEP
-    if right is not None:
-        hi = tl.minimum(length, tl.maximum(0, last + right + 1))
-        inner_hi = tl.minimum(length, tl.maximum(0, first + right + 1)) // STEP * STEP
-    if left is not None:
-        lo = tl.maximum(0, first - left) // STEP * STEP
-        inner_lo = tl.cdiv(tl.maximum(0, last - left), STEP) * STEP
+    if len(right) > 0:
+        hi = tl.minimum(length, tl.maximum(0, last + right[0] + 1))
+        inner_hi = tl.minimum(length, tl.maximum(0, first + right[0] + 1)) // STEP * STEP
+    if len(left) > 0:
+        lo = tl.maximum(0, first - left[0]) // STEP * STEP
+        inner_lo = tl.cdiv(tl.maximum(0, last - left[0]), STEP) * STEP
         inner_lo = tl.minimum(inner_lo, lo + tl.cdiv(tl.maximum(hi - lo, 0), STEP) * STEP)
         inner_hi = tl.maximum(inner_hi, inner_lo)
     return lo, inner_lo, inner_hi, hi

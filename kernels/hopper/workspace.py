@@ -46,10 +46,10 @@ def store_part(view, row, sums_ptr, scale, FIRST_COL: tl.constexpr, D: tl.conste
 
 
 @triton.jit(do_not_specialize=["H", "Nq"])
-def ordered_kernel(sums_ptr, dq_ptr, strides, H, Nq, scale: tl.float64, D: tl.constexpr, WIDTH: tl.constexpr,
-                   TILE: tl.constexpr):
+def ordered_kernel(sums_ptr, dq_ptr, strides, H, Nq, scale: tl.float64, D: tl.constexpr, TILE: tl.constexpr):
     """dQ [B, H, Nq, D] of BLOCK_M rows, scaled and rounded, from sums [B * H * tiles, BLOCK_M * WIDTH]."""
     BLOCK_M: tl.constexpr = TILE.block_m
+    WIDTH: tl.constexpr = max(64, triton.next_power_of_2(D))  # problem.tile_width
     ACROSS: tl.constexpr = BLOCK_M == ROWS  # the consumers' parts lie side by side, not one below the other
     COLS: tl.constexpr = WIDTH // 2 if ACROSS else WIDTH
     pid = tl.program_id(0)
@@ -74,6 +74,6 @@ def statistics_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, 
 
 def ordered_launch(sums: torch.Tensor, dq: torch.Tensor, call: Call, *, config: TileConfig) -> Launch:
     """What fills ``dq``; shapes as in ``ordered_kernel``."""
-    args = (sums, dq, (dq.stride(),), dq.shape[1], call.n_queries, call.scale, dq.shape[3], sums.shape[1] // config.block_m)
+    args = (sums, dq, (dq.stride(),), dq.shape[1], call.n_queries, call.scale, dq.shape[3])
     return Launch(ordered_kernel, programs(call.n_queries, config.block_m, call.batch * dq.shape[1]), args,
                   fit_offsets(config, call, dq))
