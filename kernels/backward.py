@@ -18,30 +18,46 @@ import triton.language as tl
 
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, kind_of, programs, with_lse
-from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
+from fused_attn.kernels.mask import keep_tile
 from fused_attn.kernels.operand import per_query
 from fused_attn.kernels.product import Additive, products, pulled, weight_finish, weight_start, weight_step
 from fused_attn.kernels.score import apply_mods
 from fused_attn.kernels.softmax import LOG2E, load_lse, lse_views
+from fused_attn.kernels.sweep import (
+    Bounds,
+    Sweep,
+    bounds_of,
+    edge_count,
+    edge_queries,
+    edge_tile,
+    inner_queries,
+    inner_range,
+    inner_tile,
+    listed,
+    n_edges,
+    sweep_keys,
+)
 from fused_attn.kernels.tiles import (
     Place,
     add_tile,
-    head_view,
     inner,
+    key_view,
     load_rows,
     load_tile,
-    locate,
+    of_head,
     outer,
     outer_transposed,
-    program_tile,
+    query_rows,
+    query_view,
     row_products,
-    row_view,
     scaled,
     store_rows,
     store_tile,
+    tile_of_keys,
+    work_of,
     zeros,
 )
-from fused_attn.kernels.window import Rule, side, sweep_range
+from fused_attn.kernels.window import Rule, side
 from fused_attn.spec import Kind, TileConfig
 
 
@@ -65,23 +81,21 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
     out_strides, dout_strides = strides
-    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, False)
-    batch = bh // H
-    head = bh % H
-    q_start, n_queries, _, _, _ = locate(sequences, batch, Nq, 0, 0)
+    work = work_of(tl.program_id(0), Nq, H, Nq, 0, 0, sequences, BLOCK_M, False)
+    first = work.first
     if len(sequences.cu_q) > 0:
-        if first >= n_queries:
+        if first >= work.n_queries:
             return
     # [BLOCK_M, DV]
-    out = load_tile(head_view(out_ptr, out_strides, batch, head, q_start, n_queries), first, DV, BLOCK_M, True, TILE.wide)
-    dout = load_tile(head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries), first, DV, BLOCK_M, True, TILE.wide)
+    out = load_tile(query_view(out_ptr, out_strides, work), first, DV, BLOCK_M, True, TILE.wide)
+    dout = load_tile(query_view(dout_ptr, dout_strides, work), first, DV, BLOCK_M, True, TILE.wide)
     delta = row_products(out, dout, ACC)
     if dlse_ptr is not None:
         # The LSE of a row with no key is constant, whatever gradient comes (logaddexp(-inf, -inf) sends NaN).
-        lse = load_rows(row_view(lse_ptr, sequences, bh, head, Nq, q_start, n_queries), first, 0.0, BLOCK_M, True)
-        dlse = load_rows(row_view(dlse_ptr, sequences, bh, head, Nq, q_start, n_queries), first, 0.0, BLOCK_M, True)
+        lse = load_rows(query_rows(lse_ptr, sequences, work, Nq), first, 0.0, BLOCK_M, True)
+        dlse = load_rows(query_rows(dlse_ptr, sequences, work, Nq), first, 0.0, BLOCK_M, True)
         delta -= tl.where(lse == float("-inf"), 0.0, dlse)
-    store_rows(row_view(delta_ptr, sequences, bh, head, Nq, q_start, n_queries), first, delta, BLOCK_M)
+    store_rows(query_rows(delta_ptr, sequences, work, Nq), first, delta, BLOCK_M)
 
 
 @triton.jit
@@ -148,41 +162,33 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     D: tl.constexpr = KIND.dim
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
-    LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, dout_strides, dq_strides = strides
-    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, right is not None)
-    batch = bh // H
-    head = bh % H
-    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    work = work_of(tl.program_id(0), Nq, H, Nq, Nk, offset, extras.sequences, BLOCK_M, right is not None)
+    first = work.first
     if len(extras.sequences.cu_q) > 0:
-        if first >= n_queries:
+        if first >= work.n_queries:
             return
     rule = Rule(side(left), side(right), scale.to(ACC))
     # [BLOCK_M, D], [BLOCK_M, DV], [BLOCK_M], [BLOCK_M]
-    q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
-    dout = load_tile(head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries), first, DV, BLOCK_M, True, TILE.wide)
-    lse = load_lse(lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries), first, extras, BLOCK_M, True)
-    delta_view = row_view(delta_ptr, extras.sequences, bh, head, Nq, q_start, n_queries)
-    delta = load_rows(delta_view, first, 0.0, BLOCK_M, True)
-    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
-    v_view = head_view(v_ptr, v_strides, batch, head // KIND.group, k_start, n_keys)
+    q = load_tile(query_view(q_ptr, q_strides, work), first, D, BLOCK_M, True, TILE.wide)
+    dout = load_tile(query_view(dout_ptr, dout_strides, work), first, DV, BLOCK_M, True, TILE.wide)
+    lse = load_lse(lse_views(lse_ptr, extras, work, Nq), first, extras, BLOCK_M, True)
+    delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), first, 0.0, BLOCK_M, True)
+    k_view = key_view(k_ptr, k_strides, work, KIND.group)
+    v_view = key_view(v_ptr, v_strides, work, KIND.group)
     dq = zeros(D, BLOCK_M, ACC)
     dw = weight_start(extras.additive, D, ACC)
 
-    if LISTED:
-        sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
-    else:
-        sweep = sweep_range(first + offset, n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
-    inner_first, inner_stop = inner_range(sweep, tiles)
-    for i in tl.range(inner_first, inner_stop, 1 if LISTED else BLOCK_N, disable_licm=TILE.disable_licm):
-        place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+    sweep = sweep_keys(tiles, work, rule, H, Nq, Nk, TILE)
+    inner_first, inner_stop = inner_range(sweep)
+    for i in tl.range(inner_first, inner_stop, 1 if len(tiles) > 0 else BLOCK_N, disable_licm=TILE.disable_licm):
+        place = tile_of_keys(work, inner_tile(sweep, i, BLOCK_N))
         dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND, TILE, False)
-    for i in tl.range(0, n_edges(sweep, tiles, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
-        place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+    for i in tl.range(0, n_edges(sweep, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
+        place = tile_of_keys(work, edge_tile(sweep, i, BLOCK_N))
         dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND, TILE, True)
 
-    dq_view = head_view(dq_ptr, dq_strides, batch, head, q_start, n_queries)
-    store_tile(dq_view, first, scaled(dq, rule.scale), D, BLOCK_M, TILE.wide)
+    store_tile(query_view(dq_ptr, dq_strides, work), first, scaled(dq, rule.scale), D, BLOCK_M, TILE.wide)
     weight_finish(dw, rule.scale, extras.additive, D)
 
 
@@ -221,41 +227,6 @@ def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE:
     return dk, dv
 
 
-@triton.jit
-def folded(n_tiles, i, kv_head, GROUP: tl.constexpr):
-    """(query head, tile of it) of step ``i`` of a sweep over ``n_tiles`` tiles of each of the group's query heads.
-
-    One loop over the whole group: an outer loop over its heads would cost hundreds of bytes of spills.
-    """
-    if GROUP == 1:
-        return kv_head, i
-    else:
-        n_tiles = tl.maximum(n_tiles, 1)  # a deep pipeline divides before it knows whether the loop runs at all
-        return kv_head * GROUP + i // n_tiles, i % n_tiles
-
-
-@triton.jit
-def inner_queries(sweep, tiles, i, kv_head, n_steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(query head, first query) of the i-th tile that needs no mask; a list holds the group's heads one after the other."""
-    if len(tiles) > 0:
-        head, tile = folded(n_steps, tl.load(sweep[0] + i), kv_head, GROUP)
-        return head, tile * BLOCK_M
-    else:
-        head, tile = folded((sweep[2] - sweep[1]) // BLOCK_M, i, kv_head, GROUP)
-        return head, sweep[1] + tile * BLOCK_M
-
-
-@triton.jit
-def edge_queries(sweep, tiles, i, kv_head, n_steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(query head, first query) of the i-th tile that needs the mask."""
-    if len(tiles) > 0:
-        head, tile = folded(n_steps, tl.load(sweep[0] + sweep[3] - i), kv_head, GROUP)
-        return head, tile * BLOCK_M
-    else:
-        head, tile = folded(n_edges(sweep, tiles, BLOCK_M), i, kv_head, GROUP)
-        return head, edge_tile(sweep, tiles, tile, BLOCK_M)
-
-
 class QueryViews(NamedTuple):
     """What a program of keys reads of one query head, and where it adds to dQ."""
 
@@ -267,15 +238,13 @@ class QueryViews(NamedTuple):
 
 
 @triton.jit
-def query_views(pointers, strides, extras, place, H, Nq, q_start, FUSED: tl.constexpr):
-    """The QueryViews of the head of ``place``; pointers to q, dout, lse, delta and dq, ``strides`` of ``dkv_kernel``."""
-    rows = place.batch * H + place.head
-    batch, head, n_queries = place.batch, place.head, place.n_queries
-    return QueryViews(head_view(pointers[0], strides[0], batch, head, q_start, n_queries),
-                      head_view(pointers[1], strides[3], batch, head, q_start, n_queries),
-                      lse_views(pointers[2], extras, rows, head, Nq, q_start, n_queries),
-                      row_view(pointers[3], extras.sequences, rows, head, Nq, q_start, n_queries),
-                      head_view(pointers[4], strides[6], batch, head, q_start, n_queries) if FUSED else 0)
+def query_views(pointers, strides, extras, work, head, H, Nq, FUSED: tl.constexpr):
+    """The QueryViews of a query head, beside a program's keys; pointers to q, dout, lse, delta and dq, ``strides`` of
+    ``dkv_kernel``."""
+    own = of_head(work, head, H)
+    return QueryViews(query_view(pointers[0], strides[0], own), query_view(pointers[1], strides[3], own),
+                      lse_views(pointers[2], extras, own, Nq), query_rows(pointers[3], extras.sequences, own, Nq),
+                      query_view(pointers[4], strides[6], own) if FUSED else 0)
 
 
 @triton.jit(do_not_specialize=["Hkv", "Nq", "Nk", "offset", "left", "right"])
@@ -292,58 +261,54 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
     GROUP: tl.constexpr = KIND.group
-    LISTED: tl.constexpr = len(tiles) > 0
     _, k_strides, v_strides, _, dk_strides, dv_strides, _ = strides
-    first, bh = program_tile(tl.program_id(0), Nk, BLOCK_N, False)
-    batch = bh // Hkv
-    kv_head = bh % Hkv
-    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    work = work_of(tl.program_id(0), Nk, Hkv, Nq, Nk, offset, extras.sequences, BLOCK_N, False)
+    first, kv_head, n_keys = work.first, work.head, work.n_keys
     if len(extras.sequences.cu_k) + len(extras.sequences.used_k) > 0:
         if first >= n_keys:
             return
     rule = Rule(side(left), side(right), scale.to(ACC))
     # [BLOCK_N, D], [BLOCK_N, DV]
-    k = load_tile(head_view(k_ptr, k_strides, batch, kv_head, k_start, n_keys), first, D, BLOCK_N, True, TILE.wide)
-    v = load_tile(head_view(v_ptr, v_strides, batch, kv_head, k_start, n_keys), first, DV, BLOCK_N, True, TILE.wide)
+    k = load_tile(key_view(k_ptr, k_strides, work, 1), first, D, BLOCK_N, True, TILE.wide)
+    v = load_tile(key_view(v_ptr, v_strides, work, 1), first, DV, BLOCK_N, True, TILE.wide)
     # A sum that nobody asked for is a plain 0, which takes no registers.
     dk = zeros(D, BLOCK_N, ACC) if KIND.need_dk else 0
     dv = zeros(DV, BLOCK_N, ACC) if KIND.need_dv else 0
 
     n_steps = tl.cdiv(Nq, BLOCK_M)
-    if LISTED:
-        sweep = listed(tiles, batch, kv_head, Hkv, first // BLOCK_N, tl.cdiv(Nk, BLOCK_N), n_steps * GROUP)
-        n_inner = sweep[1]
-        n_edge = sweep[2]
+    if len(tiles) > 0:
+        sweep = listed(tiles, work.batch, kv_head, Hkv, first // BLOCK_N, tl.cdiv(Nk, BLOCK_N), n_steps * GROUP)
+        n_inner = sweep.row[0].n_full
+        n_edge = sweep.row[0].n_partial
     else:
         # Key k sees the queries whose position lies in [k - right, k + left]: the same window with its sides swapped.
-        sweep = sweep_range(first - offset, n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
+        bounds = bounds_of(first - work.offset, work.n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
         # Keys past the end make rows of dK and dV that are never stored. But dQ sums over keys, where a weight that should be 0
         # is exp(0 - LSE), infinite below LSE -88, and a mod may read an operand there: then every tile of theirs is masked.
         if KIND.fused or len(extras.mods) > 0:
-            inner_hi = tl.where(first + BLOCK_N > n_keys, sweep[1], sweep[2])
-            sweep = sweep[0], sweep[1], inner_hi, sweep[3]
-        n_inner = (sweep[2] - sweep[1]) // BLOCK_M * GROUP
-        n_edge = n_edges(sweep, tiles, BLOCK_M) * GROUP
+            inner_hi = tl.where(first + BLOCK_N > n_keys, bounds.inner_lo, bounds.inner_hi)
+            bounds = Bounds(bounds.lo, bounds.inner_lo, inner_hi, bounds.hi)
+        sweep = Sweep((bounds,), ())
+        n_inner = (bounds.inner_hi - bounds.inner_lo) // BLOCK_M * GROUP
+        n_edge = edge_count(bounds, BLOCK_M) * GROUP
     pointers = q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr if KIND.fused else 0
     for i in tl.range(0, n_inner, disable_licm=TILE.disable_licm):
-        head, q_first = inner_queries(sweep, tiles, i, kv_head, n_steps, GROUP, BLOCK_M)
-        place = Place(batch, head, q_first, first, offset, n_queries, n_keys)
-        views = query_views(pointers, strides, extras, place, Hkv * GROUP, Nq, q_start, KIND.fused)
+        head, q_first = inner_queries(sweep, i, kv_head, n_steps, GROUP, BLOCK_M)
+        place = Place(work.batch, head, q_first, first, work.offset, work.n_queries, n_keys)
+        views = query_views(pointers, strides, extras, work, head, Hkv * GROUP, Nq, KIND.fused)
         dk, dv = dkv_step(dk, dv, k, v, views, place, rule, extras, KIND, TILE, False)
     for i in tl.range(0, n_edge, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
-        head, q_first = edge_queries(sweep, tiles, i, kv_head, n_steps, GROUP, BLOCK_M)
-        place = Place(batch, head, q_first, first, offset, n_queries, n_keys)
-        views = query_views(pointers, strides, extras, place, Hkv * GROUP, Nq, q_start, KIND.fused)
+        head, q_first = edge_queries(sweep, i, kv_head, n_steps, GROUP, BLOCK_M)
+        place = Place(work.batch, head, q_first, first, work.offset, work.n_queries, n_keys)
+        views = query_views(pointers, strides, extras, work, head, Hkv * GROUP, Nq, KIND.fused)
         dk, dv = dkv_step(dk, dv, k, v, views, place, rule, extras, KIND, TILE, True)
 
     if KIND.need_dk:
-        dk_view = head_view(dk_ptr, dk_strides, batch, kv_head, k_start, n_keys)
-        store_tile(dk_view, first, scaled(dk, rule.scale), D, BLOCK_N, TILE.wide)
+        store_tile(key_view(dk_ptr, dk_strides, work, 1), first, scaled(dk, rule.scale), D, BLOCK_N, TILE.wide)
     if KIND.need_dv:
         if len(extras.dropout) > 0:
             dv = scaled(dv, extras.dropout.factor)
-        dv_view = head_view(dv_ptr, dv_strides, batch, kv_head, k_start, n_keys)
-        store_tile(dv_view, first, dv, DV, BLOCK_N, TILE.wide)
+        store_tile(key_view(dv_ptr, dv_strides, work, 1), first, dv, DV, BLOCK_N, TILE.wide)
 
 
 def delta_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None,

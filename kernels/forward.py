@@ -13,24 +13,25 @@ import triton.language as tl
 
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, programs, with_lse
-from fused_attn.kernels.mask import edge_tile, inner_range, inner_tile, keep_tile, listed, n_edges
+from fused_attn.kernels.mask import keep_tile
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
 from fused_attn.kernels.softmax import LN2, LOG2E, lse_views, softmax_finish, softmax_sink, softmax_step
+from fused_attn.kernels.sweep import edge_tile, inner_range, inner_tile, n_edges, sweep_keys
 from fused_attn.kernels.tiles import (
-    Place,
     boxed,
-    head_view,
+    key_view,
     load_tile,
-    locate,
     outer,
-    program_tile,
+    query_view,
     scaled,
     store_rows,
     store_tile,
+    tile_of_keys,
+    work_of,
     zeros,
 )
-from fused_attn.kernels.window import Rule, side, sweep_range
+from fused_attn.kernels.window import Rule, side
 from fused_attn.spec import Kind, TileConfig
 
 
@@ -104,7 +105,6 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     D: tl.constexpr = KIND.dim
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
-    LISTED: tl.constexpr = len(tiles) > 0
     q_strides, k_strides, v_strides, out_strides = strides
     pid = tl.program_id(0)
     share = 0
@@ -114,58 +114,52 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         pid = pid // n_shares
         out_ptr += tl.cast(share, tl.int64) * split.out_step
         lse_skip = tl.cast(share, tl.int64) * split.lse_step
-    first, bh = program_tile(pid, Nq, BLOCK_M, right is not None)
-    batch = bh // H
-    head = bh % H
-    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    work = work_of(pid, Nq, H, Nq, Nk, offset, extras.sequences, BLOCK_M, right is not None)
     if len(extras.sequences.cu_q) > 0:
-        if first >= n_queries:
+        if work.first >= work.n_queries:
             return
     rule = Rule(side(left), side(right), scale.to(ACC))
-    q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
-    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
-    v_view = head_view(v_ptr, v_strides, batch, head // KIND.group, k_start, n_keys)
+    q_view = query_view(q_ptr, q_strides, work)
+    k_view = key_view(k_ptr, k_strides, work, KIND.group)
+    v_view = key_view(v_ptr, v_strides, work, KIND.group)
     if TILE.descriptors:
         q_view = boxed(q_view, D, BLOCK_M)
         k_view = boxed(k_view, D, BLOCK_N)
         v_view = boxed(v_view, DV, BLOCK_N)
     # Where the compiler splits a tile between two consumers it moves the row at which their queries are loaded, for all that
     # the row is used for: masks, LSE and output would move with it. So the load has a row of its own (n_shares is 1).
-    load_first = first
+    load_first = work.first
     if TILE.specialize:
-        load_first = first + (n_shares - 1)
+        load_first = work.first + (n_shares - 1)
     # [BLOCK_M, D]
     q = load_tile(q_view, load_first, D, BLOCK_M, True, TILE.wide)
     row_max, row_sum = tl.full([BLOCK_M], float("-inf"), ACC), tl.zeros([BLOCK_M], ACC)
     sums = tl.zeros([BLOCK_M], ACC) if KIND.precise else 0
     state = zeros(DV, BLOCK_M, ACC), row_max, row_sum, sums, sums
 
-    if LISTED:
-        sweep = listed(tiles, batch, head, H, first // BLOCK_M, tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N))
-    else:
-        sweep = sweep_range(first + offset, n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
-    STEP: tl.constexpr = 1 if LISTED else BLOCK_N
-    inner_first, inner_stop = inner_range(sweep, tiles)
-    edges_first, edges_stop = 0, n_edges(sweep, tiles, BLOCK_N)
+    sweep = sweep_keys(tiles, work, rule, H, Nq, Nk, TILE)
+    STEP: tl.constexpr = 1 if len(tiles) > 0 else BLOCK_N
+    inner_first, inner_stop = inner_range(sweep)
+    edges_first, edges_stop = 0, n_edges(sweep, BLOCK_N)
     if len(split) > 0:
         inner_first, inner_stop = shared(inner_first, inner_stop, STEP, share, n_shares)
         edges_first, edges_stop = shared(0, edges_stop, 1, share, n_shares)
     if TILE.specialize:
         # One loop, masked all along: the compiler specialises no other.
-        for k_first in tl.range(sweep[0], sweep[3], BLOCK_N, warp_specialize=True):
-            place = Place(batch, head, first, k_first, offset, n_queries, n_keys)
+        for k_first in tl.range(sweep.bounds[0].lo, sweep.bounds[0].hi, BLOCK_N, warp_specialize=True):
+            place = tile_of_keys(work, k_first)
             state = attend(state, q, k_view, v_view, place, rule, extras, KIND, TILE, True)
     else:
         for i in tl.range(inner_first, inner_stop, STEP, disable_licm=TILE.disable_licm):
-            place = Place(batch, head, first, inner_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+            place = tile_of_keys(work, inner_tile(sweep, i, BLOCK_N))
             state = attend(state, q, k_view, v_view, place, rule, extras, KIND, TILE, False)
         for i in tl.range(edges_first, edges_stop, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
-            place = Place(batch, head, first, edge_tile(sweep, tiles, i, BLOCK_N), offset, n_queries, n_keys)
+            place = tile_of_keys(work, edge_tile(sweep, i, BLOCK_N))
             state = attend(state, q, k_view, v_view, place, rule, extras, KIND, TILE, True)
 
     row_max, row_sum, shrink = state[1] if len(extras.mods) > 0 else state[1] * LN2, state[2], 1.0
     if sinks_ptr is not None:
-        row_max, row_sum, shrink = softmax_sink(row_max, row_sum, sinks_ptr, head)
+        row_max, row_sum, shrink = softmax_sink(row_max, row_sum, sinks_ptr, work.head)
     factor, lse, rest = softmax_finish(row_max, row_sum)
     factor *= shrink
     if len(extras.dropout) > 0:
@@ -174,12 +168,11 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         # Weights are rounded before they meet V. Divided by what the rounded ones sum to, the output loses the part of
         # that error that is common to all values: the one that a large mean of V blows up.
         factor *= tl.where(state[4] == 0.0, 1.0, state[3] / tl.where(state[4] == 0.0, 1.0, state[4]))
-    out_view = head_view(out_ptr, out_strides, batch, head, q_start, n_queries)
-    store_tile(out_view, first, scaled(state[0], factor[:, None]), DV, BLOCK_M, TILE.wide)
-    views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries, lse_skip)
-    store_rows(views[0], first, lse, BLOCK_M)
+    store_tile(query_view(out_ptr, out_strides, work), work.first, scaled(state[0], factor[:, None]), DV, BLOCK_M, TILE.wide)
+    views = lse_views(lse_ptr, extras, work, Nq, lse_skip)
+    store_rows(views[0], work.first, lse, BLOCK_M)
     if len(views) > 1:
-        store_rows(views[1], first, rest, BLOCK_M)
+        store_rows(views[1], work.first, rest, BLOCK_M)
 
 
 def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,

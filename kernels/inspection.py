@@ -14,16 +14,18 @@ from fused_attn.kernels.mask import keep_tile
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
 from fused_attn.kernels.softmax import LN2, LOG2E, load_lse, lse_views, softmax_finish, softmax_sink
+from fused_attn.kernels.sweep import bounds_of
 from fused_attn.kernels.tiles import (
     Place,
-    head_view,
+    key_view,
     load_tile,
-    locate,
-    program_tile,
-    row_view,
+    query_rows,
+    query_view,
     store_rows,
+    tile_of_keys,
+    work_of,
 )
-from fused_attn.kernels.window import Rule, side, sweep_range
+from fused_attn.kernels.window import Rule, side
 from fused_attn.spec import TileConfig
 
 
@@ -40,22 +42,20 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
     D: tl.constexpr = KIND.dim
     ACC: tl.constexpr = KIND.acc
     q_strides, k_strides = strides
-    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, right is not None)
-    batch = bh // H
-    head = bh % H
-    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    work = work_of(tl.program_id(0), Nq, H, Nq, Nk, offset, extras.sequences, BLOCK_M, right is not None)
+    first = work.first
     rule = Rule(side(left), side(right), scale.to(ACC))
-    q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
-    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
+    q = load_tile(query_view(q_ptr, q_strides, work), first, D, BLOCK_M, True, TILE.wide)
+    k_view = key_view(k_ptr, k_strides, work, KIND.group)
     row_max = tl.full([BLOCK_M], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
     row_dot = tl.zeros([BLOCK_M], ACC)
-    bounds = sweep_range(first + offset, n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
-    for start in tl.range(bounds[0], bounds[3], BLOCK_N, num_stages=1):
-        place = Place(batch, head, first, start, offset, n_queries, n_keys)
+    bounds = bounds_of(first + work.offset, work.n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
+    for start in tl.range(bounds.lo, bounds.hi, BLOCK_N, num_stages=1):
+        place = tile_of_keys(work, start)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
         # [BLOCK_M, BLOCK_N]
-        raw = products(q, k, head, extras.additive, KIND)
+        raw = products(q, k, work.head, extras.additive, KIND)
         scores, _ = apply_mods(raw * rule.scale, place, extras.mods, NO_SLOPE, 0, TILE, False, True, True)
         keep = keep_tile(place, rule, extras.keeps, TILE, False)
         scores = tl.where(keep, scores, float("-inf"))
@@ -73,18 +73,18 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
     # All sums were taken relative to the largest score of a key, exp(row_max - base) of which is in the total.
     base, total, height = row_max, row_sum, 1.0
     if sinks_ptr is not None:
-        base, total, height = softmax_sink(row_max, row_sum, sinks_ptr, head)
+        base, total, height = softmax_sink(row_max, row_sum, sinks_ptr, work.head)
     factor, lse, rest = softmax_finish(base, total)
     largest = tl.where(empty, 0.0, height * factor)
     above = (base - row_max) - tl.log2(factor) * LN2  # LSE - row_max
     entropy = tl.where(largest == 0.0, 0.0, largest * (row_sum * above - row_dot))  # which may be inf, or NaN of an empty row
     sequences = extras.sequences
-    views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries)
+    views = lse_views(lse_ptr, extras, work, Nq)
     store_rows(views[0], first, lse, BLOCK_M)
     if len(views) > 1:
         store_rows(views[1], first, rest, BLOCK_M)
-    store_rows(row_view(entropy_ptr, sequences, bh, head, Nq, q_start, n_queries), first, entropy, BLOCK_M)
-    store_rows(row_view(maximum_ptr, sequences, bh, head, Nq, q_start, n_queries), first, largest, BLOCK_M)
+    store_rows(query_rows(entropy_ptr, sequences, work, Nq), first, entropy, BLOCK_M)
+    store_rows(query_rows(maximum_ptr, sequences, work, Nq), first, largest, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
@@ -97,25 +97,23 @@ def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
     D: tl.constexpr = KIND.dim
     ACC: tl.constexpr = KIND.acc
     q_strides, k_strides = strides
-    first, bh = program_tile(tl.program_id(0), Nk, BLOCK_N, False)
-    batch = bh // H
-    head = bh % H
-    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    work = work_of(tl.program_id(0), Nk, H, Nq, Nk, offset, extras.sequences, BLOCK_N, False)
+    first = work.first
     rule = Rule(side(left), side(right), scale.to(ACC))
-    k = load_tile(head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys), first, D, BLOCK_N, True, TILE.wide)
-    q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
-    views = lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries)
+    k = load_tile(key_view(k_ptr, k_strides, work, KIND.group), first, D, BLOCK_N, True, TILE.wide)
+    q_view = query_view(q_ptr, q_strides, work)
+    views = lse_views(lse_ptr, extras, work, Nq)
     received = tl.zeros([BLOCK_N], ACC)
-    bounds = sweep_range(first - offset, n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
-    for start in tl.range(bounds[0], bounds[3], BLOCK_M, num_stages=1):
-        place = Place(batch, head, start, first, offset, n_queries, n_keys)
+    bounds = bounds_of(first - work.offset, work.n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
+    for start in tl.range(bounds.lo, bounds.hi, BLOCK_M, num_stages=1):
+        place = Place(work.batch, work.head, start, first, work.offset, work.n_queries, work.n_keys)
         q = load_tile(q_view, start, D, BLOCK_M, True, TILE.wide)
         lse = load_lse(views, start, extras, BLOCK_M, True)
         # [BLOCK_N, BLOCK_M]
-        raw = products(k, q, head, extras.additive, KIND)
+        raw = products(k, q, work.head, extras.additive, KIND)
         p, _ = weights(raw, lse, place, rule, extras, NO_SLOPE, 0, TILE, True, True, True)
         received += tl.sum(p, 1)
-    store_rows((received_ptr + tl.cast(bh, tl.int64) * Nk, Nk), first, received, BLOCK_N)
+    store_rows((received_ptr + tl.cast(work.bh, tl.int64) * Nk, Nk), first, received, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
@@ -128,21 +126,19 @@ def weights_kernel(q_ptr, k_ptr, lse_ptr, p_ptr, strides,
     D: tl.constexpr = KIND.dim
     ACC: tl.constexpr = KIND.acc
     q_strides, k_strides = strides
-    first, bh = program_tile(tl.program_id(0), Nq, BLOCK_M, False)
-    batch = bh // H
-    head = bh % H
-    q_start, n_queries, k_start, n_keys, offset = locate(extras.sequences, batch, Nq, Nk, offset)
+    work = work_of(tl.program_id(0), Nq, H, Nq, Nk, offset, extras.sequences, BLOCK_M, False)
+    first = work.first
     rule = Rule(side(left), side(right), scale.to(ACC))
-    q = load_tile(head_view(q_ptr, q_strides, batch, head, q_start, n_queries), first, D, BLOCK_M, True, TILE.wide)
-    k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
-    lse = load_lse(lse_views(lse_ptr, extras, bh, head, Nq, q_start, n_queries), first, extras, BLOCK_M, True)
+    q = load_tile(query_view(q_ptr, q_strides, work), first, D, BLOCK_M, True, TILE.wide)
+    k_view = key_view(k_ptr, k_strides, work, KIND.group)
+    lse = load_lse(lse_views(lse_ptr, extras, work, Nq), first, extras, BLOCK_M, True)
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
-    p_ptr += (tl.cast(bh, tl.int64) * Nq + first) * Nk
+    p_ptr += (tl.cast(work.bh, tl.int64) * Nq + first) * Nk
     for start in tl.range(0, Nk, BLOCK_N, num_stages=1):
-        place = Place(batch, head, first, start, offset, n_queries, n_keys)
+        place = tile_of_keys(work, start)
         k = load_tile(k_view, start, D, BLOCK_N, True, TILE.wide)
-        raw = products(q, k, head, extras.additive, KIND)
+        raw = products(q, k, work.head, extras.additive, KIND)
         p, _ = weights(raw, lse, place, rule, extras, NO_SLOPE, 0, TILE, False, True, True)
         if len(extras.dropout) > 0:
             p = tl.where(dropout_keep(extras.dropout, place, TILE, False), p * extras.dropout.factor, 0.0)

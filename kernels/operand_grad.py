@@ -18,7 +18,17 @@ from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, with_lse
 from fused_attn.kernels.product import products
 from fused_attn.kernels.softmax import load_lse, lse_views
-from fused_attn.kernels.tiles import Place, head_view, inner, load_rows, load_tile, locate, row_view
+from fused_attn.kernels.tiles import (
+    Work,
+    inner,
+    key_view,
+    load_rows,
+    load_tile,
+    locate,
+    query_rows,
+    query_view,
+    tile_of_keys,
+)
 from fused_attn.kernels.window import Rule, side
 from fused_attn.spec import Kind, TileConfig
 
@@ -93,31 +103,26 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             m_tile, own_left, walked = split_index(own, OWN[2], m_tiles, own_left, walked)
             n_tile, own_left, walked = split_index(own, OWN[3], n_tiles, own_left, walked)
         q_start, n_queries, k_start, n_keys, shift = locate(extras.sequences, batch, Nq, Nk, offset)
-        place = Place(batch, head, m_tile * BLOCK_M, n_tile * BLOCK_N, shift, n_queries, n_keys)
+        work = Work(m_tile * BLOCK_M, batch * H + head, batch, head, q_start, n_queries, k_start, n_keys, shift)
+        place = tile_of_keys(work, n_tile * BLOCK_N)
         alive = (place.q_first < n_queries) & (place.k_first < n_keys) & (n_tile >= 0)
         if right is not None:
             alive = alive & (place.k_first <= place.q_first + BLOCK_M - 1 + shift + right)
         if left is not None:
             alive = alive & (place.k_first + BLOCK_N - 1 >= place.q_first + shift - left)
         if alive:
-            q_view = head_view(q_ptr, q_strides, batch, head, q_start, n_queries)
-            k_view = head_view(k_ptr, k_strides, batch, head // KIND.group, k_start, n_keys)
-            v_view = head_view(v_ptr, v_strides, batch, head // KIND.group, k_start, n_keys)
-            dout_view = head_view(dout_ptr, dout_strides, batch, head, q_start, n_queries)
-            views = lse_views(lse_ptr, extras, batch * H + head, head, Nq, q_start, n_queries)
-            delta_view = row_view(delta_ptr, extras.sequences, batch * H + head, head, Nq, q_start, n_queries)
-            q = load_tile(q_view, place.q_first, D, BLOCK_M, True, TILE.wide)
-            k = load_tile(k_view, place.k_first, D, BLOCK_N, True, TILE.wide)
+            q = load_tile(query_view(q_ptr, q_strides, work), place.q_first, D, BLOCK_M, True, TILE.wide)
+            k = load_tile(key_view(k_ptr, k_strides, work, KIND.group), place.k_first, D, BLOCK_N, True, TILE.wide)
             # [BLOCK_M, BLOCK_N]
             raw = products(q, k, head, extras.additive, KIND)
-            lse = load_lse(views, place.q_first, extras, BLOCK_M, True)
+            lse = load_lse(lse_views(lse_ptr, extras, work, Nq), place.q_first, extras, BLOCK_M, True)
             p, reach = weights(raw, lse, place, rule, extras, KIND.member, KIND.arg, TILE, False, True, True)
-            dout = load_tile(dout_view, place.q_first, DV, BLOCK_M, True, TILE.wide)
-            v = load_tile(v_view, place.k_first, DV, BLOCK_N, True, TILE.wide)
+            dout = load_tile(query_view(dout_ptr, dout_strides, work), place.q_first, DV, BLOCK_M, True, TILE.wide)
+            v = load_tile(key_view(v_ptr, v_strides, work, KIND.group), place.k_first, DV, BLOCK_N, True, TILE.wide)
             dp = inner(dout, v, ACC, PRECISION)
             if len(extras.dropout) > 0:
                 dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
-            delta = load_rows(delta_view, place.q_first, 0.0, BLOCK_M, True)
+            delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), place.q_first, 0.0, BLOCK_M, True)
             acc += score_gradient(p, dp, delta[:, None], reach, extras, True)
 
     if OWN[4]:

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.launch import Launch, accumulator
-from fused_attn.layout import check_rotary
 from fused_attn.spec import TileConfig
 
 HEADS = tl.constexpr(4)  # of one program: they share its cosines and sines
@@ -91,7 +90,6 @@ def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, TURN: tl.cons
 def rotary_launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool, back: bool, *,
                   config: TileConfig) -> Launch:
     """What fills ``out``: shapes as in ``rotary_kernel``, cos and sin possibly expanded along the batch."""
-    check_rotary(x, cos, sin)
     batch, heads, length, head_dim = x.shape
     tensors = (x, cos, sin, out)
     # Offsets inside a head are 32 bits where all of its elements lie so close.

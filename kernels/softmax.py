@@ -11,7 +11,7 @@ Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; 
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.tiles import load_rows, row_view
+from fused_attn.kernels.tiles import load_rows, query_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -65,11 +65,11 @@ def softmax_finish(row_max, row_sum):
 
 
 @triton.jit
-def lse_views(lse_ptr, extras, bh, head, Nq, start, length, skip=0):
-    """Views of the LSE of row ``bh`` and, where a call keeps it, of its rest; ``skip`` elements further on."""
-    views = (row_view(lse_ptr + skip, extras.sequences, bh, head, Nq, start, length),)
+def lse_views(lse_ptr, extras, work, Nq, skip=0):
+    """Views of the LSE of a program's queries and, where a call keeps it, of its rest; ``skip`` elements further on."""
+    views = (query_rows(lse_ptr + skip, extras.sequences, work, Nq),)
     if len(extras.lse_rest) > 0:
-        views = views + (row_view(extras.lse_rest[0] + skip, extras.sequences, bh, head, Nq, start, length),)
+        views = views + (query_rows(extras.lse_rest[0] + skip, extras.sequences, work, Nq),)
     return views
 
 

@@ -85,6 +85,61 @@ def locate(sequences, batch, Nq, Nk, offset):
     return q_start, n_queries, k_start, n_keys, offset
 
 
+class Work(NamedTuple):
+    """What a program works on: the tile of queries or keys from ``first`` on, of one head (``bh`` among batch x heads) of
+    one sequence."""
+
+    first: Any
+    bh: Any
+    batch: Any
+    head: Any
+    q_start: Any
+    n_queries: Any
+    k_start: Any
+    n_keys: Any
+    offset: Any  # position of query 0 among the keys
+
+
+@triton.jit
+def work_of(pid, n_rows, H, Nq, Nk, offset, sequences, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The work of program ``pid``, one of those that have ``n_rows`` rows of each of ``H`` heads in tiles of BLOCK."""
+    first, bh = program_tile(pid, n_rows, BLOCK, LAST_FIRST)
+    batch = bh // H
+    q_start, n_queries, k_start, n_keys, offset = locate(sequences, batch, Nq, Nk, offset)
+    return Work(first, bh, batch, bh % H, q_start, n_queries, k_start, n_keys, offset)
+
+
+@triton.jit
+def of_head(work, head, H):
+    """The same sequence, of another one among ``H`` heads."""
+    return Work(work.first, work.batch * H + head, work.batch, head, work.q_start, work.n_queries, work.k_start, work.n_keys,
+                work.offset)
+
+
+@triton.jit
+def tile_of_keys(work, k_first):
+    """The Place of a program's queries and the keys from ``k_first`` on."""
+    return Place(work.batch, work.head, work.first, k_first, work.offset, work.n_queries, work.n_keys)
+
+
+@triton.jit
+def query_view(ptr, strides, work):
+    """View of the queries of a program's head, or of what lies like them."""
+    return head_view(ptr, strides, work.batch, work.head, work.q_start, work.n_queries)
+
+
+@triton.jit
+def key_view(ptr, strides, work, GROUP: tl.constexpr):
+    """View of the keys that the queries of a program's head see; with GROUP 1, of those of its own head."""
+    return head_view(ptr, strides, work.batch, work.head // GROUP, work.k_start, work.n_keys)
+
+
+@triton.jit
+def query_rows(ptr, sequences, work, Nq):
+    """View of LSE or delta of the queries of a program's head."""
+    return row_view(ptr, sequences, work.bh, work.head, Nq, work.q_start, work.n_queries)
+
+
 @triton.jit
 def head_view(ptr, strides, batch, head, start, length):
     """View of one head from row ``start`` on; ``strides`` are those of a [B, H, N, D] tensor, in elements."""

@@ -35,9 +35,10 @@ def some_of_each(calls):
             yield call
 
 
-# Additive scores once: they take the interpreter ten times as long as others.
-FAST = [next(call for call in COMBINATIONS if "additive" in call.features), *some_of_each(combinations("additive"))]
-ALONE = ["plain", "causal", "window", "bias", "mask", "key_lengths", "gqa", "dims", "dropout", "packed", "seqused", "lengths"]
+# Additive scores with one other: they take the interpreter ten times as long as others.
+FAST = [Call(("additive", "causal"), SMALL), *some_of_each(combinations("additive"))]
+ALONE = ["plain", "bias", "key_lengths", "packed", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "causal", "window", "mask", "gqa", "dims", "dropout", "seqused", "lengths"))]
 
 
 def compiled(function, **options):
@@ -119,9 +120,9 @@ SDPA = {  # heads of q, k and v, a mask, and arguments
 }
 
 
-@pytest.mark.parametrize("backend", ["triton", None])
-@dynamics
-@pytest.mark.parametrize("case", SDPA)
+@pytest.mark.parametrize(("case", "dynamic", "backend"), [
+    pytest.param(case, dynamic, backend, marks=() if dynamic == (backend is None) else pytest.mark.slow)
+    for case in SDPA for dynamic in (False, True) for backend in ("triton", None)])
 def test_torchs_signature_compiles_whole(case, dynamic, backend, monkeypatch):
     monkeypatch.setattr(settings, "BACKEND", backend)
     heads, mask, named = SDPA[case]

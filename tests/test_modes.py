@@ -195,7 +195,7 @@ def test_a_trace_of_one_length_serves_every_other(name, backend, monkeypatch):
         close(traced(x), module(x))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ("stack, rope", "stack, alibi") else ())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ("stack, rope", "stack, both") else ())
                                   for name in MODULES])
 def test_ten_lengths_are_two_graphs(name):
     torch._dynamo.reset()

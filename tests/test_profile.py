@@ -144,8 +144,7 @@ def python(*arguments: str) -> str:
     return result.stdout
 
 
-SOME = [Job("sm_90", ("bf16",), (64, 128), True), Job("sm_80", ("bf16",), (128,), False),
-        Job("sm_100", ("bf16",), (128,), False), Job("gfx942", ("bf16",), (64,), True),
+SOME = [Job("sm_90", ("bf16",), (128,), True), Job("sm_80", ("bf16",), (128,), False), Job("gfx942", ("bf16",), (64,), True),
         Job("sm_90", ("bf16",), (128,), True, rung="gluon")]
 
 

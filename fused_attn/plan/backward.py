@@ -7,8 +7,8 @@ import torch
 
 from fused_attn.kernels.backward import delta_launch, dkv_launch, dq_launch, with_weight_sums
 from fused_attn.kernels.launch import Call, Launch, with_lse
-from fused_attn.kernels.mask import list_launch
 from fused_attn.kernels.operand_grad import operand_gradient
+from fused_attn.kernels.tile_list import list_launch
 from fused_attn.layout import accumulates, as_rows, like, rows_like
 from fused_attn.plan import hopper
 from fused_attn.plan.problem import Problem

@@ -8,7 +8,7 @@ import torch
 from fused_attn.kernels.combine import combine_launch
 from fused_attn.kernels.forward import Split, forward_launch
 from fused_attn.kernels.launch import Call, Launch
-from fused_attn.kernels.mask import list_launch
+from fused_attn.kernels.tile_list import list_launch
 from fused_attn.layout import accumulates, like, lse_like
 from fused_attn.plan.problem import Problem
 from fused_attn.spec import TileConfig

@@ -7,7 +7,7 @@ import torch
 from fused_attn.kernels.inspection import column_sums_launch, row_stats_launch, weights_launch
 from fused_attn.kernels.launch import Launch
 from fused_attn.kernels.rotary import rotary_launch
-from fused_attn.layout import like, like_statistics, like_weights, lse_like
+from fused_attn.layout import check_rotary, like, like_statistics, like_weights, lse_like
 from fused_attn.plan.problem import Problem
 from fused_attn.spec import TileConfig
 from fused_attn.tuning import choose_rotary
@@ -36,6 +36,7 @@ def weights(problem: Problem) -> Generator[Launch, None, torch.Tensor]:
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool,
            config: TileConfig | None = None) -> Generator[Launch, None, torch.Tensor]:
     """x [B, H, N, D] turned, or turned back."""
+    check_rotary(x, cos, sin)
     out = like(x, x.shape[3])
     config = choose_rotary(x.shape[3]) if config is None else config
     yield rotary_launch(x, cos, sin, out, interleaved, back, config=config)

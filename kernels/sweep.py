@@ -1,0 +1,180 @@
+"""Sweeps: the tiles that a program visits, first those that need no mask, then those that do.
+
+A window and lengths give a range, whose inner tiles are kept whole. Masks that are tensors or functions give a list
+(`tile_list.py`), where tiles are full or partial. The loops over both are the same.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Bounds(NamedTuple):
+    """A range of indices: tiles in [inner_lo, inner_hi) are kept whole and need no mask; those in [lo, inner_lo) and
+    [inner_hi, hi) lie on an edge. lo, inner_lo and inner_hi are multiples of the tile."""
+
+    lo: Any
+    inner_lo: Any
+    inner_hi: Any
+    hi: Any
+
+
+class Row(NamedTuple):
+    """A row of a TileList: full tiles from the front of ``entries``, partial ones from the place ``last`` backwards."""
+
+    entries: Any
+    n_full: Any
+    n_partial: Any
+    last: Any
+
+
+class Sweep(NamedTuple):
+    """(Bounds,) or (Row,), the other is ()."""
+
+    bounds: Any
+    row: Any
+
+
+@triton.jit
+def bounds_of(first, length, left, right, SPAN: tl.constexpr, STEP: tl.constexpr):
+    """Tiles of STEP to visit for positions first ... first + SPAN - 1 over indices 0 ... length - 1.
+
+    ``left`` and ``right`` are sides of a Rule.
+    """
+    last = first + SPAN - 1
+    lo = 0
+    inner_lo = 0
+    hi = length
+    inner_hi = length // STEP * STEP
+    if len(right) > 0:
+        hi = tl.minimum(length, tl.maximum(0, last + right[0] + 1))
+        inner_hi = tl.minimum(length, tl.maximum(0, first + right[0] + 1)) // STEP * STEP
+    if len(left) > 0:
+        lo = tl.maximum(0, first - left[0]) // STEP * STEP
+        inner_lo = tl.cdiv(tl.maximum(0, last - left[0]), STEP) * STEP
+        inner_lo = tl.minimum(inner_lo, lo + tl.cdiv(tl.maximum(hi - lo, 0), STEP) * STEP)
+        inner_hi = tl.maximum(inner_hi, inner_lo)
+    return Bounds(lo, inner_lo, inner_hi, hi)
+
+
+@triton.jit
+def edge_count(bounds, STEP: tl.constexpr):
+    """How many tiles of a range lie on its edges."""
+    before = (bounds.inner_lo - bounds.lo) // STEP
+    return before + tl.cdiv(tl.maximum(bounds.hi - bounds.inner_hi, 0), STEP)
+
+
+@triton.jit
+def edge_start(bounds, i, STEP: tl.constexpr):
+    """First index of the i-th edge tile: one loop covers both edges, since two would cost registers."""
+    before = (bounds.inner_lo - bounds.lo) // STEP
+    return tl.where(i < before, bounds.lo + i * STEP, bounds.inner_hi + (i - before) * STEP)
+
+
+@triton.jit
+def listed(tiles, batch, head, H, row, n_rows, n_columns):
+    """The sweep of one row of a TileList."""
+    index = 0
+    if tiles.by_batch:
+        index = batch
+    if tiles.by_head:
+        index = index * H + head
+    index = tl.cast(index, tl.int64) * n_rows + row
+    entries = tiles.entries + index * n_columns
+    return Sweep((), (Row(entries, tl.load(tiles.counts + 2 * index), tl.load(tiles.counts + 2 * index + 1), n_columns - 1),))
+
+
+@triton.jit
+def inner_range(sweep):
+    """(first, stop) of the loop over tiles that need no mask."""
+    if len(sweep.row) > 0:
+        return tl.full([], 0, tl.int32), sweep.row[0].n_full
+    else:
+        return sweep.bounds[0].inner_lo, sweep.bounds[0].inner_hi
+
+
+@triton.jit
+def n_edges(sweep, STEP: tl.constexpr):
+    """How many tiles need the mask."""
+    if len(sweep.row) > 0:
+        return sweep.row[0].n_partial
+    else:
+        return edge_count(sweep.bounds[0], STEP)
+
+
+@triton.jit
+def full_entry(sweep, i):
+    """The i-th full tile of a list."""
+    return tl.load(sweep.row[0].entries + i)
+
+
+@triton.jit
+def partial_entry(sweep, i):
+    """The i-th partial tile of a list."""
+    return tl.load(sweep.row[0].entries + sweep.row[0].last - i)
+
+
+@triton.jit
+def inner_tile(sweep, i, STEP: tl.constexpr):
+    """Start of a tile that needs no mask, from the loop variable of ``inner_range``."""
+    if len(sweep.row) > 0:
+        return full_entry(sweep, i) * STEP
+    else:
+        return i
+
+
+@triton.jit
+def edge_tile(sweep, i, STEP: tl.constexpr):
+    """Start of the i-th tile that needs the mask."""
+    if len(sweep.row) > 0:
+        return partial_entry(sweep, i) * STEP
+    else:
+        return edge_start(sweep.bounds[0], i, STEP)
+
+
+@triton.jit
+def sweep_keys(tiles, work, rule, H, Nq, Nk, TILE: tl.constexpr):
+    """The sweep of the BLOCK_M queries of a program over keys."""
+    if len(tiles) > 0:
+        row = work.first // TILE.block_m
+        return listed(tiles, work.batch, work.head, H, row, tl.cdiv(Nq, TILE.block_m), tl.cdiv(Nk, TILE.block_n))
+    else:
+        bounds = bounds_of(work.first + work.offset, work.n_keys, rule.left, rule.right, TILE.block_m, TILE.block_n)
+        return Sweep((bounds,), ())
+
+
+@triton.jit
+def folded(n_tiles, i, kv_head, GROUP: tl.constexpr):
+    """(query head, tile of it) of step ``i`` of a sweep over ``n_tiles`` tiles of each of the group's query heads.
+
+    One loop over the whole group: an outer loop over its heads would cost hundreds of bytes of spills.
+    """
+    if GROUP == 1:
+        return kv_head, i
+    else:
+        n_tiles = tl.maximum(n_tiles, 1)  # a deep pipeline divides before it knows whether the loop runs at all
+        return kv_head * GROUP + i // n_tiles, i % n_tiles
+
+
+@triton.jit
+def inner_queries(sweep, i, kv_head, n_steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(query head, first query) of the i-th tile that needs no mask; a list holds the group's heads one after the other."""
+    if len(sweep.row) > 0:
+        head, tile = folded(n_steps, full_entry(sweep, i), kv_head, GROUP)
+        return head, tile * BLOCK_M
+    else:
+        bounds = sweep.bounds[0]
+        head, tile = folded((bounds.inner_hi - bounds.inner_lo) // BLOCK_M, i, kv_head, GROUP)
+        return head, bounds.inner_lo + tile * BLOCK_M
+
+
+@triton.jit
+def edge_queries(sweep, i, kv_head, n_steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(query head, first query) of the i-th tile that needs the mask."""
+    if len(sweep.row) > 0:
+        head, tile = folded(n_steps, partial_entry(sweep, i), kv_head, GROUP)
+        return head, tile * BLOCK_M
+    else:
+        head, tile = folded(edge_count(sweep.bounds[0], BLOCK_M), i, kv_head, GROUP)
+        return head, edge_start(sweep.bounds[0], tile, BLOCK_M)
