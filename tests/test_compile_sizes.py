@@ -66,9 +66,10 @@ def test_a_window_over_ten_lengths_is_two_graphs(window):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("backend", [None, "triton"])
-@pytest.mark.parametrize(("name", "shape"), [("alibi_slopes", (4,)), ("alibi_slopes", (2, 4)), ("score_weight", (16,)),
-                                             ("score_weight", (4, 16)), ("sinks", (4,)), ("bias", (4, 1, 1))], ids=str)
+@pytest.mark.parametrize(("name", "shape", "backend"), [
+    pytest.param(name, shape, backend, marks=() if (backend is None) == (name == "alibi_slopes") else pytest.mark.slow)
+    for name, shape in (("alibi_slopes", (4,)), ("alibi_slopes", (2, 4)), ("score_weight", (16,)), ("score_weight", (4, 16)),
+                        ("sinks", (4,)), ("bias", (4, 1, 1))) for backend in (None, "triton")], ids=str)
 def test_learned_arguments_beside_dynamic_shapes(name, shape, backend):
     class Module(torch.nn.Module):
         def __init__(self):

@@ -278,8 +278,9 @@ OURS, COUNTER = "import fused_attn", "from torch.utils.flop_counter import FlopC
 ASKED = "import importlib.util; assert importlib.util.find_spec('torch.utils.flop_counter')"
 
 
-@pytest.mark.parametrize("imports", [(OURS, COUNTER), (COUNTER, OURS), (OURS, ASKED, ASKED, COUNTER)],
-                         ids=["we first", "the counter first", "asked for first"])
+@pytest.mark.parametrize("imports", [
+    pytest.param((OURS, COUNTER), id="we first"), pytest.param((COUNTER, OURS), id="the counter first", marks=pytest.mark.slow),
+    pytest.param((OURS, ASKED, ASKED, COUNTER), id="asked for first", marks=pytest.mark.slow)])
 def test_the_first_count_of_a_process(imports):
     subprocess.run([sys.executable, "-c", FIRST.format(imports="\n".join(imports))], check=True, cwd=ROOT)
 
