@@ -13,7 +13,8 @@ import fused_attn
 from fused_attn import dispatch, emulator, options, settings, tuned
 from fused_attn.bench import command as bench  # imports no Triton: what it times says whether kernels are interpreted
 from fused_attn.startup import PROGRAM
-from fused_attn.tuning import KNOWN_TARGETS, MAX_HEAD_DIM
+from fused_attn.targets import KNOWN
+from fused_attn.tuning import MAX_HEAD_DIM
 
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
             "packed", "additive", "rotary", "decode", "fused")
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_compile(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--target", choices=KNOWN_TARGETS, metavar="TARGET", help=", ".join(KNOWN_TARGETS))
+    what.add_argument("--target", choices=KNOWN, metavar="TARGET", help=", ".join(KNOWN))
     what.add_argument("--matrix", action="store_true",
                       help="every target, head dim and dtype; with --profile all that docs/profile.json holds")
     parser.add_argument("--head-dim", type=options.whole(1, MAX_HEAD_DIM), metavar="D", nargs="+", default=[128],

@@ -66,7 +66,7 @@ def _device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
         return (f"there are no kernels for device type {device_type!r}",)
     if device_type == "cuda" and torch.version.hip is not None:
         arch = targets.arch_of(torch.device(device_type, index or 0))
-        return () if tuning.has_tiles(arch) else (f"the card is {arch}; there are no tiles for it",)
+        return () if arch in targets.TARGETS else (f"the card is {arch}; there are no tiles for it",)
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:

@@ -15,7 +15,7 @@ from fused_attn.kernels.score import MODS, Mod, before_mods, one
 from fused_attn.kernels.tiles import Sequences
 from fused_attn.layout import packed_rows
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member
-from fused_attn.targets import has_tf32, has_tf32x3
+from fused_attn.targets import target_of
 
 
 class Lowered(NamedTuple):
@@ -29,10 +29,11 @@ def precision(dtype: torch.dtype, asked: str | None, arch: str) -> str:
     """How fp32 products are computed: as asked, else IEEE unless torch's own setting for matmuls on GPUs says TF32."""
     if dtype != torch.float32:
         return "ieee"
+    target = target_of(arch)
     if asked == "tf32x3":
-        return asked if has_tf32x3(arch) else "ieee"
+        return asked if target.tf32x3 else "ieee"
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" if asked is None else asked == "tf32"
-    return "tf32" if tf32 and has_tf32(arch) else "ieee"
+    return "tf32" if tf32 and target.tf32 else "ieee"
 
 
 def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions, arch: str) -> Lowered:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from fused_attn import files, offline, options, profile
 from fused_attn.report import print_table, track
 from fused_attn.settings import RUNGS
+from fused_attn.targets import COMPILED
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
 GATED_TARGETS = {"plain": ("sm_80", "sm_90", "sm_100", "gfx942"),
@@ -144,13 +145,13 @@ def jobs() -> Iterator[Job]:
     64, causal; in bf16 at 128 as well on sm_80, sm_90 and gfx942. The other rungs of sm_90 with what they take.
     """
     halves, exact, wide = ("bf16", "fp16"), ("fp32", "fp64"), (64, 128, 256)
-    for causal, target in product((False, True), offline.TARGETS):
+    for causal, target in product((False, True), COMPILED):
         yield Job(target, halves, (32, *wide), causal)
-    for target in offline.TARGETS:
+    for target in COMPILED:
         yield Job(target, exact, (64,), True)
     for target in ("sm_80", "sm_90"):
         yield Job(target, ("tf32", "tf32x3"), (64,), True)
-    for feature, target in product(offline.FEATURES[1:], offline.TARGETS):
+    for feature, target in product(offline.FEATURES[1:], COMPILED):
         if feature in ("decode", "fused"):
             if (feature, target) != ("fused", "gfx1100"):
                 yield Job(target, ("bf16",), wide, True, feature)

@@ -26,10 +26,9 @@ from fused_attn.plan.plan import collect
 from fused_attn.plan.problem import Problem
 from fused_attn.schema import Needs, Saved
 from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
-from fused_attn.targets import has_tf32, has_tf32x3
-from fused_attn.tuning import KNOWN_TARGETS, MAX_ADDITIVE, SHARED_LIMIT, Kernel, against
+from fused_attn.targets import COMPILED, KNOWN, target_of
+from fused_attn.tuning import MAX_ADDITIVE, Kernel, against
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
             "packed", "additive", "rotary", "decode", "fused")
 # What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
@@ -45,9 +44,9 @@ _NO_PRODUCTS = ("delta", "list", "rotary", "combine", "statistics", "ordered")
 
 def refusal(target: str, head_dim: int, dtype: str, feature: str = "plain", rung: str = "pointers") -> str | None:
     """Why no kernel is compiled for this, or None: what comes out could not run, or no call would launch it."""
-    if target not in KNOWN_TARGETS:
-        return f"target: expected one of {', '.join(KNOWN_TARGETS)}; got {target!r}"
-    if dtype.startswith("tf32") and not (has_tf32 if dtype == "tf32" else has_tf32x3)(target):
+    if target not in KNOWN:
+        return f"target: expected one of {', '.join(KNOWN)}; got {target!r}"
+    if dtype.startswith("tf32") and not getattr(target_of(target), dtype):
         return f"{target} has no {dtype}"
     if reason := against(head_dim, head_dim, DTYPES[dtype], target):
         return reason
@@ -164,8 +163,8 @@ def gpu_target(name: str) -> GPUTarget:
     if re.fullmatch(r"sm_\d+", name):
         return GPUTarget("cuda", int(name[3:]), 32)
     if re.fullmatch(r"gfx\w+", name):
-        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
-    raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(TARGETS)}; got {name!r}")
+        return GPUTarget("hip", name, target_of(name).lanes)
+    raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(COMPILED)}; got {name!r}")
 
 
 def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.dtype) -> tuple[dict[str, Any], Companions]:
@@ -275,7 +274,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         Report(
             target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature, rung=rung,
             config=describe(launch.config),
-            shared_bytes=binary.metadata.shared, shared_limit=SHARED_LIMIT.get(target, 64 * 1024),
+            shared_bytes=binary.metadata.shared, shared_limit=target_of(target).shared,
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
             compile_seconds=round(seconds, 2), triton=triton.__version__,
             **_figures(sass.read(binary, log, target)),

@@ -20,59 +20,12 @@ from typing import Any
 
 from fused_attn.offline import Report
 from fused_attn.sass import FAMILIES, Loop
+from fused_attn.targets import Machine, Rates, target_of
 
 TITLE = "# Static profile of the kernels"  # the first line of the readable table
 SCHEDULERS = 4  # of an NVIDIA multiprocessor; SIMDs of AMD's compute unit
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """What a scheduler's pipes do: ``tensor`` multiply-adds of halves a cycle, and the cycles that one warp's instruction
-    keeps a pipe busy: ``exp2``, ``fma``, ``imad`` (integer multiply-adds, in the FMA pipe), ``alu``. ``packed`` is a
-    fma of two values. ``one_pipe``: the vector instructions share one. ``mma_sync``: HMMA reaches the tensor rate."""
-
-    tensor: int
-    exp2: int
-    fma: int
-    imad: int
-    alu: int
-    packed: int
-    one_pipe: bool = False
-    mma_sync: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What fits on a multiprocessor: ``warps`` a scheduler, ``programs``, bytes of ``shared`` memory, of which each program
-    takes ``reserved`` beside its own, rounded up to a multiple of ``granule``; 32-bit ``registers`` a scheduler has for each
-    lane, handed out in multiples of ``register_granule``."""
-
-    warps: int
-    programs: int
-    shared: int
-    reserved: int = 1024
-    granule: int = 128
-    registers: int = 512
-    register_granule: int = 8
-    rates: Rates | None = None
-
-
-# Limits: cuda_occupancy.h of the CUDA toolkit; LLVM's AMDGPU back end. Rates: the throughput table of the CUDA programming
-# guide and peak over clock and multiprocessors of A100 (312 TFLOP/s), H100 (989), B200 (2250) and MI300X (1307); there a
-# wave64 takes a SIMD of 16 lanes 4 cycles, and exp2 has a quarter of that rate.
-_KIB = 1024
-MACHINES = {
-    "sm_80": Machine(16, 32, 164 * _KIB, rates=Rates(256, 8, 2, 2, 2, 4, mma_sync=True)),
-    "sm_86": Machine(12, 16, 100 * _KIB),
-    "sm_89": Machine(12, 24, 100 * _KIB),
-    "sm_90": Machine(16, 32, 228 * _KIB, rates=Rates(512, 8, 1, 2, 2, 2)),
-    "sm_100": Machine(16, 32, 228 * _KIB, rates=Rates(1024, 8, 1, 2, 2, 2)),
-    "sm_120": Machine(12, 24, 100 * _KIB),
-    "gfx90a": Machine(8, 16, 64 * _KIB, 0, 512),
-    "gfx942": Machine(8, 16, 64 * _KIB, 0, 512, rates=Rates(256, 16, 4, 4, 4, 4, one_pipe=True)),
-    "gfx950": Machine(8, 16, 160 * _KIB, 0, 1280),
-    "gfx1100": Machine(16, 32, 128 * _KIB, 0, 512, 1536, 24),
-}
 TENSOR_COLUMNS = 512  # tensor memory of a multiprocessor of sm_100
 
 
@@ -130,8 +83,8 @@ class Profile:
 def profile(report: Report) -> Profile:
     """The static report on a kernel that ``offline.compile_kernel`` has read."""
     assert report.code is not None, "the report of a kernel just compiled"
-    machine = MACHINES.get(report.target)
-    lanes = 64 if report.target.startswith("gfx9") else 32
+    target = target_of(report.target)
+    machine, lanes = target.machine, target.lanes
     warps = -(-report.code.threads // lanes)
     programs, limited_by = (None, None) if machine is None else occupancy(
         machine, report.registers, report.shared_bytes, warps, report.tensor_memory)

@@ -19,8 +19,8 @@ import torch
 
 from fused_attn import files, settings
 from fused_attn.spec import TileConfig
-from fused_attn.targets import arch_of, triton_name
-from fused_attn.tuning import SHARED_LIMIT, Kernel, choose, choose_fused, served
+from fused_attn.targets import arch_of, target_of, triton_name
+from fused_attn.tuning import Kernel, choose, choose_fused, served
 
 FORMAT = 1
 KERNELS: tuple[Kernel, ...] = ("forward", "dq", "dkv", "fused")
@@ -99,8 +99,8 @@ def fits(config: TileConfig, kernel: Kernel, head_dim: int, arch: str) -> bool:
     n_sums = 1 if kernel in ("forward", "dq") or config.split else 2
     sums = rows * (n_sums * head_dim + walked)
     shared = 2 * head_dim * (rows + config.num_stages * walked)
-    registers = 512 * 64 if arch.startswith("gfx9") else 255 * 32  # of a warp
-    return (sums <= registers * config.num_warps and shared <= SHARED_LIMIT.get(arch, 64 * 1024)
+    registers = 512 * 64 if target_of(arch).lanes == 64 else 255 * 32  # of a warp
+    return (sums <= registers * config.num_warps and shared <= target_of(arch).shared
             and rows * walked >= 4 * 32 * config.num_warps)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fused_attn.spec import AttentionSpec, Companions
 from fused_attn.spec import TileConfig as T
+from fused_attn.targets import TARGETS, target_of
 
 Kernel = Literal["forward", "shares", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary",
                  "statistics", "backward", "ordered", "fused"]
@@ -92,38 +93,18 @@ _WIDE: dict[str, T] = {"forward": T(32, 32, 8, 1), "dq": T(32, 32, 8, 1), "dkv":
 _WIDE_SMALL: dict[str, T] = {"forward": T(16, 16, 4, 1), "dq": T(16, 16, 4, 1), "dkv": T(16, 16, 4, 1, split=True)}
 MAX_HEAD_DIM = 576
 
-# Targets that share the table of another one.
-_SAME = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
-         "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100"}
-KNOWN_TARGETS = tuple(sorted((*_HALVES, *_SAME)))
-
-
-# Shared memory that one block may have, in bytes.
-SHARED_LIMIT = {
-    **dict.fromkeys(("sm_80", "sm_87"), 163 * 1024),
-    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
-    **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 227 * 1024),
-    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 64 * 1024),
-    "gfx950": 160 * 1024,
-}
-
 
 def against(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> str | None:
     """Why a target cannot run these head dims: the smallest tiles of fp32 and fp64 may need more shared memory than it has."""
-    limit = SHARED_LIMIT.get(arch)
-    if dtype not in (torch.float32, torch.float64) or limit is None or arch.startswith("gfx"):
+    if dtype not in (torch.float32, torch.float64) or arch not in TARGETS or arch.startswith("gfx"):
         return None
+    limit = TARGETS[arch].shared
     widths = 2 * (head_dim + head_dim_v) + (max(head_dim, head_dim_v) if dtype == torch.float64 else 0)
     needed = 16 * dtype.itemsize * widths  # what the backward's 16-row tiles of q, k, v, dO take (docs/compile-matrix.json)
     if needed <= limit:
         return None
     return (f"{dtype} with head dims {head_dim} and {head_dim_v} needs {needed // 1024} KiB of shared memory; "
             f"{arch} has {limit // 1024}")
-
-
-def has_tiles(arch: str) -> bool:
-    """Whether the tables know a target, itself or as one that shares another's."""
-    return _SAME.get(arch, arch) in _HALVES
 
 
 def fit_operands(config: T, loaded_bytes: int, dtype: torch.dtype) -> T:
@@ -159,19 +140,19 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
             return T(16, 16, 4, 1)
         return T(32, 32, 8 if kernel == "dkv" else 4, 1)
     if widest > 256:
-        roomy = _SAME.get(arch, arch) in ("sm_80", "sm_90", "sm_100")
+        roomy = target_of(arch).tables in ("sm_80", "sm_90", "sm_100")
         return (_WIDE if roomy else _WIDE_SMALL).get(kernel, T(16, 16, 4, 1))
     if kernel == "operand_grad":  # square, for the sums along diagonals
         large = widest <= (128 if arch in ("sm_90", "sm_100") else 64) and not arch.startswith("gfx11")
         return T(64, 64, 8, 1) if large else T(32, 32, 4, 1)
     width = served(kernel, head_dim, head_dim_v, arch)
     shipped = _table(arch)[kernel][width]
-    lean: T = _HEAVY.get(_SAME.get(arch, arch), {}).get(kernel, {}).get(width, shipped)
+    lean: T = _HEAVY.get(target_of(arch).tables, {}).get(kernel, {}).get(width, shipped)
     return lean if heavy else shipped
 
 
 def _table(arch: str) -> dict[str, dict[int, T]]:
-    return _HALVES.get(_SAME.get(arch, arch)) or _HALVES["gfx1100" if arch.startswith("gfx") else "sm_86"]
+    return _HALVES[target_of(arch).tables]
 
 
 def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
@@ -179,7 +160,7 @@ def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
     widest = max(head_dim, head_dim_v)
     if arch == "interpreter":
         return widest
-    widths = _FUSED.get(_SAME.get(arch, arch), {}) if kernel == "fused" else _table(arch)[kernel]
+    widths = _FUSED.get(target_of(arch).tables, {}) if kernel == "fused" else _table(arch)[kernel]
     return next((width for width in sorted(widths) if widest <= width), widest)
 
 
@@ -200,7 +181,8 @@ def choose_fused(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) 
     """The configuration of the fused backward, or None where there is none."""
     if arch == "interpreter":
         return T(32, 64, 1, 1)
-    table = _FUSED.get(_SAME.get(arch, arch), {}) if dtype in (torch.float16, torch.bfloat16) else {}
+    tried = dtype in (torch.float16, torch.bfloat16) and arch in TARGETS  # what atomics cost elsewhere nobody has looked at
+    table = _FUSED.get(target_of(arch).tables, {}) if tried else {}
     return next((table[width] for width in sorted(table) if max(head_dim, head_dim_v) <= width), None)
 
 
@@ -268,9 +250,9 @@ def choose_shares(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype,
     if dtype in (torch.float32, torch.float64):
         return T(16, 16 if widest > 128 else 32, 4, 1)
     if widest > 256:
-        return T(16, 16 if SHARED_LIMIT.get(arch, 0) < 128 * 1024 else 32, 4, 1)
+        return T(16, 16 if target_of(arch).shared < 128 * 1024 else 32, 4, 1)
     stages = 1 if arch.startswith("gfx") else 3 if widest <= 128 else 2
-    block_n = 64 if widest <= 128 or SHARED_LIMIT.get(arch, 0) > 128 * 1024 else 32
+    block_n = 64 if widest <= 128 or target_of(arch).shared > 128 * 1024 else 32
     return T(block_m, block_n, 4, stages, edge_stages=1, options=_CDNA if arch.startswith("gfx9") else ())
 
 

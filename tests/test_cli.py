@@ -17,9 +17,9 @@ import torch
 
 import fused_attn
 from benchmarks import compare, cpu, gpu, host, plots
-from fused_attn import check, cli, demo, dispatch, matrix, options, settings, tuned
+from fused_attn import check, cli, demo, matrix, options, settings, tuned
 from fused_attn.bench import command, contest
-from fused_attn.tuning import KNOWN_TARGETS
+from fused_attn.targets import COMPILED, KNOWN, TARGETS
 
 pytestmark = pytest.mark.kernels
 
@@ -348,11 +348,11 @@ def test_a_profile_takes_the_place_of_its_own_page(tmp_path):
 
 
 def test_every_known_target_is_one_that_calls_take():
-    assert {name for name in KNOWN_TARGETS if name.startswith("gfx")} == {
+    assert {name for name in KNOWN if name.startswith("gfx")} == {
         name for name in ("gfx906", "gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", *(f"gfx11{i:02}" for i in range(53)),
-                          "gfx1201") if dispatch.tuning.has_tiles(name)}
-    assert all(int(name[3:]) >= 80 for name in KNOWN_TARGETS if name.startswith("sm_"))
-    assert set(matrix.offline.TARGETS) <= set(KNOWN_TARGETS)
+                          "gfx1201") if name in TARGETS}
+    assert all(int(name[3:]) >= 80 for name in KNOWN if name.startswith("sm_"))
+    assert set(COMPILED) <= set(KNOWN)
     for job in (*matrix.jobs(), *matrix.profiled()):
         for dtype, head_dim in product(job.dtypes, job.head_dims):
             assert matrix.offline.refusal(job.target, head_dim, dtype, job.feature, job.rung) is None
@@ -361,7 +361,7 @@ def test_every_known_target_is_one_that_calls_take():
 def test_the_matrix_has_every_feature_in_every_type_on_every_target():
     """Decoding and the fused backward are of halves; a bf16 bias in bf16 is a bias of its own type."""
     held = {(job.target, job.feature, dtype) for job in matrix.jobs() for dtype in job.dtypes if job.rung == "pointers"}
-    every = set(product(matrix.offline.TARGETS, matrix.offline.FEATURES, ("bf16", "fp16", "fp32", "fp64")))
+    every = set(product(COMPILED, matrix.offline.FEATURES, ("bf16", "fp16", "fp32", "fp64")))
     missing = every - held
     assert all(feature in ("decode", "fused") or (feature, dtype) == ("bias bf16", "bf16") for _, feature, dtype in missing)
 

@@ -13,8 +13,8 @@ import triton
 
 from fused_attn import matrix, profile, sass
 from fused_attn.matrix import Job, profiled
-from fused_attn.profile import MACHINES
 from fused_attn.sass import Instruction
+from fused_attn.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 KIB = 1024
@@ -46,11 +46,11 @@ KIB = 1024
     ("gfx942", 64, 32 * KIB + 1, 4, 1, "shared memory"),
 ])
 def test_programs_on_a_multiprocessor(target, registers, shared, warps, programs, limited_by):
-    assert profile.occupancy(MACHINES[target], registers, shared, warps) == (programs, limited_by)
+    assert profile.occupancy(TARGETS[target].machine, registers, shared, warps) == (programs, limited_by)
 
 
 def test_tensor_memory_limits_programs():
-    assert profile.occupancy(MACHINES["sm_100"], 64, 0, 4, 256) == (2, "tensor memory")
+    assert profile.occupancy(TARGETS["sm_100"].machine, 64, 0, 4, 256) == (2, "tensor memory")
 
 
 def loop_of(*instructions: tuple[Instruction, tuple[int, int, int] | None]) -> sass.Loop:
@@ -62,7 +62,7 @@ def times(count: int, op: str, shape: tuple[int, int, int] | None = None) -> lis
 
 
 def modelled(target: str, warps: int, *instructions) -> profile.LoopProfile:
-    return profile.profile_loop(loop_of(*instructions), warps, 32 * warps, MACHINES[target].rates)
+    return profile.profile_loop(loop_of(*instructions), warps, 32 * warps, TARGETS[target].machine.rates)
 
 
 def test_the_model_of_wgmma():

@@ -16,7 +16,7 @@ from support.guard import memory_guard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_attn
-from fused_attn import targets, tuning
+from fused_attn import targets
 from fused_attn.kernels import launch
 from fused_attn.schema import FORWARD, INSPECTION, Inputs, Pair
 from fused_attn.spec import AttentionSpec, Companions
@@ -144,15 +144,13 @@ def test_strict_holds_for_calls_compiled_outside_it():
 
 
 def test_tf32_only_where_triton_has_it():
-    assert targets.has_tf32("sm_80")
-    assert targets.has_tf32("gfx942")
-    assert not targets.has_tf32("gfx90a")
-    assert not targets.has_tf32("gfx1100")
+    with_tf32 = {name for name, target in targets.TARGETS.items() if target.tf32}
+    assert with_tf32 == {"gfx942", *(name for name in targets.KNOWN if name.startswith("sm_"))}
 
 
 def test_cards_without_tiles_are_known():
-    assert tuning.has_tiles("gfx90a")
-    assert not tuning.has_tiles("gfx906")
+    assert "gfx90a" in targets.TARGETS
+    assert "gfx906" not in targets.TARGETS
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [

@@ -12,8 +12,8 @@ import fused_attn
 from fused_attn import settings, tune, tuned
 from fused_attn.kernels import launch
 from fused_attn.spec import TileConfig
-from fused_attn.targets import triton_name
-from fused_attn.tuning import KNOWN_TARGETS, served
+from fused_attn.targets import KNOWN, triton_name
+from fused_attn.tuning import served
 
 pytestmark = pytest.mark.kernels
 
@@ -118,7 +118,7 @@ def test_a_bad_file_that_was_found_by_itself_breaks_no_call(use, monkeypatch):
         assert launched()["forward_kernel"] == TileConfig(**{**SHIPPED, "options": ()})
 
 
-@pytest.mark.parametrize("arch", KNOWN_TARGETS)
+@pytest.mark.parametrize("arch", KNOWN)
 @pytest.mark.parametrize("kernel", tuned.KERNELS)
 def test_whatever_the_search_finds_is_taken(arch, kernel):
     """Every neighbour of the shipped tiles that fits, through JSON and back; compiler options are the card's own."""

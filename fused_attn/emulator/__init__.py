@@ -10,16 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fused_attn import settings
+from fused_attn import settings, targets
 from fused_attn.emulator.schedule import EAGER, LATE, RANDOM, EmulatorFault, Schedule, UnknownInstructionError
-from fused_attn.tuning import SHARED_LIMIT
 
 if TYPE_CHECKING:
     from fused_attn.emulator.machine import Result
 
 __all__ = ["EAGER", "LATE", "RANDOM", "TARGETS", "EmulatorFault", "Schedule", "UnknownInstructionError", "emulated"]
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
+TARGETS = targets.COMPILED
 _DEFAULT = Schedule()
 _one_at_a_time = threading.RLock()
 
@@ -52,7 +51,7 @@ def emulated(target: str, schedule: Schedule = _DEFAULT,
 
     if not target.startswith("gfx"):
         machine.library()  # where it cannot be built, say so here
-    card = Driver(target, SHARED_LIMIT[target], schedule, change)
+    card = Driver(target, targets.TARGETS[target].shared, schedule, change)
     with _one_at_a_time, settings.emulating(target):
         before = driver._active  # None until somebody asks for a card
         driver.set_active(card)

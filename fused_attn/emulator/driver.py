@@ -14,6 +14,7 @@ from fused_attn.emulator.amd.text import parse as parse_amd
 from fused_attn.emulator.encode import encode
 from fused_attn.emulator.ptx import parse
 from fused_attn.emulator.schedule import Schedule
+from fused_attn.targets import TARGETS
 
 # (name of a kernel, its PTX or AMD assembly) -> the text that runs in its place
 Change = Callable[[str, str], str]
@@ -28,7 +29,7 @@ class Driver:
     def __init__(self, target: str, shared_limit: int, schedule: Schedule, change: Change | None = None) -> None:
         self.name, self.shared_limit, self.schedule, self.change = target, shared_limit, schedule, change
         self.amd = target.startswith("gfx")
-        self.target = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32) if self.amd else GPUTarget(
+        self.target = GPUTarget("hip", target, TARGETS[target].lanes) if self.amd else GPUTarget(
             "cuda", int(target[3:]), 32)
         self.results: list[tuple[str, Any]] = []
         self.programs: dict[tuple[bytes, Grid], Any] = {}

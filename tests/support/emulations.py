@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fused_attn.targets import has_tf32, has_tf32x3
+from fused_attn.targets import TARGETS
 from support.emulation import SEVERAL, Emulation
 from support.features import FEATURES, Shape, covering
 
@@ -43,7 +43,8 @@ def every() -> Iterator[Emulation]:
 
 def has(target: str, dtype: str) -> bool:
     """Whether Triton multiplies in a type on a target."""
-    return has_tf32(target) if dtype == "tf32" else has_tf32x3(target) if dtype == "tf32x3" else True
+    found: bool = getattr(TARGETS[target], dtype, True)
+    return found
 
 
 def _features(name: str) -> tuple[str, ...]:
