@@ -64,5 +64,5 @@ setup(
     ],
     extras_require={"triton": TRITON, "cli": CLI, "examples": EXAMPLES, "bench": BENCH, "transformers": TRANSFORMERS,
                     "test": TEST},
-    entry_points={"console_scripts": ["fused-attn = fused_attn.cli:main"]},
+    entry_points={"console_scripts": ["fused-attn = fused_attn.tools.cli:main"]},
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from fused_attn import rungs
-from fused_attn.bench.cases import DTYPES, Case, case, grid
+from fused_attn.tools.bench.cases import DTYPES, Case, case, grid
 
 
 def interpreted(cases: list[Case]) -> list[Case]:

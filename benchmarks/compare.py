@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import conditions
-from fused_attn import files, options
-from fused_attn.report import print_table, track
+from fused_attn import files
+from fused_attn.tools import options
+from fused_attn.tools.report import print_table, track
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED_MS = 20.0  # of each revision in each round, on a CPU

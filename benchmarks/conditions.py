@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fused_attn
-from fused_attn.report import git
+from fused_attn.tools.report import git
 
 
 def source_hash() -> str:

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 
 import fused_attn
-from fused_attn.bench.cases import Case, case
-from fused_attn.bench.oracle import Oracle, Row, judge, unit
+from fused_attn.tools.bench.cases import Case, case
+from fused_attn.tools.bench.oracle import Oracle, Row, judge, unit
 
 TF32_ERROR = 4 * 2.0**-11  # relative to A; tensor cores may truncate to 10 bits rather than round
 NAMES = ("out", "lse", "dq", "dk", "dv")

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.layers import Sizes, layers
-from fused_attn.bench.cases import case
-from fused_attn.bench.contest import Contest, Subject, subject_of
-from fused_attn.bench.peers import SDPA_DEFAULT
+from fused_attn.tools.bench.cases import case
+from fused_attn.tools.bench.contest import Contest, Subject, subject_of
+from fused_attn.tools.bench.peers import SDPA_DEFAULT
 
 Row = dict[str, Any]
 
@@ -48,7 +48,7 @@ def subjects() -> dict[str, Callable[[], Subject]]:
 
 def timed(named: dict[str, Callable[[], Subject]], rounds: int) -> Iterator[Row]:
     """The rows of some subjects."""
-    from fused_attn.report import track
+    from fused_attn.tools.report import track
 
     for name in track(list(named), "timing"):
         for row in Contest(named[name](), "cpu", rounds).rows():
@@ -87,7 +87,7 @@ def _shown(row: Row) -> Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from fused_attn import options  # here, as benchmarks.compare runs the rest on revisions without it
+    from fused_attn.tools import options  # here, as benchmarks.compare runs the rest on revisions without it
 
     parser = options.Parser(prog="python -m benchmarks.cpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,8 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(asked: argparse.Namespace) -> int:
     """Runs the stages, prints and writes their rows; Ctrl-C ends the measuring and nothing else."""
     from benchmarks.conditions import conditions
-    from fused_attn import files, options
-    from fused_attn.report import print_table
+    from fused_attn import files
+    from fused_attn.tools import options
+    from fused_attn.tools.report import print_table
 
     options.check_call("cpu")
     found = {**conditions("cpu", None), "gpu": None, "interpreter": False, "threads": torch.get_num_threads(),

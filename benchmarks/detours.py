@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from fused_attn.bench.peers import FLEX_DEVICES, compiled_flex
+from fused_attn.tools.bench.peers import FLEX_DEVICES, compiled_flex
 
 Tensors = dict[str, torch.Tensor]
 Score = Callable[[Any, Any, Any, Any, Any], Any]  # (score, b, h, q_idx, kv_idx) -> score

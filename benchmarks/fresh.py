@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_attn.bench import peers
-from fused_attn.bench.cases import Case, case
-from fused_attn.report import track
+from fused_attn.tools.bench import peers
+from fused_attn.tools.bench.cases import Case, case
+from fused_attn.tools.report import track
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ print(status("VmHWM") - before)
 
 COMPILE = """
 import json, sys
-from fused_attn import offline
+from fused_attn.tools.compile import offline
 
 for which in ("forward", "backward"):
     for kernel in offline.kernels(which, "plain"):
@@ -78,8 +78,8 @@ for which in ("forward", "backward"):
 COLD = """
 import functools, json, sys, time
 import torch
-from fused_attn.bench.cases import Case
-from fused_attn.bench import peers
+from fused_attn.tools.bench.cases import Case
+from fused_attn.tools.bench import peers
 
 name, device, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 case = Case(**{**fields, "passes": tuple(fields["passes"])})

@@ -19,8 +19,8 @@ import torch
 
 import fused_attn
 from fused_attn import plans
-from fused_attn.bench.timing import measure as measure_ms
 from fused_attn.kernels.forward import forward_kernel
+from fused_attn.tools.bench.timing import measure as measure_ms
 
 SHAPES = (("one tile", 1, 8, 8, 64, 64), ("decode", 1, 32, 8, 1, 4096))  # name, batch, heads, key heads, queries, keys
 
@@ -73,7 +73,7 @@ def rows_of() -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from fused_attn import options  # here, as benchmarks.compare runs the rest on revisions without it
+    from fused_attn.tools import options  # here, as benchmarks.compare runs the rest on revisions without it
 
     parser = options.Parser(prog="python -m benchmarks.host", description="host time of a call up to the launch")
     parser.add_argument("--out", type=options.file(), help="write the rows and their conditions to this JSON file")
@@ -83,8 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(asked: argparse.Namespace) -> int:
     """Times, prints and writes; Ctrl-C ends the timing and nothing else."""
     from benchmarks.conditions import conditions
-    from fused_attn import files, options
-    from fused_attn.report import print_table
+    from fused_attn import files
+    from fused_attn.tools import options
+    from fused_attn.tools.report import print_table
 
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

@@ -10,10 +10,10 @@ from torch import nn
 
 import fused_attn.nn
 from fused_attn import settings
-from fused_attn.bench.cases import DTYPES, Pass
-from fused_attn.bench.contest import Entry, Subject, Tensors, gate_by
-from fused_attn.bench.oracle import Row
 from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.tools.bench.cases import DTYPES, Pass
+from fused_attn.tools.bench.contest import Entry, Subject, Tensors, gate_by
+from fused_attn.tools.bench.oracle import Row
 
 # dtype: largest relative error of out and of a gradient
 LIMITS = {"fp32": (2e-5, 2e-4), "fp16": (4e-3, 1e-2), "bf16": (2e-2, 4e-2)}

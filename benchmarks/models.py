@@ -18,10 +18,10 @@ from torch import nn
 
 from benchmarks.layers import matrices, moved, products
 from fused_attn import settings
-from fused_attn.bench.cases import DTYPES
-from fused_attn.bench.contest import Entry, Gate, Subject, difference, gate_by
 from fused_attn.nn import KVCache, LearnedPositions, MultiheadAttention, PositionEmbeddings, RotaryEmbedding
 from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.tools.bench.cases import DTYPES
+from fused_attn.tools.bench.contest import Entry, Gate, Subject, difference, gate_by
 
 SLACK = 3.0  # times the error of plain attention in the same dtype
 FLOOR = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}  # relative errors that are nobody's fault

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from fused_attn.bench import peers
-from fused_attn.bench.cases import DTYPES, Pass
-from fused_attn.bench.contest import Entry, Subject, Tensors, gate_by
 from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.tools.bench import peers
+from fused_attn.tools.bench.cases import DTYPES, Pass
+from fused_attn.tools.bench.contest import Entry, Subject, Tensors, gate_by
 
 LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # relative error of each result
 

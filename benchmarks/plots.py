@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fused_attn import files, options
-from fused_attn.bench.plots import COLOURS, STYLE, bars, legend, short
+from fused_attn import files
+from fused_attn.tools import options
+from fused_attn.tools.bench.plots import COLOURS, STYLE, bars, legend, short
 
 Row = dict[str, Any]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HARNESS = Path(__file__).resolve().parent.parent
-DEVICES = ("cuda", "cpu")  # of fused_attn.options, which comes from the tree
+DEVICES = ("cuda", "cpu")  # of fused_attn.tools.options, which comes from the tree
 KEPT = contextlib.ExitStack()  # what holds until the process ends
 
 
@@ -53,7 +53,7 @@ def cpu_ms(call: Callable[[], Any], repeat: int = 1) -> float:
 def calls(device: str) -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
     """What is compared: a name -> what prepares and checks it, and gives a call for each of its passes."""
     from benchmarks import cases
-    from fused_attn.bench.contest import OURS, Contest, subject_of
+    from fused_attn.tools.bench.contest import OURS, Contest, subject_of
 
     def checked(make: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
         contest = Contest(make(), device)
@@ -81,11 +81,11 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a library prints is no answer
     sys.path[0] = str(tree)
     graft("benchmarks", HARNESS / "benchmarks")
-    graft("fused_attn.bench", HARNESS / "fused_attn" / "bench")
+    graft("fused_attn.tools.bench", HARNESS / "fused_attn" / "tools" / "bench")
     import torch
 
     import fused_attn
-    from fused_attn.bench.timing import measure
+    from fused_attn.tools.bench.timing import measure
 
     assert fused_attn.__file__ is not None
     assert Path(fused_attn.__file__).resolve().is_relative_to(tree), fused_attn.__file__

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fused_attn.bench.cases import DTYPES
-from fused_attn.bench.timing import measure, spread
+from fused_attn.tools.bench.cases import DTYPES
+from fused_attn.tools.bench.timing import measure, spread
 
 Row = dict[str, Any]
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import fused_attn
 from benchmarks.cases import interpreted
 from benchmarks.models import PlainCache, rotated
-from fused_attn.bench.cases import Case, case
-from fused_attn.bench.contest import Entry, Subject, gate_by
 from fused_attn.nn import KVCache, RotaryEmbedding
+from fused_attn.tools.bench.cases import Case, case
+from fused_attn.tools.bench.contest import Entry, Subject, gate_by
 
 LIMITS = {"bf16": 1.5e-2, "fp16": 3e-3, "fp32": 1e-5}  # relative error of each result; the rotated queries are rounded too
 

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fused_attn import files, options
+from fused_attn import files
+from fused_attn.tools import options
 
 SAVE_EVERY = 200  # steps
 

@@ -29,7 +29,7 @@ from torch import nn
 import fused_attn
 from fused_attn import files, viz
 from fused_attn.nn import SinusoidalPositions, Transformer, generate
-from fused_attn.options import check_call
+from fused_attn.tools.options import check_call
 
 PAD, BEGIN, END = 0, 1, 2
 LONGEST, FREQUENT, BINS = 32, 120, (8, 16, 24, 32)

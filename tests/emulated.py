@@ -25,8 +25,8 @@ from support.features import Call, Shape
 from support.oracle import error_ratio, max_r
 
 from fused_attn import files, tuning
-from fused_attn.options import until_interrupted
-from fused_attn.report import conditions, git, print_table, track
+from fused_attn.tools.options import until_interrupted
+from fused_attn.tools.report import conditions, git, print_table, track
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "emulator.md"

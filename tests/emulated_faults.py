@@ -29,8 +29,8 @@ from support.features import Shape
 
 from fused_attn import files
 from fused_attn.emulator import LATE, RANDOM
-from fused_attn.options import until_interrupted
-from fused_attn.report import conditions, git, print_table, track
+from fused_attn.tools.options import until_interrupted
+from fused_attn.tools.report import conditions, git, print_table, track
 
 OUT, PAGE = ROOT / "docs" / "emulated-faults.json", ROOT / "docs" / "emulator.md"
 START, END = "<!-- planted -->\n", "<!-- end of planted -->\n"

@@ -30,8 +30,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from support.features import Shape
 from support.fuzzing import Trial, check, search
 
-from fused_attn import files, options
-from fused_attn.report import conditions, git
+from fused_attn import files
+from fused_attn.tools import options
+from fused_attn.tools.report import conditions, git
 
 __all__ = ["Shape", "Trial", "check", "main"]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import cli, report
-from fused_attn.bench import command, peers
-from fused_attn.bench.cases import Case, case
+from fused_attn.tools import cli, report
+from fused_attn.tools.bench import command, peers
+from fused_attn.tools.bench.cases import Case, case
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("bench", "--device", "cpu", "--length", "24", "--head-dim", "16", "--heads", "4", "--rounds", "2")

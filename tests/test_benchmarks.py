@@ -12,9 +12,9 @@ import fused_attn
 from benchmarks import cases, correctness, gpu
 from benchmarks.cases import correctness_cases, timing_cases
 from fused_attn import rungs, settings, torch_private
-from fused_attn.bench import contest, oracle, peers, timing
-from fused_attn.bench.cases import Case, case, grid
 from fused_attn.plan import problem, schedules
+from fused_attn.tools.bench import contest, oracle, peers, timing
+from fused_attn.tools.bench.cases import Case, case, grid
 
 # Arithmetic
 

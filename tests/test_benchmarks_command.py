@@ -14,7 +14,7 @@ import torch
 from benchmarks import correctness, features, gpu, models, packed, plots, report, steps
 from benchmarks.cases import correctness_cases, timing_cases
 from fused_attn import settings
-from fused_attn.bench import peers
+from fused_attn.tools.bench import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"rows.jsonl", "summary.json", "summary.md", "correctness.json"}

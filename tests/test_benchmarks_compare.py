@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import compare, cpu, layers
-from fused_attn.bench.contest import Contest
+from fused_attn.tools.bench.contest import Contest
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTITY = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")

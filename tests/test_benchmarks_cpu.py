@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_host_time_of_calls(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("fused_attn.bench.timing.MAX_ROUNDS", 1)
-    monkeypatch.setattr("fused_attn.bench.timing.MIN_ROUNDS", 1)
+    monkeypatch.setattr("fused_attn.tools.bench.timing.MAX_ROUNDS", 1)
+    monkeypatch.setattr("fused_attn.tools.bench.timing.MIN_ROUNDS", 1)
     monkeypatch.setattr("sys.argv", ["host", "--out", str(tmp_path / "host.json")])
     assert host.main() == 0
     rows = json.loads((tmp_path / "host.json").read_text())["rows"]

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
-from fused_attn.bench.contest import Contest
+from fused_attn.tools.bench.contest import Contest
 
 GPT, LLAMA = models.configs("cpu", smoke=True)
 BOTH = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])

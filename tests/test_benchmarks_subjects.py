@@ -8,8 +8,8 @@ import torch
 
 import fused_attn
 from benchmarks import detours, features, packed, steps
-from fused_attn.bench import contest, peers
-from fused_attn.bench.contest import Contest
+from fused_attn.tools.bench import contest, peers
+from fused_attn.tools.bench.contest import Contest
 
 SHAPE = features.Shape(2, 4, 2, 24, 16, 16, "fp32")
 

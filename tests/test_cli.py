@@ -17,9 +17,11 @@ import torch
 
 import fused_attn
 from benchmarks import compare, cpu, gpu, host, plots
-from fused_attn import check, cli, demo, matrix, options, settings, tuned
-from fused_attn.bench import command, contest
+from fused_attn import settings, tuned
 from fused_attn.targets import COMPILED, KNOWN, TARGETS
+from fused_attn.tools import check, cli, demo, options
+from fused_attn.tools.bench import command, contest
+from fused_attn.tools.compile import matrix
 
 pytestmark = pytest.mark.kernels
 

@@ -95,7 +95,7 @@ def test_a_kernel_that_was_compiled_before_is_compiled_again():
     assert [(row["kernel"], row["dtype"]) for row in rows] == [(kernel, dtype) for dtype in ("bf16", "fp16")
                                                                for kernel in ("list", "forward")]
     script = """if True:
-        from fused_attn import offline
+        from fused_attn.tools.compile import offline
         for target in ("sm_80", "gfx942", "sm_90", "sm_80"):
             report, = offline.compile_kernel(target, "delta", 16, "bf16", False)
             print(report.instructions, type(report.code).__name__)
@@ -109,7 +109,7 @@ def test_a_kernel_that_was_compiled_before_is_compiled_again():
 @pytest.mark.slow
 def test_the_gate_sees_a_kernel_that_spills():
     script = """if True:
-        from fused_attn import offline
+        from fused_attn.tools.compile import offline
         from fused_attn.spec import TileConfig
         report, = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
         print(report.problems())
@@ -125,7 +125,7 @@ def test_a_new_length_never_compiles_again():
     script = """if True:
         import torch
         from triton.runtime import driver
-        from fused_attn import offline
+        from fused_attn.tools.compile import offline
         from fused_attn.kernels import forward
         from fused_attn.kernels.launch import Call
         from fused_attn.tuning import choose
@@ -203,7 +203,7 @@ def test_what_gluon_may_be_given_compiles():
     """Offsets of packed sequences in int64, and three consumers: 128 registers a thread are 64 Ki for 16 warps."""
     code = """if True:
         import dataclasses, torch
-        from fused_attn import offline
+        from fused_attn.tools.compile import offline
         from fused_attn.spec import TileConfig
         feature = offline._feature
         def wide(*given):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from fused_attn import demo, options
-from fused_attn.demo import data, train
-from fused_attn.demo.model import GPT, GPTConfig
+from fused_attn.tools import demo, options
+from fused_attn.tools.demo import data, train
+from fused_attn.tools.demo.model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(context=16, layers=2, heads=2, width=32)
@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_fails(tiny, tmp_path, monkeypatch, capsys):
 def test_a_missing_extra_is_named(missing, monkeypatch, tmp_path, capsys):
     for name in ("pipeline", "plots"):
         monkeypatch.delattr(demo, name, raising=False)
-        monkeypatch.delitem(sys.modules, f"fused_attn.demo.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"fused_attn.tools.demo.{name}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, missing, None)

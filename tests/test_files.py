@@ -11,7 +11,7 @@ from fused_attn import files
 Figure = pytest.importorskip("matplotlib.figure").Figure
 
 from fused_attn import viz  # noqa: E402  # draws with matplotlib
-from fused_attn.bench import plots  # noqa: E402
+from fused_attn.tools.bench import plots  # noqa: E402
 
 ROW = {"case": "a", "pass": "forward", "n_queries": 8, "n_keys": 8, "head_dim": 8, "dtype": "fp32", "causal": False,
        "ms": 1.0, "p20": 0.9, "p80": 1.1, "tflops": 1.0, "flops": 1e9}

@@ -29,6 +29,8 @@ FORBIDDEN_IMPORTS = {
     "fused_attn/autograd.py": "fused_attn.functional",
     "fused_attn/emulator/ptx.py": "fused_attn.emulator.driver",
     "fused_attn/plan/problem.py": "fused_attn.plan.forward",
+    "fused_attn/tools/report.py": "fused_attn.tools.check",
+    "fused_attn/tools/compile/sass.py": "fused_attn.tools.compile.offline",
 }
 
 

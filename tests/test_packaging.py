@@ -112,7 +112,7 @@ def test_wheel_metadata(wheel):
     assert "License-Expression: MIT" in text
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
     assert extras == {"triton", "cli", "examples", "bench", "transformers", "test"}
-    assert "fused-attn = fused_attn.cli:main" in metadata(wheel, "entry_points.txt")
+    assert "fused-attn = fused_attn.tools.cli:main" in metadata(wheel, "entry_points.txt")
 
 
 def test_import_needs_only_what_the_wheel_requires(wheel, tmp_path):

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import triton
 
-from fused_attn import matrix, profile, sass
-from fused_attn.matrix import Job, profiled
-from fused_attn.sass import Instruction
 from fused_attn.targets import TARGETS
+from fused_attn.tools.compile import matrix, profile, sass
+from fused_attn.tools.compile.matrix import Job, profiled
+from fused_attn.tools.compile.sass import Instruction
 
 ROOT = Path(__file__).parents[1]
 KIB = 1024
@@ -194,7 +194,7 @@ def test_the_gate_sees_a_worse_configuration():
     """sm_80's forward with four warps where the default has eight: the registers do not suffice."""
     lines = python("-c", """if True:
         import dataclasses, json
-        from fused_attn import offline, profile
+        from fused_attn.tools.compile import offline, profile
         from fused_attn.spec import TileConfig
         report, = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
         print(json.dumps(dataclasses.asdict(profile.profile(report))))

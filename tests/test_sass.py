@@ -2,8 +2,8 @@
 
 import pytest
 
-from fused_attn import sass
-from fused_attn.sass import Instruction
+from fused_attn.tools.compile import sass
+from fused_attn.tools.compile.sass import Instruction
 
 
 def nvidia(text: str) -> sass.Listing:

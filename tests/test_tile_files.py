@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import settings, tune, tuned
+from fused_attn import settings, tuned
 from fused_attn.kernels import launch
 from fused_attn.spec import TileConfig
 from fused_attn.targets import KNOWN, triton_name
+from fused_attn.tools import tune
 from fused_attn.tuning import served
 
 pytestmark = pytest.mark.kernels

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import cli, settings, tune, tuned
+from fused_attn import settings, tuned
 from fused_attn.kernels import launch
 from fused_attn.spec import TileConfig
 from fused_attn.targets import triton_name
+from fused_attn.tools import cli, tune
 from fused_attn.tuning import choose, choose_fused
 
 pytestmark = pytest.mark.kernels

@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from fused_attn import files
-from fused_attn.report import conditions, git, print_table
+from fused_attn.tools.report import conditions, git, print_table
 
 OUT = ROOT / "docs" / "test-all.json"
 CODE = ("fused_attn", "kernels", "tests", "benchmarks", "examples", "setup.py", "pyproject.toml")

@@ -13,8 +13,8 @@ import torch
 
 import fused_attn
 from fused_attn import describe, reference
-from fused_attn.bench.oracle import max_r as max_r  # the limits of R
 from fused_attn.describe import Described
+from fused_attn.tools.bench.oracle import max_r as max_r  # the limits of R
 
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 E_LIMIT = {torch.float16: 1.25, torch.bfloat16: 1.25, torch.float32: 16.0, torch.float64: 64.0}

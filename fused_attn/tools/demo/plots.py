@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from fused_attn.demo.train import EARLY_STEPS, EARLY_TOLERANCE, History
+from fused_attn.tools.demo.train import EARLY_STEPS, EARLY_TOLERANCE, History
 
 INK, MUTED, FUSED, REFERENCE, LIMIT = "#1f2430", "#6b7280", "#f4a259", "#1d4e89", "#bc4b51"
 STYLE: dict[str, Any] = {"color": INK, "fontsize": 11}

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import fused_attn
-from fused_attn import files, options, report
-from fused_attn.demo import data, plots, train
-from fused_attn.demo.model import GPT
+from fused_attn import files
+from fused_attn.tools import options, report
+from fused_attn.tools.demo import data, plots, train
+from fused_attn.tools.demo.model import GPT
 
 PICTURES = ("loss.png", "attention.png")
 FILES = ("summary.json", *PICTURES, "sample.txt", "checkpoint.pt")

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_attn import torch_private
-from fused_attn.bench.cases import Case
+from fused_attn.tools.bench.cases import Case
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from fused_attn.bench.cases import Case, Inputs, Pass, case
-from fused_attn.bench.oracle import Oracle, Row, judge
-from fused_attn.bench.peers import SDPA_DEFAULT, Attend, Peer
-from fused_attn.bench.timing import Calls, measure, peak_mib, spread, wall_ms
+from fused_attn.tools.bench.cases import Case, Inputs, Pass, case
+from fused_attn.tools.bench.oracle import Oracle, Row, judge
+from fused_attn.tools.bench.peers import SDPA_DEFAULT, Attend, Peer
+from fused_attn.tools.bench.timing import Calls, measure, peak_mib, spread, wall_ms
 
 MAX_PEER_ERROR = 0.03  # relative: beyond it a peer computes something else
 OURS, YARDSTICK = "ours", "plain"

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from fused_attn import options, report, settings, tuned
-from fused_attn.bench.timing import measure
+from fused_attn import settings, tuned
 from fused_attn.kernels import launch
 from fused_attn.kernels.backward import delta_launch, dq_launch
 from fused_attn.kernels.forward import forward_launch
@@ -25,6 +24,8 @@ from fused_attn.lowering import lower
 from fused_attn.plan.backward import dkv_launches
 from fused_attn.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
 from fused_attn.targets import arch_of, triton_name
+from fused_attn.tools import options, report
+from fused_attn.tools.bench.timing import measure
 from fused_attn.tuned import STEPS
 from fused_attn.tuning import Kernel, choose, served
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from fused_attn.demo import data
-from fused_attn.demo.model import GPT, Attend, GPTConfig
+from fused_attn.tools.demo import data
+from fused_attn.tools.demo.model import GPT, Attend, GPTConfig
 
 # Two exact attentions round differently, and training amplifies the difference. Measured on a CPU, losses of about 3: 1e-6 in
 # the first 50 steps, 1e-3 by step 800, 2e-5 in the final validation loss. A scale wrong by 1 % makes 1e-3 in 50 steps.

@@ -18,9 +18,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fused_attn.offline import Report
-from fused_attn.sass import FAMILIES, Loop
 from fused_attn.targets import Machine, Rates, target_of
+from fused_attn.tools.compile.offline import Report
+from fused_attn.tools.compile.sass import FAMILIES, Loop
 
 TITLE = "# Static profile of the kernels"  # the first line of the readable table
 SCHEDULERS = 4  # of an NVIDIA multiprocessor; SIMDs of AMD's compute unit
@@ -239,7 +239,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"Made by `make profile` with Triton {rows[0]['triton']}. All of it is static: read from machine code and modelled; "
         "nothing was run or",
-        "timed. It ranks variants of a kernel and predicts no times; `fused_attn/profile.py` says what the model assumes, and",
+        "timed. It ranks variants of a kernel and predicts no times; `profile.py` says what the model assumes, and",
         "[profile.json](profile.json) holds every main loop with its instruction mix. This table has the loop over tiles that "
         "need no mask.",
         "",

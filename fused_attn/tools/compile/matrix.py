@@ -15,10 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_attn import files, offline, options, profile
-from fused_attn.report import print_table, track
+from fused_attn import files
 from fused_attn.settings import RUNGS
 from fused_attn.targets import COMPILED
+from fused_attn.tools import options
+from fused_attn.tools.compile import offline, profile
+from fused_attn.tools.report import print_table, track
 
 # Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
 GATED_TARGETS = {"plain": ("sm_80", "sm_90", "sm_100", "gfx942"),

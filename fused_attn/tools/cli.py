@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import fused_attn
-from fused_attn import dispatch, emulator, options, settings, tuned
-from fused_attn.bench import command as bench  # imports no Triton: what it times says whether kernels are interpreted
+from fused_attn import dispatch, emulator, settings, tuned
 from fused_attn.startup import PROGRAM
 from fused_attn.targets import KNOWN
+from fused_attn.tools import options
+from fused_attn.tools.bench import command as bench  # imports no Triton: what it times says whether kernels are interpreted
 from fused_attn.tuning import MAX_HEAD_DIM
 
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
@@ -120,7 +121,7 @@ def _check_tiles() -> None:
 def _info(arguments: argparse.Namespace) -> int:
     import torch
 
-    from fused_attn import report
+    from fused_attn.tools import report
 
     found: dict[str, Any] = {**report.conditions(), "devices": {}}
     for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))):
@@ -154,7 +155,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     else:
         options.need("triton", "triton")
         os.environ["TRITON_INTERPRET"] = "0"
-    from fused_attn import check
+    from fused_attn.tools import check
 
     try:
         with fused_attn.hopper(arguments.rung):
@@ -191,7 +192,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     options.need("rich", "examples")
     options.need("matplotlib", "examples")
     _prepare_kernels()
-    from fused_attn import check, demo
+    from fused_attn.tools import check, demo
 
     def checked() -> dict[str, Any]:
         result = check.run()
@@ -207,7 +208,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise options.BadInputError("there is no GPU here that the kernels run on")
     options.need("triton", "triton")
     options.need("rich", "cli")
-    from fused_attn import tune
+    from fused_attn.tools import tune
 
     return tune.run(arguments)
 
@@ -218,6 +219,6 @@ def _compile(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         parser.error(f"--matrix compiles everything: --{given[0].replace('_', '-')} goes with --target")
     options.need("triton", "triton")
     os.environ["TRITON_INTERPRET"] = "0"  # compiled, whatever the surroundings interpret
-    from fused_attn import matrix
+    from fused_attn.tools.compile import matrix
 
     return matrix.run(arguments.out, arguments.profile) if arguments.matrix else matrix.compile_one(arguments)

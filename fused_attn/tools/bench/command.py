@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 import fused_attn
-from fused_attn import files, options, settings
-from fused_attn.bench import contest, peers
-from fused_attn.bench.cases import DTYPES, Case, case, grid
-from fused_attn.bench.oracle import Row
-from fused_attn.report import conditions, git, print_table, track
+from fused_attn import files, settings
+from fused_attn.tools import options
+from fused_attn.tools.bench import contest, peers
+from fused_attn.tools.bench.cases import DTYPES, Case, case, grid
+from fused_attn.tools.bench.oracle import Row
+from fused_attn.tools.report import conditions, git, print_table, track
 
 PASSES = ("forward", "backward")
 # What an argument is where it is not given: on a GPU, and on a CPU, where larger ones would take minutes.
@@ -170,7 +171,7 @@ def run(asked: argparse.Namespace) -> int:
         files.write(asked.out, text + "\n")
     timed = [row for row in rows if "ms" in row]
     if asked.plot is not None and timed:
-        from fused_attn.bench import plots
+        from fused_attn.tools.bench import plots
 
         plots.save(timed, title, asked.plot)
     return options.status(complete, all(row["ok"] is not False for row in rows))

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fused_attn.demo.data import DemoError
-from fused_attn.demo.train import FULL, QUICK
+from fused_attn.tools.demo.data import DemoError
+from fused_attn.tools.demo.train import FULL, QUICK
 
 
 def run(out: Path, quick: bool, seed: int, check: Callable[[], dict[str, Any]]) -> int:
@@ -26,7 +26,7 @@ def run(out: Path, quick: bool, seed: int, check: Callable[[], dict[str, Any]]) 
     try:
         from rich.console import Console
 
-        from fused_attn.demo import pipeline
+        from fused_attn.tools.demo import pipeline
     except ModuleNotFoundError as error:
         if str(error.name).split(".")[0] not in ("rich", "matplotlib"):
             raise

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fused_attn.bench.cases import Case
+from fused_attn.tools.bench.cases import Case
 
 Row = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""What people run: the command line, checks, benchmarks, tuning, the demonstration, offline compilation."""
