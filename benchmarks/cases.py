@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from fused_attn import rungs
+from fused_attn.plan import rungs
 from fused_attn.tools.bench.cases import DTYPES, Case, case, grid
 
 

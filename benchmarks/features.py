@@ -15,7 +15,7 @@ import torch
 import fused_attn
 from benchmarks import detours
 from benchmarks.correctness import asked
-from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.call.spec import Window, attention_flops, kept_pairs
 from fused_attn.tools.bench.cases import DTYPES, Pass
 from fused_attn.tools.bench.contest import OURS, Entry, Subject, gate_by
 from fused_attn.tools.bench.oracle import max_r

@@ -31,7 +31,8 @@ import torch
 from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
 from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
-from fused_attn import files, rungs, settings
+from fused_attn import files, settings
+from fused_attn.plan import rungs
 from fused_attn.tools import options
 from fused_attn.tools.bench import contest, peers
 from fused_attn.tools.bench.cases import Case

@@ -18,8 +18,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: backend "trit
 import torch
 
 import fused_attn
-from fused_attn import plans
 from fused_attn.kernels.forward import forward_kernel
+from fused_attn.run import plans
 from fused_attn.tools.bench.timing import measure as measure_ms
 
 SHAPES = (("one tile", 1, 8, 8, 64, 64), ("decode", 1, 32, 8, 1, 4096))  # name, batch, heads, key heads, queries, keys

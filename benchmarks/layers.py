@@ -10,7 +10,7 @@ from torch import nn
 
 import fused_attn.nn
 from fused_attn import settings
-from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.call.spec import Window, attention_flops, kept_pairs
 from fused_attn.tools.bench.cases import DTYPES, Pass
 from fused_attn.tools.bench.contest import Entry, Subject, Tensors, gate_by
 from fused_attn.tools.bench.oracle import Row

@@ -18,8 +18,8 @@ from torch import nn
 
 from benchmarks.layers import matrices, moved, products
 from fused_attn import settings
+from fused_attn.call.spec import Window, attention_flops, kept_pairs
 from fused_attn.nn import KVCache, LearnedPositions, MultiheadAttention, PositionEmbeddings, RotaryEmbedding
-from fused_attn.spec import Window, attention_flops, kept_pairs
 from fused_attn.tools.bench.cases import DTYPES
 from fused_attn.tools.bench.contest import Entry, Gate, Subject, difference, gate_by
 

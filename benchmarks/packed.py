@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.call.spec import Window, attention_flops, kept_pairs
 from fused_attn.tools.bench import peers
 from fused_attn.tools.bench.cases import DTYPES, Pass
 from fused_attn.tools.bench.contest import Entry, Subject, Tensors, gate_by

@@ -4,9 +4,7 @@ from fused_attn import startup  # noqa: F401  # before what it prepares
 
 # isort: split
 from fused_attn import flops  # noqa: F401  # the ops, and what they cost, are there from here on
-from fused_attn.dispatch import Explanation
-from fused_attn.emulator import emulated
-from fused_attn.functional import (
+from fused_attn.api import (
     additive_attention,
     attention,
     attention_varlen,
@@ -14,8 +12,7 @@ from fused_attn.functional import (
     reference_attention,
     scaled_dot_product_attention,
 )
-from fused_attn.inspection import AttentionStats, attention_stats, attention_weights
-from fused_attn.mods import (
+from fused_attn.call.mods import (
     MaskMod,
     RelativeBias,
     ScoreMod,
@@ -26,8 +23,11 @@ from fused_attn.mods import (
     tree_intervals,
     tree_mask,
 )
-from fused_attn.patch import PatchReport, patch_sdpa
-from fused_attn.replacement import Replacement, replace_attention
+from fused_attn.emulator import emulated
+from fused_attn.inspection import AttentionStats, attention_stats, attention_weights
+from fused_attn.integrations.patch import PatchReport, patch_sdpa
+from fused_attn.integrations.replacement import Replacement, replace_attention
+from fused_attn.plan.backends import Explanation
 from fused_attn.rotary import apply_rotary
 from fused_attn.settings import hopper, strict
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from fused_attn import ops  # noqa: F401  # which are counted
-from fused_attn.schema import BACKWARD, FORWARD, INSPECTION
-from fused_attn.spec import AttentionSpec, Companions, Longest, MaybeTensor, attention_flops, kept_pairs
+from fused_attn.call.schema import BACKWARD, FORWARD, INSPECTION
+from fused_attn.call.spec import AttentionSpec, Companions, Longest, MaybeTensor, attention_flops, kept_pairs
+from fused_attn.run import ops  # noqa: F401  # which are counted
 
 _COUNTER = "torch.utils.flop_counter"
 

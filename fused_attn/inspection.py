@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fused_attn import autograd, dispatch, ops, reference, settings, torch_private
-from fused_attn.describe import Described, describe, seeded
+from fused_attn import reference, settings, torch_private
+from fused_attn.call.describe import Described, describe
+from fused_attn.plan import backends
+from fused_attn.run import autograd, ops
 
 
 class AttentionStats(NamedTuple):
@@ -24,7 +26,7 @@ class AttentionStats(NamedTuple):
 
 def _described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, arguments: dict[str, Any]) -> Described:
     """A call with what values there are: the weights do not depend on them."""
-    return seeded(describe(q, k, k[..., :1] if v is None else v, **arguments))
+    return ops.seeded(describe(q, k, k[..., :1] if v is None else v, **arguments))
 
 
 def _runs_kernels(call: Described, backend: str | None, strict: bool | None, quadratic: bool) -> bool:
@@ -32,7 +34,7 @@ def _runs_kernels(call: Described, backend: str | None, strict: bool | None, qua
     asked = preset if backend is None else backend
     if asked not in (None, "triton", "reference"):
         raise ValueError(f"backend: expected 'triton', 'reference' or None; got {asked!r}")
-    reasons = dispatch.against_triton(call)
+    reasons = backends.against_triton(call)
     if torch_private.transforms_active():
         reasons += ("these kernels know no transforms of torch.func",)
     if asked == "triton" and reasons:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_attn import saturation, tracing
-from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
+from fused_attn.call.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
 from fused_attn.torch_private import known
 
 

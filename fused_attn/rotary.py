@@ -2,8 +2,10 @@
 
 import torch
 
-from fused_attn import autograd, dispatch, settings
-from fused_attn.describe import FLOATS
+from fused_attn import settings
+from fused_attn.call.describe import FLOATS
+from fused_attn.plan import backends
+from fused_attn.run import autograd
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False,
@@ -24,7 +26,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inter
         TypeError, ValueError: an argument that does not fit, by name.
     """
     _check(x, cos, sin)
-    reasons = dispatch.device_reasons(x.device.type, x.device.index)
+    reasons = backends.device_reasons(x.device.type, x.device.index)
     if backend is None and settings.BACKEND is not None:
         backend = "triton" if settings.BACKEND == "triton" else "reference"
     if backend not in (None, "triton", "reference"):

@@ -1,6 +1,6 @@
 """The GPUs that kernels are compiled for, a record each, by name (sm_90, gfx942); and by which Triton.
 
-A new GPU is a record in ``TARGETS``, and tables of tiles (``tuning``) if it does not share another's.
+A new GPU is a record in ``TARGETS``, and tables of tiles (``plan.tiles``) if it does not share another's.
 """
 
 import functools

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Launch, accumulator, kind_of
 from fused_attn.kernels.softmax import LOG2E, softmax_finish
-from fused_attn.spec import TileConfig
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from typing import Any
 
 import triton
 
-from fused_attn.spec import TileConfig
+from fused_attn.call.spec import TileConfig
 from fused_attn.targets import triton_version
 
 _FENCE = "fence.proxy.async.shared::cta;"

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn.call.spec import Kind, TileConfig
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, programs, with_lse
 from fused_attn.kernels.mask import keep_tile
@@ -32,7 +33,6 @@ from fused_attn.kernels.tiles import (
     zeros,
 )
 from fused_attn.kernels.window import Rule, side
-from fused_attn.spec import Kind, TileConfig
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.backward import weights
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, kind_of, programs, with_lse
@@ -26,7 +27,6 @@ from fused_attn.kernels.tiles import (
     work_of,
 )
 from fused_attn.kernels.window import Rule, side
-from fused_attn.spec import TileConfig
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from fused_attn import interpreter, settings
+from fused_attn.call.spec import Kind, TileConfig
 from fused_attn.kernels import fences
 from fused_attn.kernels.tiles import Sequences
-from fused_attn.spec import Kind, TileConfig
 from fused_attn.targets import arch_of
 
 if settings.interpreted():

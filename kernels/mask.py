@@ -47,7 +47,7 @@ def tree(q_pos, k_idx, head, batch, args):
     return (args[1] <= args[0]) & (args[0] < args[2])
 
 
-# The masks that ship, by the names of fused_attn.mods.
+# The masks that ship, by the names of fused_attn.call.mods.
 KEEPS: dict[str, Any] = {"mask": stored, "hide": hidden, "document": document, "prefix_lm": prefix_lm, "tree": tree}
 
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn.call.spec import Kind, TileConfig
 from fused_attn.kernels.backward import score_gradient, weights
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, with_lse
@@ -30,7 +31,6 @@ from fused_attn.kernels.tiles import (
     tile_of_keys,
 )
 from fused_attn.kernels.window import Rule, side
-from fused_attn.spec import Kind, TileConfig
 
 # Programs that keep a large GPU busy: operands with fewer tiles are summed in parts.
 ENOUGH_PROGRAMS = 512

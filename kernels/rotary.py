@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Launch, accumulator
-from fused_attn.spec import TileConfig
 
 HEADS = tl.constexpr(4)  # of one program: they share its cosines and sines
 

@@ -85,7 +85,7 @@ def soft_tree_penalty(score, modded, q_pos, k_idx, head, batch, args):
 
 NO_SLOPE = tl.constexpr(1 << 20)  # as MEMBER of apply_mods: no derivative is wanted
 
-# The mods that ship, by the names of fused_attn.mods: (function, slope, slopes of the arguments; `one` for integers).
+# The mods that ship, by the names of fused_attn.call.mods: (function, slope, slopes of the arguments; `one` for integers).
 MODS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "bias": (add, one, (one,)),
     "alibi": (alibi, one, (alibi_distance,)),

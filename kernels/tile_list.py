@@ -10,13 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Call, Launch, fit_offsets, programs
 from fused_attn.kernels.mask import Keep, keep_tile
 from fused_attn.kernels.operand import Operand
 from fused_attn.kernels.sweep import bounds_of
 from fused_attn.kernels.tiles import Place, locate
 from fused_attn.kernels.window import Rule, side
-from fused_attn.spec import TileConfig
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def poison():
 @pytest.fixture(autouse=True)
 def forgotten():
     """No test repeats the launches of another, whose tiles it may have chosen."""
-    from fused_attn import plans
+    from fused_attn.run import plans
 
     plans.forget()
 

@@ -24,7 +24,8 @@ from support.emulations import every
 from support.features import Call, Shape
 from support.oracle import error_ratio, max_r
 
-from fused_attn import files, tuning
+from fused_attn import files
+from fused_attn.plan.tiles import choose, choose_rung
 from fused_attn.tools.options import until_interrupted
 from fused_attn.tools.report import conditions, git, print_table, track
 
@@ -45,9 +46,9 @@ def speed() -> list[Row]:
     """Milliseconds that the emulator takes for a tile of scores: one pass of a program's loop, all of its warps."""
     rows = []
     for target, rung in (("sm_80", "pointers"), ("sm_90", "pointers"), ("sm_90", "gluon"), ("sm_100", "pointers")):
-        configs = {name: tuning.choose(name, LONG.dim, LONG.dim, torch.bfloat16, target) for name in ("forward", "dq", "dkv")}
+        configs = {name: choose(name, LONG.dim, LONG.dim, torch.bfloat16, target) for name in ("forward", "dq", "dkv")}
         if rung == "gluon":
-            configs = {"forward": tuning.choose_rung(rung, LONG.dim, LONG.dim)}
+            configs = {"forward": choose_rung(rung, LONG.dim, LONG.dim)}
         seconds = {}
         for races in (True, False):
             call = Emulation((), target, rung=rung, shape=LONG, schedule={"races": races}, arguments={"deterministic": True})

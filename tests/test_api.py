@@ -18,13 +18,13 @@ from fused_attn import (
     RelativeBias,
     attention,
     attention_varlen,
-    autograd,
-    dispatch,
     explain,
     reference,
     reference_attention,
     scaled_dot_product_attention,
 )
+from fused_attn.plan import backends
+from fused_attn.run import autograd, by_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSAL = (NotImplementedError, RuntimeError)
@@ -175,7 +175,7 @@ def ran(monkeypatch):
     def spy(name, real):
         return lambda *args: names.append(name) or real(*args)
 
-    for name, module, function in (("triton", autograd, "attention"), ("torch", dispatch, "torch_attention"),
+    for name, module, function in (("triton", autograd, "attention"), ("torch", by_torch, "torch_attention"),
                                    ("reference", reference, "attention")):
         monkeypatch.setattr(module, function, spy(name, getattr(module, function)))
     return names
@@ -325,7 +325,7 @@ def test_without_triton():
     (attention, {}, "torch"), (attention, {"softcap": 1.0}, "reference"), (scaled_dot_product_attention, {}, "torch")])
 def test_fallback_warns_once_with_the_reason(call, arguments, expected, monkeypatch):
     reason = f"the card is too old ({uuid.uuid4()})"
-    monkeypatch.setattr(dispatch, "device_reasons", lambda device_type, index: (reason,))
+    monkeypatch.setattr(backends, "device_reasons", lambda device_type, index: (reason,))
     inputs = qkv(device="meta")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -340,13 +340,13 @@ def test_fallback_warns_once_with_the_reason(call, arguments, expected, monkeypa
 
 
 def test_fallback_to_the_reference_is_refused_where_strict(monkeypatch):
-    monkeypatch.setattr(dispatch, "device_reasons", lambda device_type, index: ("the card is too old",))
+    monkeypatch.setattr(backends, "device_reasons", lambda device_type, index: ("the card is too old",))
     with pytest.raises(RuntimeError, match=r"too old.*softcap"):
         attention(*qkv(device="meta"), softcap=1.0, strict=True)
 
 
 def test_kernels_are_preferred_off_the_cpu(monkeypatch, ran):
-    monkeypatch.setattr(dispatch, "device_reasons", lambda device_type, index: ())
+    monkeypatch.setattr(backends, "device_reasons", lambda device_type, index: ())
     inputs = qkv(device="meta")
     assert explain(*inputs).backend == "triton"
     attention(*inputs)
@@ -356,7 +356,7 @@ def test_kernels_are_preferred_off_the_cpu(monkeypatch, ran):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_backend_named_in_the_environment_holds_for_sdpa(backend, monkeypatch, ran):
-    monkeypatch.setattr(dispatch, "device_reasons", lambda device_type, index: ())
-    monkeypatch.setattr(dispatch.settings, "BACKEND", backend)
+    monkeypatch.setattr(backends, "device_reasons", lambda device_type, index: ())
+    monkeypatch.setattr(backends.settings, "BACKEND", backend)
     scaled_dot_product_attention(*qkv(device="meta"))
     assert "triton" not in ran

@@ -11,8 +11,8 @@ import torch
 import fused_attn
 from benchmarks import cases, correctness, gpu
 from benchmarks.cases import correctness_cases, timing_cases
-from fused_attn import rungs, settings, torch_private
-from fused_attn.plan import problem, schedules
+from fused_attn import settings, torch_private
+from fused_attn.plan import problem, rungs, schedules
 from fused_attn.tools.bench import contest, oracle, peers, timing
 from fused_attn.tools.bench.cases import Case, case, grid
 

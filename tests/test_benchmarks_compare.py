@@ -31,7 +31,7 @@ def checkout(tmp_path) -> Path:
     git(root.parent, "init", "-q", str(root))
     git(root, "add", "-A")
     git(root, "commit", "-qm", "base")
-    file = root / "fused_attn" / "functional.py"
+    file = root / "fused_attn" / "api.py"
     text = file.read_text()
     check = "    deterministic, strict = _switches(deterministic, strict)\n"
     slow = text.replace(check, "    sum(range(20000))\n" + check, 1)
@@ -58,7 +58,7 @@ def test_what_cannot_be_compared_is_one_line(checkout, capsys):
     assert compare.main(["nonsense", "--root", str(checkout)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m benchmarks.compare: git rev-parse --verify nonsense")
-    (checkout / "fused_attn" / "functional.py").write_text("raise RuntimeError('planted')\n")
+    (checkout / "fused_attn" / "api.py").write_text("raise RuntimeError('planted')\n")
     with pytest.raises(SystemExit, match="process ended"):
         compare.main(["HEAD", "--root", str(checkout), "--device", "cpu", "--only", "tiny"])
     assert len(git(checkout, "worktree", "list").splitlines()) == 1

@@ -17,7 +17,8 @@ import torch
 
 import fused_attn
 from benchmarks import compare, cpu, gpu, host, plots
-from fused_attn import settings, tuned
+from fused_attn import settings
+from fused_attn.plan import tuned
 from fused_attn.targets import COMPILED, KNOWN, TARGETS
 from fused_attn.tools import check, cli, demo, options
 from fused_attn.tools.bench import command, contest

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.spec import TileConfig
-from fused_attn.tuning import choose
+from fused_attn.call.spec import TileConfig
+from fused_attn.plan.tiles import choose
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
@@ -110,7 +110,7 @@ def test_a_kernel_that_was_compiled_before_is_compiled_again():
 def test_the_gate_sees_a_kernel_that_spills():
     script = """if True:
         from fused_attn.tools.compile import offline
-        from fused_attn.spec import TileConfig
+        from fused_attn.call.spec import TileConfig
         report, = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
         print(report.problems())
     """
@@ -128,7 +128,7 @@ def test_a_new_length_never_compiles_again():
         from fused_attn.tools.compile import offline
         from fused_attn.kernels import forward
         from fused_attn.kernels.launch import Call
-        from fused_attn.tuning import choose
+        from fused_attn.plan.tiles import choose
         driver.set_active(offline._NoDriver(offline.gpu_target("sm_80")))
         kernels = set()
         def call(n_queries, n_keys, dim, right, scale):
@@ -204,7 +204,7 @@ def test_what_gluon_may_be_given_compiles():
     code = """if True:
         import dataclasses, torch
         from fused_attn.tools.compile import offline
-        from fused_attn.spec import TileConfig
+        from fused_attn.call.spec import TileConfig
         feature = offline._feature
         def wide(*given):
             fields, companions = feature(*given)

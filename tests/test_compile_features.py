@@ -164,9 +164,9 @@ def test_mods_of_other_code_have_other_names():
 
 def test_shared_memory_that_a_card_has_not():
     """fp64 at head dim 256 needs 160 KiB in the backward: an A100 has them, a 4090 does not."""
-    from fused_attn import tuning
+    from fused_attn.plan import tiles
 
-    assert tuning.against(256, 256, torch.float64, "sm_80") is None
-    assert "160 KiB of shared memory; sm_89 has 99" in tuning.against(256, 256, torch.float64, "sm_89")
-    assert "136 KiB" in tuning.against(576, 512, torch.float32, "sm_86")
-    assert tuning.against(576, 512, torch.bfloat16, "sm_86") is None
+    assert tiles.against(256, 256, torch.float64, "sm_80") is None
+    assert "160 KiB of shared memory; sm_89 has 99" in tiles.against(256, 256, torch.float64, "sm_89")
+    assert "136 KiB" in tiles.against(576, 512, torch.float32, "sm_86")
+    assert tiles.against(576, 512, torch.bfloat16, "sm_86") is None

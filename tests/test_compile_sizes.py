@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_attn
-from fused_attn import dispatch
+from fused_attn.plan import backends
 
 pytestmark = pytest.mark.kernels
 
@@ -26,7 +26,7 @@ def test_the_output_and_its_gradient_are_of_one_mask(backend, budget):
 def test_torchs_own_function_warns_of_its_dropout():
     q = torch.randn(1, 2, 9, 16, requires_grad=True)
     torch._dynamo.reset()
-    dispatch._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
     compiled = torch.compile(lambda q: fused_attn.scaled_dot_product_attention(q, q, q, dropout_p=0.5), backend="aot_eager")
     with torch._functorch.config.patch(activation_memory_budget=0.5), pytest.warns(RuntimeWarning, match="another dropout"):
         compiled(q)

@@ -271,7 +271,7 @@ def test_forward_mode_and_second_derivatives_are_no_silent_constants():
 
 def test_importing_and_calling_on_a_cpu_load_no_compiler():
     code = ("import sys, torch, fused_attn; q = torch.randn(1, 1, 4, 8); fused_attn.attention(q, q, q, causal=True)\n"
-            "print([name for name in ('triton', 'torch._dynamo', 'fused_attn.execution') if name in sys.modules])")
+            "print([name for name in ('triton', 'torch._dynamo', 'fused_attn.run.execution') if name in sys.modules])")
     root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONPATH": root, "FUSED_ATTN_BACKEND": ""})

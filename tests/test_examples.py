@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import cpu
-from fused_attn import dispatch, settings
+from fused_attn import settings
+from fused_attn.plan import backends
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # where a program finds its neighbours
@@ -176,7 +177,7 @@ def test_a_folder_in_the_place_of_a_file_is_told_before_the_work(tiny, tmp_path,
 
 def test_a_backend_that_cannot_run_here_is_told_before_the_work(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(settings, "BACKEND", "triton")
-    monkeypatch.setattr(dispatch, "device_reasons", lambda *_: ("there is no card",))
+    monkeypatch.setattr(backends, "device_reasons", lambda *_: ("there is no card",))
     assert tiny(tmp_path / "new") == 2
     assert capsys.readouterr().err == "tiny.py: FUSED_ATTN_BACKEND: 'triton' cannot run this call: there is no card\n"
     assert cpu.main(["--rounds", "1"]) == 2

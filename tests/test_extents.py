@@ -7,8 +7,9 @@ from support.guard import memory_guard
 from support.mods import larger
 
 import fused_attn
-from fused_attn import attention, attention_varlen, dispatch, scaled_dot_product_attention, tuning
-from fused_attn.spec import TileConfig
+from fused_attn import attention, attention_varlen, scaled_dot_product_attention
+from fused_attn.call.spec import TileConfig
+from fused_attn.plan import backends, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -39,7 +40,7 @@ def test_no_batch_and_no_heads(batch, heads, kv_heads, arguments):
                                        {"bias": torch.ones(1, 1, 20, 20, dtype=torch.float64)}], ids=["plain", "mask", "bias"])
 def test_sequences_longer_than_promised_are_cut(monkeypatch, arguments):
     """On a GPU nobody looks at the lengths: nothing may be read or written beyond what max_seqlen makes room for."""
-    monkeypatch.setattr(fused_attn.describe, "_check_packing", lambda *_: None)
+    monkeypatch.setattr(fused_attn.call.describe, "_check_packing", lambda *_: None)
     q, k, v = (torch.randn(300, 2, 16, dtype=torch.float64) for _ in range(3))
     cu = torch.tensor([0, 300], dtype=torch.int32)
     with memory_guard():
@@ -54,7 +55,7 @@ def test_sequences_longer_than_promised_are_cut(monkeypatch, arguments):
     ((2, 3, 5, 8), (1, 2, 3, 7, 8), (1, 2, 3, 7, 8)), ((2, 0, 3, 5, 8), (2, 1, 3, 7, 8), (2, 1, 3, 7, 8)),
 ], ids=str)
 def test_shapes_of_torchs_attention(monkeypatch, shapes):
-    monkeypatch.setattr(dispatch.settings, "BACKEND", "triton")
+    monkeypatch.setattr(backends.settings, "BACKEND", "triton")
     tensors = [normal(*shape) for shape in shapes]
     ours, theirs = scaled_dot_product_attention(*tensors), F.scaled_dot_product_attention(*tensors)
     assert ours.shape == theirs.shape
@@ -62,7 +63,7 @@ def test_shapes_of_torchs_attention(monkeypatch, shapes):
 
 
 def test_vmap_of_torchs_attention_is_torchs(monkeypatch):
-    monkeypatch.setattr(dispatch.settings, "BACKEND", "triton")
+    monkeypatch.setattr(backends.settings, "BACKEND", "triton")
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
     mapped = torch.vmap(scaled_dot_product_attention)(q, k, v)
     torch.testing.assert_close(mapped, F.scaled_dot_product_attention(q, k, v))
@@ -81,8 +82,8 @@ def test_masks_compare_doubles_as_doubles():
 
 def test_wide_operands_are_not_pipelined():
     pipelined = TileConfig(128, 32, 8, 3, edge_stages=1)
-    assert tuning.fit_operands(pipelined, 2, torch.bfloat16) == pipelined
-    assert tuning.fit_operands(pipelined, 5, torch.bfloat16) == TileConfig(128, 32, 8, 1)
+    assert tiles.fit_operands(pipelined, 2, torch.bfloat16) == pipelined
+    assert tiles.fit_operands(pipelined, 5, torch.bfloat16) == TileConfig(128, 32, 8, 1)
 
 
 def test_unknown_arguments_are_named():

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 import torch
 import triton
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels import fences, launch
-from fused_attn.spec import TileConfig
 
 FENCE = "\tfence.proxy.async.shared::cta;"
 PTX = """

@@ -15,7 +15,7 @@ from support.guard import is_poison, memory_guard
 import fused_attn
 from fused_attn import attention, settings
 from fused_attn.kernels.launch import counted
-from fused_attn.tuning import choose_fused
+from fused_attn.plan.tiles import choose_fused
 
 pytestmark = pytest.mark.kernels
 

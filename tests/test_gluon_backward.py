@@ -11,7 +11,7 @@ from support.hopper import framed, gluon
 
 import fused_attn
 from fused_attn import settings
-from fused_attn.spec import TileConfig
+from fused_attn.call.spec import TileConfig
 
 SCHEDULES = 200
 TILE = {64: TileConfig(128, 128, 4, 2), 128: TileConfig(64, 128, 4, 2)}

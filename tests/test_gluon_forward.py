@@ -10,8 +10,8 @@ from support.gluon import mutated
 from support.hopper import framed, gluon
 
 import fused_attn
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.hopper import forward
-from fused_attn.spec import TileConfig
 
 SCHEDULES = 200
 HALVES = (torch.bfloat16, torch.float16)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fused_attn.spec import TileConfig
+from fused_attn.call.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 

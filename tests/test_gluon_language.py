@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from fused_attn.spec import TileConfig
+from fused_attn.call.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 

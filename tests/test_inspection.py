@@ -7,7 +7,8 @@ import torch
 from support.guard import memory_guard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn import attention, attention_stats, attention_weights, document_mask, ops  # noqa: F401  # repairs first
+from fused_attn import attention, attention_stats, attention_weights, document_mask
+from fused_attn.run import ops  # noqa: F401  # repairs first
 
 NQ, NK = 70, 90
 

@@ -6,8 +6,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
 from fused_attn import attention
-from fused_attn.schema import FORWARD, INSPECTION, Inputs, Pair
-from fused_attn.spec import AttentionSpec, Companions
+from fused_attn.call.schema import FORWARD, INSPECTION, Inputs, Pair
+from fused_attn.call.spec import AttentionSpec, Companions
 
 pytestmark = pytest.mark.kernels
 

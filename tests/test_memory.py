@@ -15,9 +15,9 @@ import triton
 from support.guard import is_poison, memory_guard
 
 import fused_attn
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import WIDEST_STRIDE
 from fused_attn.plan import backward, problem
-from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 if not triton.knobs.runtime.interpret:

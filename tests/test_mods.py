@@ -13,7 +13,8 @@ import triton.language as tl
 from support.mods import COMB, NEAR, comb, near
 
 import fused_attn
-from fused_attn import MaskMod, ScoreMod, attention, mods
+from fused_attn import MaskMod, ScoreMod, attention
+from fused_attn.call import mods
 from fused_attn.kernels.score import one
 
 pytestmark = pytest.mark.kernels

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from fused_attn import autograd, inspection, settings
+from fused_attn import inspection, settings
 from fused_attn.nn import MultiheadAttention, RotaryEmbedding, Transformer, TransformerDecoderLayer, TransformerEncoderLayer
+from fused_attn.run import autograd
 
 KERNELS = pytest.mark.kernels
 BACKENDS = pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=KERNELS)], indirect=True)

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import fused_attn.nn
-from fused_attn import autograd, settings
+from fused_attn import settings
 from fused_attn.nn import MultiheadAttention, RotaryEmbedding, TransformerDecoder, TransformerDecoderLayer
+from fused_attn.run import autograd
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")  # of torch's own stacks
 

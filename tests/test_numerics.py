@@ -8,7 +8,7 @@ from support import oracle
 from support.oracle import Case
 
 import fused_attn
-from fused_attn.spec import TileConfig
+from fused_attn.call.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
-from fused_attn import mods
-from fused_attn.schema import BACKWARD, FORWARD, Inputs, Needs, Saved, Signature
-from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, TileConfig, Window
+from fused_attn.call import mods
+from fused_attn.call.schema import BACKWARD, FORWARD, Inputs, Needs, Saved, Signature
+from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, TileConfig, Window
 
 pytestmark = pytest.mark.kernels
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ class Own(torch.Tensor):
 @pytest.fixture
 def ops_seen(monkeypatch):
     """The names of the ops that calls went through."""
-    from fused_attn import ops
+    from fused_attn.run import ops
 
     seen = []
 

@@ -10,9 +10,9 @@ from support.guard import memory_guard
 
 import fused_attn
 from fused_attn import settings
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import counted
 from fused_attn.plan import problem
-from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 

@@ -11,9 +11,10 @@ from support.guard import is_poison, memory_guard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_attn
-from fused_attn import attention, execution, plans, settings, tuning
+from fused_attn import attention, settings
 from fused_attn.kernels.launch import counted, recorded
-from fused_attn.plan import schedules
+from fused_attn.plan import schedules, tiles
+from fused_attn.run import execution, plans
 
 pytestmark = pytest.mark.kernels
 
@@ -36,7 +37,7 @@ def counting(monkeypatch, module, name):
 
 def described(monkeypatch):
     """How often a call was described, which repeated ones are not."""
-    return counting(monkeypatch, fused_attn.describe, "describe")
+    return counting(monkeypatch, fused_attn.call.describe, "describe")
 
 
 KINDS = [{}, {"causal": True}, {"window": (7, 2)}, {"window": (20, None), "causal": True}, {"scale": 0.5}, {"scale": -0.5},
@@ -52,8 +53,8 @@ TENSORS = {
 def test_repeated_calls_equal_first_ones(monkeypatch):
     """Every kind of call three times, in an order that mixes them, against calls that remember nothing; the third time from
     plans."""
-    monkeypatch.setattr(tuning, "MANY_KEYS", 128)
-    monkeypatch.setattr(tuning, "SHARE", 64)
+    monkeypatch.setattr(tiles, "MANY_KEYS", 128)
+    monkeypatch.setattr(tiles, "SHARE", 64)
     # Of tensors and arguments every one, and the two that choose what runs with all of the others.
     kinds = [(make, arguments) for (name, make), arguments in itertools.product(TENSORS.items(), KINDS)
              if name in ("plain", "decoding") or arguments is KINDS[2]]
@@ -75,8 +76,8 @@ def test_repeated_calls_equal_first_ones(monkeypatch):
 
 
 def test_a_repeated_call_writes_all_that_it_returns(monkeypatch):
-    monkeypatch.setattr(tuning, "MANY_KEYS", 128)
-    monkeypatch.setattr(tuning, "SHARE", 64)
+    monkeypatch.setattr(tiles, "MANY_KEYS", 128)
+    monkeypatch.setattr(tiles, "SHARE", 64)
     first, second = (qkv(1, 300) for _ in range(2))
     for _ in range(2):
         call(*first)
@@ -91,8 +92,8 @@ def test_a_repeated_call_writes_all_that_it_returns(monkeypatch):
 
 def test_a_new_length_is_described_no_more(monkeypatch):
     """The steps of a generation, two layers each: every layer after the first, and every later step, goes without checks."""
-    monkeypatch.setattr(tuning, "MANY_KEYS", 64)
-    monkeypatch.setattr(tuning, "SHARE", 32)
+    monkeypatch.setattr(tiles, "MANY_KEYS", 64)
+    monkeypatch.setattr(tiles, "SHARE", 32)
     q, k, v = qkv(1, 300)
     call(q, k[:, :, :50], v[:, :, :50], causal=True)
     times = described(monkeypatch)

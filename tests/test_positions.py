@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fused_attn import attention, ops  # noqa: F401  # repairs first
-from fused_attn.mods import t5_bias
+from fused_attn import attention
+from fused_attn.call.mods import t5_bias
 from fused_attn.nn import (
     LearnedPositions,
     MultiheadAttention,
@@ -20,6 +20,7 @@ from fused_attn.nn import (
     T5RelativeBias,
     alibi_slopes,
 )
+from fused_attn.run import ops  # noqa: F401  # repairs first
 
 FAR = 100_000
 BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.kernels)])

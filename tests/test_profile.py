@@ -195,7 +195,7 @@ def test_the_gate_sees_a_worse_configuration():
     lines = python("-c", """if True:
         import dataclasses, json
         from fused_attn.tools.compile import offline, profile
-        from fused_attn.spec import TileConfig
+        from fused_attn.call.spec import TileConfig
         report, = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
         print(json.dumps(dataclasses.asdict(profile.profile(report))))
     """)

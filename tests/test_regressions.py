@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_attn
 from fused_attn import targets
+from fused_attn.call.schema import FORWARD, INSPECTION, Inputs, Pair
+from fused_attn.call.spec import AttentionSpec, Companions
 from fused_attn.kernels import launch
-from fused_attn.schema import FORWARD, INSPECTION, Inputs, Pair
-from fused_attn.spec import AttentionSpec, Companions
 
 pytestmark = pytest.mark.kernels
 ROOT = Path(__file__).parents[1]

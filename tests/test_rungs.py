@@ -11,9 +11,9 @@ from support.features import FEATURES, Call, Shape
 from support.guard import is_poison
 
 import fused_attn
-from fused_attn import attention, rungs, settings
-from fused_attn.plan import problem, schedules
-from fused_attn.spec import TileConfig
+from fused_attn import attention, settings
+from fused_attn.call.spec import TileConfig
+from fused_attn.plan import problem, rungs, schedules
 from fused_attn.targets import triton_name
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from support.mods import NEAR
 
 import fused_attn
-from fused_attn import attention, attention_varlen, describe, dispatch, scaled_dot_product_attention
+from fused_attn import attention, attention_varlen, scaled_dot_product_attention
+from fused_attn.call import describe
+from fused_attn.plan import backends
 
 Q = torch.randn(1, 2, 6, 8)
 PACKED = torch.randn(6, 2, 8)
@@ -58,8 +60,8 @@ def test_a_scalar_is_the_number_it_holds(call, value, kind):
 @pytest.mark.kernels
 @pytest.mark.parametrize(("call", "value", "kind"), [case for case in KINDS if "torch's" in case.id])
 def test_on_the_kernels_too(call, value, kind, monkeypatch):
-    monkeypatch.setattr(dispatch.settings, "BACKEND", "triton")
-    monkeypatch.setattr(dispatch, "warn_once", pytest.fail)
+    monkeypatch.setattr(backends.settings, "BACKEND", "triton")
+    monkeypatch.setattr(backends, "warn_once", pytest.fail)
     assert torch.equal(call(kind(value)), call(value))
 
 

@@ -8,8 +8,8 @@ import torch
 from support.features import Call, Shape
 
 from fused_attn import RelativeBias, attention, attention_varlen, t5_bias
+from fused_attn.call.spec import TileConfig
 from fused_attn.plan import problem
-from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 

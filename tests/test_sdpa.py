@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from fused_attn import attention, autograd, dispatch, scaled_dot_product_attention
+from fused_attn import attention, scaled_dot_product_attention
+from fused_attn.plan import backends
+from fused_attn.run import autograd
 
 
 @pytest.fixture(params=["default", pytest.param("kernels", marks=pytest.mark.kernels)])
 def path(request, monkeypatch):
     """The default path of CPU tensors, or the one that GPU tensors take, with the kernels in the interpreter."""
     if request.param == "kernels":
-        monkeypatch.setattr(dispatch.settings, "BACKEND", "triton")
+        monkeypatch.setattr(backends.settings, "BACKEND", "triton")
     return request.param
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fused_attn
-from fused_attn import autograd, patch_sdpa, settings
+from fused_attn import patch_sdpa, settings
+from fused_attn.run import autograd
 
 own = F.scaled_dot_product_attention
 

@@ -6,8 +6,9 @@ from support import oracle
 from support.features import FEATURES, Call, Shape
 from support.guard import is_poison, memory_guard
 
-from fused_attn import attention, attention_varlen, reference_attention, tuning
+from fused_attn import attention, attention_varlen, reference_attention
 from fused_attn.kernels.launch import counted, recorded
+from fused_attn.plan import tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -20,9 +21,9 @@ KEYS = 193  # at 32 keys a tile and a share: six shares, and one of a single key
 @pytest.fixture
 def small_shares(monkeypatch):
     """Shares of 32 keys from 64 on, so that a test need not attend to thousands."""
-    monkeypatch.setattr(tuning, "MANY_KEYS", 64)
-    monkeypatch.setattr(tuning, "SHARE", 32)
-    monkeypatch.setattr(tuning, "SHARE_A_ROW", 1)
+    monkeypatch.setattr(tiles, "MANY_KEYS", 64)
+    monkeypatch.setattr(tiles, "SHARE", 32)
+    monkeypatch.setattr(tiles, "SHARE_A_ROW", 1)
 
 
 def shared(inputs):
@@ -110,11 +111,11 @@ def test_packed_sequences_of_one_query_each(small_shares):
     ((1, 1023), 1, 1), ((1, 1024), 1, 4), ((64, 1024), 1, 2), ((65, 10**6), 1, 1), ((1, 32768), 1, 128), ((1, 32769), 1, 65),
     ((1, 10**6), 1, 123), ((1, 4096), 128, 4), ((64, 1024), 32, 1)])
 def test_how_many_shares(lengths, group, expected):
-    assert tuning.n_shares(*lengths, *lengths, group) == expected
+    assert tiles.n_shares(*lengths, *lengths, group) == expected
 
 
 def test_packed_sequences_share_within_their_tokens():
     """What shares write stays a fraction of the keys, however long one sequence may be beside many short ones."""
-    assert tuning.n_shares(10_000, 1_100_000, 1, 10**5, 1) == 13
-    assert tuning.n_shares(10_000, 30_000, 1, 10**4, 1) == 1
-    assert tuning.n_shares(0, 4096, 1, 4096, 1) > 1
+    assert tiles.n_shares(10_000, 1_100_000, 1, 10**5, 1) == 13
+    assert tiles.n_shares(10_000, 30_000, 1, 10**4, 1) == 1
+    assert tiles.n_shares(0, 4096, 1, 4096, 1) > 1

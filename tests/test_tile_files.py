@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import settings, tuned
+from fused_attn import settings
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels import launch
-from fused_attn.spec import TileConfig
+from fused_attn.plan import tuned
+from fused_attn.plan.tiles import served
 from fused_attn.targets import KNOWN, triton_name
 from fused_attn.tools import tune
-from fused_attn.tuning import served
 
 pytestmark = pytest.mark.kernels
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import settings, tuned
+from fused_attn import settings
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels import launch
-from fused_attn.spec import TileConfig
+from fused_attn.plan import tuned
+from fused_attn.plan.tiles import choose, choose_fused
 from fused_attn.targets import triton_name
 from fused_attn.tools import cli, tune
-from fused_attn.tuning import choose, choose_fused
 
 pytestmark = pytest.mark.kernels
 

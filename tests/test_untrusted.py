@@ -7,7 +7,8 @@ import torch
 from support.guard import memory_guard
 
 import fused_attn
-from fused_attn import attention, attention_varlen, describe
+from fused_attn import attention, attention_varlen
+from fused_attn.call import describe
 
 pytestmark = pytest.mark.kernels
 

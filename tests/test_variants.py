@@ -9,11 +9,12 @@ from support.guard import is_poison
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import attention, attention_varlen, describe, document_mask, prefix_lm_mask
+from fused_attn import attention, attention_varlen, document_mask, prefix_lm_mask
+from fused_attn.call import describe
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels import launch
 from fused_attn.kernels.tile_list import list_launch
 from fused_attn.plan.problem import Problem
-from fused_attn.spec import TileConfig
 
 pytestmark = pytest.mark.kernels
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_attn import rungs
+from fused_attn.plan import rungs
 from tests import versions
 
 REPORT = """<testsuites><testsuite tests="4"><testcase classname="test_a" name="one"/>

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from fused_attn.rungs import VERSIONS, YOUNG
+from fused_attn.plan.rungs import VERSIONS, YOUNG
 from fused_attn.tools.report import git
 
 TESTS = ("-m", "kernels and not slow and not gpu", "tests")

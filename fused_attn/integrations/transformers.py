@@ -27,10 +27,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
-from fused_attn.functional import attention, attention_varlen
+from fused_attn.api import attention, attention_varlen
+from fused_attn.call.mods import BIAS
 from fused_attn.inspection import attention_and_weights
 from fused_attn.integrations.model_code import attends_on_its_own
-from fused_attn.mods import BIAS
 
 try:
     from transformers.masking_utils import (

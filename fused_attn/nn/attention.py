@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attn import inspection, torch_private
-from fused_attn.functional import attention
+from fused_attn.api import attention
 from fused_attn.nn.cache import KVCache, MemoryCache
 from fused_attn.nn.jagged import attend_jagged, jagged_positions
 from fused_attn.nn.masks import causal_bias, check_new_padding, mask_arguments

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_attn import torch_private
-from fused_attn.functional import attention, attention_varlen
+from fused_attn.api import attention, attention_varlen
 from fused_attn.nn.masks import readable
 from fused_attn.nn.restorable import Restorable, Snapshot
 

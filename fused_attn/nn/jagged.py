@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fused_attn import torch_private
-from fused_attn.functional import attention_varlen
+from fused_attn.api import attention_varlen
 from fused_attn.nn.positions import PositionEmbeddings
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn.mods import BIAS, HIDE
+from fused_attn.call.mods import BIAS, HIDE
 from fused_attn.tracing import watched
 
 

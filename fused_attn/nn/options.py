@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fused_attn import describe
+from fused_attn.call import describe
 from fused_attn.nn.positions import RotaryEmbedding
 
 

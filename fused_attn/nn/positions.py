@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_attn.mods import RelativeBias, check_buckets, t5_bias
+from fused_attn.call.mods import RelativeBias, check_buckets, t5_bias
 from fused_attn.nn.masks import readable
 from fused_attn.rotary import apply_rotary
 

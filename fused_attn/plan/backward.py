@@ -5,15 +5,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from fused_attn.call.layout import accumulates, as_rows, like, rows_like
+from fused_attn.call.schema import Needs, Saved
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.backward import delta_launch, dkv_launch, dq_launch, with_weight_sums
 from fused_attn.kernels.launch import Call, Launch, with_lse
 from fused_attn.kernels.operand_grad import operand_gradient
 from fused_attn.kernels.tile_list import list_launch
-from fused_attn.layout import accumulates, as_rows, like, rows_like
 from fused_attn.plan import hopper
 from fused_attn.plan.problem import Problem
-from fused_attn.schema import Needs, Saved
-from fused_attn.spec import TileConfig
 
 
 class Gradients(NamedTuple):

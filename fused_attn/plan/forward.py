@@ -5,14 +5,14 @@ from typing import TypeAlias
 
 import torch
 
+from fused_attn.call.layout import accumulates, like, lse_like
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.combine import combine_launch
 from fused_attn.kernels.forward import Split, forward_launch
 from fused_attn.kernels.launch import Call, Launch
 from fused_attn.kernels.tile_list import list_launch
-from fused_attn.layout import accumulates, like, lse_like
 from fused_attn.plan.problem import Problem
-from fused_attn.spec import TileConfig
-from fused_attn.tuning import FEW_QUERIES, n_shares, unseen_keys
+from fused_attn.plan.tiles import FEW_QUERIES, n_shares, unseen_keys
 
 _MANY_QUERIES = (f"more than {FEW_QUERIES} queries fill a card by themselves",)
 Forward: TypeAlias = Generator[Launch, None, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]

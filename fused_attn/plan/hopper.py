@@ -4,12 +4,12 @@ from collections.abc import Generator
 
 import torch
 
-from fused_attn import rungs
+from fused_attn.call.layout import as_rows
+from fused_attn.call.schema import Needs, Saved
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Launch
-from fused_attn.layout import as_rows
+from fused_attn.plan import rungs
 from fused_attn.plan.problem import Problem
-from fused_attn.schema import Needs, Saved
-from fused_attn.spec import TileConfig
 
 _HALVES = (torch.float16, torch.bfloat16)
 _WIDEST = {"forward": 256, "backward": 128}  # head dim

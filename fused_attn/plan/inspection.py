@@ -4,13 +4,13 @@ from collections.abc import Generator
 
 import torch
 
+from fused_attn.call.layout import check_rotary, like, like_statistics, like_weights, lse_like
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.inspection import column_sums_launch, row_stats_launch, weights_launch
 from fused_attn.kernels.launch import Launch
 from fused_attn.kernels.rotary import rotary_launch
-from fused_attn.layout import check_rotary, like, like_statistics, like_weights, lse_like
 from fused_attn.plan.problem import Problem
-from fused_attn.spec import TileConfig
-from fused_attn.tuning import choose_rotary
+from fused_attn.plan.tiles import choose_rotary
 
 
 def statistics(problem: Problem) -> Generator[Launch, None, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from fused_attn import tuned
+from fused_attn.call.layout import keeps_residual, like, lse_like
+from fused_attn.call.spec import AttentionSpec, Companions, TileConfig
 from fused_attn.kernels.launch import Call
-from fused_attn.layout import keeps_residual, like, lse_like
-from fused_attn.lowering import lower
-from fused_attn.spec import AttentionSpec, Companions, TileConfig
-from fused_attn.targets import arch_of
-from fused_attn.tuning import (
+from fused_attn.plan import tuned
+from fused_attn.plan.lower import lower
+from fused_attn.plan.tiles import (
     Kernel,
     choose,
     choose_additive,
@@ -21,6 +20,7 @@ from fused_attn.tuning import (
     choose_shares,
     fit_operands,
 )
+from fused_attn.targets import arch_of
 
 
 class Problem(NamedTuple):

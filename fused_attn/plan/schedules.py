@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from fused_attn.call.schema import Needs, Saved
 from fused_attn.plan import backward, forward, hopper
 from fused_attn.plan.problem import Problem
-from fused_attn.schema import Needs, Saved
 
 EVERY_GRADIENT = Needs(True, True, True, False, False, ())
 

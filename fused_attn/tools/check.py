@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 
 import fused_attn
-from fused_attn.dispatch import kernel_device
 from fused_attn.emulator import EmulatorFault, Schedule, emulated
 from fused_attn.kernels import launch
+from fused_attn.plan.backends import kernel_device
 from fused_attn.targets import arch_of
 from fused_attn.tools import options
 from fused_attn.tools.bench.oracle import max_r

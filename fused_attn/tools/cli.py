@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import fused_attn
-from fused_attn import dispatch, emulator, settings, tuned
+from fused_attn import emulator, settings
+from fused_attn.plan import backends, tuned
+from fused_attn.plan.tiles import MAX_HEAD_DIM
 from fused_attn.startup import PROGRAM
 from fused_attn.targets import KNOWN
 from fused_attn.tools import options
 from fused_attn.tools.bench import command as bench  # imports no Triton: what it times says whether kernels are interpreted
-from fused_attn.tuning import MAX_HEAD_DIM
 
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
             "packed", "additive", "rotary", "decode", "fused")
@@ -103,14 +104,14 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 def _prepare_kernels() -> None:
     """Has the kernels run in Triton's interpreter where no GPU can run them; must precede their import."""
     options.need("triton", "triton")
-    if dispatch.kernel_device().type == "cpu":
+    if backends.kernel_device().type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     _check_tiles()
 
 
 def _check_tiles() -> None:
     """Reads the tiles that FUSED_ATTN_TILES names before the kernels do."""
-    device = dispatch.kernel_device()
+    device = backends.kernel_device()
     if settings.TILES is not None and (device.type != "cpu" or settings.interpreted()):
         try:
             tuned.tuned(device)
@@ -125,7 +126,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
     found: dict[str, Any] = {**report.conditions(), "devices": {}}
     for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))):
-        reasons = dispatch.device_reasons(device.type, device.index)
+        reasons = backends.device_reasons(device.type, device.index)
         default = "torch" if device.type == "cpu" or reasons else "triton"
         found["devices"][str(device)] = {"default_backend": default, "against_kernels": list(reasons)}
         if device.type != "cpu":
@@ -204,7 +205,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    if not settings.interpreted() and dispatch.kernel_device().type == "cpu":
+    if not settings.interpreted() and backends.kernel_device().type == "cpu":
         raise options.BadInputError("there is no GPU here that the kernels run on")
     options.need("triton", "triton")
     options.need("rich", "cli")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from fused_attn import files
-from fused_attn.functional import explain
+from fused_attn.api import explain
 
 PICTURES = (".png", ".svg", ".pdf")
 SIZES = (1, 2**31 - 1)  # of what a tensor has: batches, heads, rows

@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
-from fused_attn import settings, tuned
+from fused_attn import settings
+from fused_attn.call.layout import like
+from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
 from fused_attn.kernels import launch
 from fused_attn.kernels.backward import delta_launch, dq_launch
 from fused_attn.kernels.forward import forward_launch
-from fused_attn.layout import like
-from fused_attn.lowering import lower
+from fused_attn.plan import tuned
 from fused_attn.plan.backward import dkv_launches
-from fused_attn.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
+from fused_attn.plan.lower import lower
+from fused_attn.plan.tiles import Kernel, choose, served
+from fused_attn.plan.tuned import STEPS
 from fused_attn.targets import arch_of, triton_name
 from fused_attn.tools import options, report
 from fused_attn.tools.bench.timing import measure
-from fused_attn.tuned import STEPS
-from fused_attn.tuning import Kernel, choose, served
 
 GAIN = 0.98  # of the time: less is noise
 MAX_DIFFERENCE = 0.02  # relative, of results in halves whose sums are taken in another order

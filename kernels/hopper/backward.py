@@ -25,11 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.hopper.problem import NEG_INF, ROWS, accumulator_layout, descriptor
 from fused_attn.kernels.hopper.ring import tma_load, tma_store
 from fused_attn.kernels.launch import Call, Launch, programs
 from fused_attn.kernels.softmax import LOG2E
-from fused_attn.spec import TileConfig
 
 CONSUMERS = gl.constexpr(2)
 

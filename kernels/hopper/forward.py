@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.hopper.problem import (
     L2_BYTES,
     NEG_INF,
@@ -35,7 +36,6 @@ from fused_attn.kernels.hopper.problem import (
 from fused_attn.kernels.hopper.ring import allocate_ring, await_tile, fill, release, tile_at, tma_load, tma_store
 from fused_attn.kernels.launch import Call, Launch, programs
 from fused_attn.kernels.softmax import LN2, LOG2E
-from fused_attn.spec import TileConfig
 
 
 @gluon.jit

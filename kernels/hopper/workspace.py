@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Call, Launch, fit_offsets, programs
 from fused_attn.kernels.softmax import lse_to_log2
 from fused_attn.kernels.tiles import head_view, inside, load_rows, load_tile, program_tile, row_products, tile_ptrs
-from fused_attn.spec import TileConfig
 
 ROWS = tl.constexpr(64)  # of dQ in a consumer's part
 

@@ -78,8 +78,9 @@ class Emulation:
     def emulated(self) -> Iterator[list[tuple[str, Any]]]:
         """What runs within it runs as this one says; a list of its launches. Raises EmulatorFault."""
         import fused_attn
-        from fused_attn import emulator, rungs, targets
+        from fused_attn import emulator, targets
         from fused_attn.kernels import fences
+        from fused_attn.plan import rungs
 
         proven = mock.patch.object(rungs, "PROVEN_ON", (targets.triton_version(),))  # what is not is run here to be
         lacking = mock.patch.object(fences, "lacking", fences.lacking if self.fenced else lambda arch, descriptors: False)

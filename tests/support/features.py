@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import fused_attn
-from fused_attn import describe
-from fused_attn.describe import Described
+from fused_attn.call import describe
+from fused_attn.call.describe import Described
+from fused_attn.run import ops
 from support.mods import COMB, NEAR
 
 Arguments = dict[str, Any]
@@ -330,10 +331,10 @@ class Inputs:
         tensors = [leaves[name] for name in "qkv"]
         torch.manual_seed(1)
         if shape.layout == "dense":
-            return describe.seeded(describe.describe(*tensors, **arguments))
+            return ops.seeded(describe.describe(*tensors, **arguments))
         used = [arguments.pop(name, None) for name in ("seqused_q", "seqused_k")]
         packed = describe.describe_packed(*tensors, *self.cu, shape.n_queries, shape.n_keys, *used, **arguments)
-        return describe.seeded(packed)
+        return ops.seeded(packed)
 
     def attention(self, leaves: Leaves, backend: str | None, **others: Any) -> Any:
         """(out, lse), or out with ``return_lse=False``; of nested tensors their values."""

@@ -7,11 +7,12 @@ from unittest import mock
 
 import torch
 
-from fused_attn import execution, settings
+from fused_attn import settings
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.hopper import backward, forward, workspace
 from fused_attn.kernels.launch import Launch
 from fused_attn.plan import problem
-from fused_attn.spec import TileConfig
+from fused_attn.run import execution
 from support.gluon import launch
 
 

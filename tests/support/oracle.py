@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 
 import fused_attn
-from fused_attn import describe, reference
-from fused_attn.describe import Described
+from fused_attn import reference
+from fused_attn.call import describe
+from fused_attn.call.describe import Described
 from fused_attn.tools.bench.oracle import max_r as max_r  # the limits of R
 
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_attn
-from fused_attn.spec import Window, attention_flops, kept_pairs
+from fused_attn.call.spec import Window, attention_flops, kept_pairs
 
 Pass = Literal["forward", "backward"]
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -162,13 +162,13 @@ class Case:
     @property
     def _shared(self) -> bool:
         """Whether the forward takes the keys in shares: other binaries."""
-        from fused_attn.tuning import n_shares  # here, so that a machine without Triton can measure
+        from fused_attn.plan.tiles import n_shares  # here, so that a machine without Triton can measure
 
         return n_shares(self.n_queries, self.n_keys, self.n_queries, self.n_keys, self.heads // self.kv_heads) > 1
 
     def shrunk(self) -> "Case":
         """The smallest case that compiles the same binaries."""
-        from fused_attn.tuning import MANY_KEYS
+        from fused_attn.plan.tiles import MANY_KEYS
 
         group = self.heads // self.kv_heads
         keys = MANY_KEYS + (self.bounds.left or 0) if self._shared else 32

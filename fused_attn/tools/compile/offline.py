@@ -18,17 +18,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_attn import mods
+from fused_attn.call import mods
+from fused_attn.call.schema import Needs, Saved
+from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
 from fused_attn.kernels import fences
 from fused_attn.kernels.launch import Launch
 from fused_attn.plan import inspection, schedules
 from fused_attn.plan.plan import collect
 from fused_attn.plan.problem import Problem
-from fused_attn.schema import Needs, Saved
-from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
+from fused_attn.plan.tiles import MAX_ADDITIVE, Kernel, against
 from fused_attn.targets import COMPILED, KNOWN, target_of
 from fused_attn.tools.compile import sass
-from fused_attn.tuning import MAX_ADDITIVE, Kernel, against
 
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
             "packed", "additive", "rotary", "decode", "fused")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fused_attn import ops, torch_private
-from fused_attn.schema import FORWARD, Needs, Saved
-from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
+from fused_attn import torch_private
+from fused_attn.call.schema import FORWARD, Needs, Saved
+from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec, Companions
+from fused_attn.run import ops
 
 
 class Attention(torch.autograd.Function):

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fused_attn import files, settings
-from fused_attn.spec import TileConfig
+from fused_attn.call.spec import TileConfig
+from fused_attn.plan.tiles import Kernel, choose, choose_fused, served
 from fused_attn.targets import arch_of, target_of, triton_name
-from fused_attn.tuning import Kernel, choose, choose_fused, served
 
 FORMAT = 1
 KERNELS: tuple[Kernel, ...] = ("forward", "dq", "dkv", "fused")

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attn import autograd, describe, dispatch, plans, reference, settings, torch_private, tracing
-from fused_attn.classes import is_causal_bias
-from fused_attn.describe import Described
-from fused_attn.dispatch import Explanation
-from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
+from fused_attn import reference, settings, torch_private, tracing
+from fused_attn.call import describe
+from fused_attn.call.classes import is_causal_bias
+from fused_attn.call.describe import Described
+from fused_attn.call.mods import Bound, MaskMod, RelativeBias, ScoreMod
+from fused_attn.plan import backends
+from fused_attn.plan.backends import Explanation
+from fused_attn.run import autograd, by_torch, ops, plans
 
 
 def _switches(deterministic: bool | None, strict: bool | None) -> tuple[bool | None, bool | None]:
@@ -26,10 +29,10 @@ def _switches(deterministic: bool | None, strict: bool | None) -> tuple[bool | N
 def run(call: Described, return_lse: bool, backend: str | None, strict: bool | None,
         key: tuple[Any, ...] | None = None) -> tuple[torch.Tensor, Any]:
     """(out, lse or None) of a described call, on the backend that runs it; ``key``: of its kind, if it may be repeated."""
-    chosen = dispatch.choose(call, return_lse, backend, strict)
+    chosen = backends.choose(call, return_lse, backend, strict)
     if chosen == "torch":
-        return dispatch.torch_attention(*call), None
-    call = describe.seeded(call)
+        return by_torch.torch_attention(*call), None
+    call = ops.seeded(call)
     if chosen == "triton":
         if key is not None:
             plans.keep(key, call.spec)
@@ -228,7 +231,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bo
     call = describe.describe(q, k, v, **arguments)
     if deterministic is not None:
         call = call._replace(spec=call.spec._replace(deterministic=deterministic))
-    return dispatch.explain(call, return_lse, backend, strict)
+    return backends.explain(call, return_lse, backend, strict)
 
 
 def scaled_dot_product_attention(
@@ -251,16 +254,16 @@ def scaled_dot_product_attention(
     call, reasons = describe_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if call is None:
         if isinstance(query, torch.Tensor) and query.device.type != "cpu" and settings.BACKEND is None:
-            dispatch.warn_once(f"fused_attn: torch's scaled_dot_product_attention instead of the kernels: {'; '.join(reasons)}")
-        return by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    out = autograd.attention(*describe.seeded(call))[0]
+            backends.warn_once(f"fused_attn: torch's scaled_dot_product_attention instead of the kernels: {'; '.join(reasons)}")
+        return sdpa_by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    out = autograd.attention(*ops.seeded(call))[0]
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads = (call.q.shape[1],) if max(query.dim(), key.dim(), value.dim()) > 2 else ()
     return out if len(lead) == 1 and heads else out.reshape(*lead, *heads, *out.shape[2:])
 
 
-def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-             is_causal: bool = False, **named: Any) -> torch.Tensor:
+def sdpa_by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+                  is_causal: bool = False, **named: Any) -> torch.Tensor:
     """torch's own function, also where ``torch.nn.functional`` holds another one, this module's say."""
     if not is_causal and F.scaled_dot_product_attention is not torch_private.sdpa and is_causal_bias(attn_mask):
         # A causal bias knows the function by its place alone; handed to another one it would pass for its empty storage.
@@ -270,7 +273,7 @@ def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_m
         else:
             attn_mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)
     if torch.compiler.is_compiling() and dropout_p > 0 and torch_private.activation_memory_budget() < 1:
-        dispatch.warn_once("fused_attn: below an activation_memory_budget of 1, torch's scaled_dot_product_attention draws "
+        backends.warn_once("fused_attn: below an activation_memory_budget of 1, torch's scaled_dot_product_attention draws "
                            "another dropout mask in the backward than in the forward")
     return torch_private.sdpa(query, key, value, attn_mask, dropout_p, is_causal, **named)
 
@@ -293,7 +296,7 @@ def describe_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, a
         return None, ["arguments that torch will refuse"]
     if bias is not None:
         call = call._replace(spec=call.spec._replace(bottom_right=bias.variant.name == "LOWER_RIGHT"))
-    reasons = list(dispatch.against_triton(call))
+    reasons = list(backends.against_triton(call))
     return (None, reasons) if reasons else (call, [])
 
 

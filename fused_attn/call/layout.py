@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_attn.spec import AttentionSpec, Companions
+from fused_attn.call.spec import AttentionSpec, Companions
 
 
 def accumulates(q: torch.Tensor) -> torch.dtype:

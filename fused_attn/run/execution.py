@@ -5,12 +5,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from fused_attn.call.schema import Needs, Saved
+from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec, Companions
 from fused_attn.kernels.launch import Launch, run
 from fused_attn.plan import inspection, schedules
 from fused_attn.plan.plan import Plan, plan, unstored
 from fused_attn.plan.problem import Problem
-from fused_attn.schema import Needs, Saved
-from fused_attn.spec import NO_COMPANIONS, AttentionSpec, Companions
 from fused_attn.targets import arch_of
 
 Result = TypeVar("Result")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import mods
-from fused_attn.spec import AttentionSpec, Companions, MaybeTensor, Member
+from fused_attn.call import mods
+from fused_attn.call.spec import AttentionSpec, Companions, MaybeTensor, Member
 
 
 class Inputs(NamedTuple):

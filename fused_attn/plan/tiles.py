@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-from fused_attn.spec import AttentionSpec, Companions
-from fused_attn.spec import TileConfig as T
+from fused_attn.call.spec import AttentionSpec, Companions
+from fused_attn.call.spec import TileConfig as T
 from fused_attn.targets import TARGETS, target_of
 
 Kernel = Literal["forward", "shares", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary",

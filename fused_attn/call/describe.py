@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_attn import mods, ops, settings, torch_private, tracing
-from fused_attn.classes import check_causal_bias, check_classes, check_layout, is_causal_bias
-from fused_attn.mods import Bound, MaskMod, RelativeBias, ScoreMod
-from fused_attn.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
+from fused_attn import settings, torch_private, tracing
+from fused_attn.call import mods
+from fused_attn.call.classes import check_causal_bias, check_classes, check_layout, is_causal_bias
+from fused_attn.call.mods import Bound, MaskMod, RelativeBias, ScoreMod
+from fused_attn.call.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHERS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
@@ -129,18 +130,6 @@ def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> t
         return x[..., extents.n_queries - n_queries :][..., : max(n_queries + n_keys - 1, 0)]
     one_query, one_key = (torch_private.known(size == 1) for size in x.shape[2:])
     return x[:, :, : 1 if one_query else n_queries, : 1 if one_key else n_keys]
-
-
-def seeded(call: Described) -> Described:
-    """``call`` with a seed where it drops weights: as late as this, so that a call that does not run draws none.
-
-    One that has a seed keeps it: what runs twice, for its output and for its weights, drops the same.
-    """
-    if call.spec.dropout_p == 0 or call.companions.seed is not None:
-        return call
-    # A transform draws by its own rules of randomness.
-    draw = ops.draw_seed if torch_private.transforms_active() else torch.ops.fused_attn.seed
-    return call._replace(companions=call.companions._replace(seed=draw(call.q)))
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from fused_attn.targets import triton_version
 # Young parts of Triton: a version that cannot compile them would fail in the middle of a program, so one on which nobody has
 # compiled them does not run them. Descriptors are part of the language.
 YOUNG = ("specialized", "gluon")
-VERSIONS = Path(__file__).with_name("versions.json")  # what was tried on which versions; `python -m tests.versions` writes it
+VERSIONS = Path(__file__).parents[1] / "versions.json"  # what was tried on which versions; `python -m tests.versions` writes it
 
 
 def passed_on(rows: list[dict[str, Any]], trial: str, rungs: tuple[str, ...]) -> tuple[tuple[int, int], ...]:

@@ -10,16 +10,16 @@ import importlib.util
 import sys
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from fused_attn import mods, reference, settings, targets, torch_private, tracing, tuning
-from fused_attn.describe import Described
-from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, Window
+from fused_attn import settings, targets, torch_private
+from fused_attn.call import mods
+from fused_attn.call.describe import Described
+from fused_attn.call.spec import RELATIVE, TENSOR
+from fused_attn.plan import tiles
 
-MAX_HEAD_DIM = 576  # of keys and queries; the tables of tuning.py end there
+MAX_HEAD_DIM = 576  # of keys and queries; the tables of tiles.py end there
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def against_triton(call: Described) -> tuple[str, ...]:
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         reasons += (f"head dims {q.shape[3]} and {v.shape[3]}: the kernels carry up to {MAX_HEAD_DIM}",)
     compiled = q.is_cuda or settings.emulated_target() is not None
-    if compiled and not reasons and (reason := tuning.against(q.shape[3], v.shape[3], q.dtype, targets.arch_of(q.device))):
+    if compiled and not reasons and (reason := tiles.against(q.shape[3], v.shape[3], q.dtype, targets.arch_of(q.device))):
         reasons += (reason,)
-    if call.companions.score_weight is not None and q.shape[3] > tuning.MAX_ADDITIVE:
-        reasons += (f"head dim {q.shape[3]}: the kernels carry additive scores up to {tuning.MAX_ADDITIVE}",)
+    if call.companions.score_weight is not None and q.shape[3] > tiles.MAX_ADDITIVE:
+        reasons += (f"head dim {q.shape[3]}: the kernels carry additive scores up to {tiles.MAX_ADDITIVE}",)
     for member in call.spec.score_mods + call.spec.mask_mods:
         if not member.code.has_kernel:
             reasons += (f"{member.code.name} has no jit function",)
@@ -222,94 +222,3 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
             against_rung = {"forward": schedules.against(schedules.FORWARD, call.spec.rung, problem),
                             "backward": schedules.against(schedules.BACKWARD, call.spec.rung, problem, every)}
     return Explanation(chosen, reasons, call.spec.rung, against_rung, schedule)
-
-
-def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-                    companions: Companions) -> torch.Tensor:
-    """The call by torch's own scaled_dot_product_attention, arranged so that its fused kernel takes it.
-
-    Dropout is torch's: a mask of its own from torch's generator, and on the CPU torch's quadratic path.
-    """
-    if spec.longest is not None:
-        return _torch_packed(q, k, v, spec, companions)
-    n_queries, n_keys, dim, dim_v = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-    left, right = spec.window
-    offset = spec.offset(n_queries, n_keys)
-    # A bound that no query reaches is no bound: decoding with one query is not masked at all.
-    surely = torch_private.surely  # a graph of lengths that vary keeps its mask, and is of every length
-    left = None if left is None or surely(offset + n_queries - 1 - left <= 0) else left
-    right = None if right is None or surely(offset + right >= n_keys - 1) else right
-    masked = bool(companions.operands) or companions.used_k is not None
-    # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
-    causal = left is None and right == 0 and surely(offset == 0) and _plain(spec.scale > 0) and not masked
-    windowed = not causal and (left is not None or right is not None)
-    mask = reference.window_mask(spec, n_queries, n_keys, q.device) if windowed else None
-    if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
-        counted = torch.arange(n_keys, device=q.device) < companions.used_k[:, None]
-        k, v = (x.masked_fill(~counted[:, None, :, None], 0) for x in (k, v))
-        mask = counted[:, None, None, :] if mask is None else mask & counted[:, None, None, :]
-    if masked:
-        mask = _joined_mask(mask, q, spec, companions)
-    if dim != dim_v:  # zero columns change neither scores nor the other outputs
-        q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[3])) for x in (q, k, v))
-    if q.device.type == "cpu":  # with another stride torch would leave its fused kernel for a quadratic one
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    grouped = _plain(q.shape[1] != k.shape[1])
-    out = torch_private.sdpa(q, k, v, mask, spec.dropout_p, causal, scale=spec.scale, enable_gqa=grouped)
-    return out if dim <= dim_v else out[..., :dim_v]
-
-
-def _plain(condition: Any) -> bool:
-    """A comparison of sizes as torch takes it: torch.compile leaves bool() of one symbolic, and jit.trace makes it a tensor."""
-    return True if condition else False  # noqa: SIM210
-
-
-def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec,
-                 companions: Companions) -> torch.Tensor | None:
-    """One mask or bias for torch, of the masks and the biases of a call: one tensor each, in this order."""
-    biases, masks = companions.operands[: len(spec.score_mods)], companions.operands[len(spec.score_mods) :]
-    for member, operand in zip(spec.mask_mods, masks, strict=True):
-        operand = operand == 0 if member.code == mods.HIDE.code else operand
-        mask = operand if mask is None else mask & operand
-    bias = functools.reduce(torch.add, biases) if biases else None
-    if bias is None:
-        return mask
-    # fp16 and bf16 would cost a bias of another type its digits; torch takes fp32 beside them.
-    bias = bias.to(q.dtype if bias.dtype == q.dtype or q.dtype in (torch.float32, torch.float64) else torch.float32)
-    return bias if mask is None else torch.where(mask, bias, float("-inf"))
-
-
-def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-                  companions: Companions) -> torch.Tensor:
-    """One sequence after the other, or all at once where lengths have no values yet; rows that belong to none give 0."""
-    if tracing.traced(companions.cu_q):
-        return _torch_padded(q, k, v, spec, companions)
-    one, outs, at = spec._replace(longest=None), [], 0
-    spans = zip(reference.spans(companions.cu_q, companions.used_q, q.shape[2]),
-                reference.spans(companions.cu_k, companions.used_k, k.shape[2]), strict=True)
-    for (q0, q1), (k0, k1) in spans:
-        parts = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
-        outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]),
-                 _of_nothing(*parts) if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
-        at = q1
-    return torch.cat((*outs, q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3])), 2)
-
-
-def _torch_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-                  companions: Companions) -> torch.Tensor:
-    longest_q, longest_k = spec.longest or (0, 0)
-    queries = reference.Padded.of(q, companions.cu_q, companions.used_q, longest_q)
-    keys, values = (reference.Padded.of(x, companions.cu_k, companions.used_k, longest_k) for x in (k, v))
-    n_queries, n_keys = queries.rows.shape[1], keys.rows.shape[1]
-    mask = (torch.arange(n_keys, device=q.device) < keys.lengths[:, None])[:, None, None, :]
-    if spec.window != Window():
-        mask = mask & reference.window_mask(spec, n_queries, n_keys, q.device, queries.offset(keys, spec))
-    masked = spec._replace(longest=None, window=Window(), mask_mods=(Member(mods.MASK.code, (TENSOR,)),))
-    out = torch_attention(queries.x, keys.x, values.x, masked, Companions(operands=(mask,)))
-    return queries.packed(out, q.shape[2], 0)
-
-
-def _of_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention without queries, or without keys: 0 [1, H, Nq, Dv], with gradients of 0 like any other answer."""
-    group = q.shape[1] // k.shape[1]
-    return q @ k.repeat_interleave(group, 1).mT @ v.repeat_interleave(group, 1)

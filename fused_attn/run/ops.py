@@ -1,7 +1,7 @@
 """The kernels as torch ops: what torch.compile, FLOP counters, FakeTensors and profilers see.
 
 ``fused_attn::forward``, ``backward``, ``statistics`` and ``weights`` are those of ``execution`` behind a schema. Gradients
-are the business of ``fused_attn.autograd``. Their arguments are the fields of the records in ``schema``, flat. The ops exist
+are the business of ``autograd``. Their arguments are the fields of the records in ``schema``, flat. The ops exist
 from ``import fused_attn`` on, for programs that were exported and for FLOP counters; the kernels, and Triton with them, are
 imported by the first call that runs one. Where nobody looks, the functions here go past the ops: thirty arguments through
 torch's dispatcher cost more than everything else that the host does for a call.
@@ -15,9 +15,10 @@ from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fused_attn import torch_private
-from fused_attn.layout import check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
-from fused_attn.schema import BACKWARD, FORWARD, INSPECTION, Inputs, Needs, Pair, Saved
-from fused_attn.spec import AttentionSpec, Companions
+from fused_attn.call.describe import Described
+from fused_attn.call.layout import check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
+from fused_attn.call.schema import BACKWARD, FORWARD, INSPECTION, Inputs, Needs, Pair, Saved
+from fused_attn.call.spec import AttentionSpec, Companions
 from fused_attn.tracing import watched
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
@@ -34,7 +35,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Compa
             spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse as ``layout.lse_like`` makes it, residual or None) of a call."""
     if not watched((q, k, v, *companions.flat())):
-        from fused_attn import execution  # here and below, so that the ops exist without Triton
+        from fused_attn.run import execution  # here and below, so that the ops exist without Triton
 
         return execution.forward(q, k, v, spec, companions)
     out, lse, residual = _OPS.forward.default(*FORWARD.flat(Inputs(q, k, v), companions, spec))
@@ -44,7 +45,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Compa
 def backward(saved: Saved, companions: Companions, spec: AttentionSpec, needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand])."""
     if not watched((*saved, *companions.flat())) and not _batched(saved.dout, saved.dlse):
-        from fused_attn import execution
+        from fused_attn.run import execution
 
         return execution.backward(saved, spec, companions, needs)
     grads: tuple[Any, ...] = _OPS.backward.default(*BACKWARD.flat(saved, companions, spec, needs))
@@ -54,7 +55,7 @@ def backward(saved: Saved, companions: Companions, spec: AttentionSpec, needs: N
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
     """x [B, H, N, D] turned, or turned back, with cos and sin [B, N, pairs]."""
     if not watched((x, cos, sin)) and not _batched(x):
-        from fused_attn import execution
+        from fused_attn.run import execution
 
         return execution.rotary(x, cos, sin, interleaved, back)
     turned: torch.Tensor = _OPS.rotary.default(x, cos, sin, interleaved, back)
@@ -66,7 +67,7 @@ def statistics(q: torch.Tensor, k: torch.Tensor, companions: Companions,
                spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq]), without gradients."""
     if not watched((q, k, *companions.flat())):
-        from fused_attn import execution
+        from fused_attn.run import execution
 
         return execution.statistics(q, k, spec, companions)
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _OPS.statistics.default(
@@ -78,7 +79,7 @@ def statistics(q: torch.Tensor, k: torch.Tensor, companions: Companions,
 def weights(q: torch.Tensor, k: torch.Tensor, companions: Companions, spec: AttentionSpec) -> torch.Tensor:
     """[B, H, Nq, Nk] in q's dtype, without gradients."""
     if not watched((q, k, *companions.flat())):
-        from fused_attn import execution
+        from fused_attn.run import execution
 
         return execution.weights(q, k, spec, companions)
     found: torch.Tensor = _OPS.weights.default(*INSPECTION.flat(Pair(q, k), companions, spec))
@@ -86,7 +87,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, companions: Companions, spec: Atte
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    from fused_attn import execution
+    from fused_attn.run import execution
 
     (q, k, v), companions, spec = FORWARD.records(arguments)
     out, lse, residual = execution.forward(q, k, v, spec, _in_rows(companions))
@@ -121,7 +122,7 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
-    from fused_attn import execution
+    from fused_attn.run import execution
 
     saved, companions, spec, needs = BACKWARD.records(arguments)
     *grads, doperands = execution.backward(saved, spec, _in_rows(companions), needs)
@@ -144,7 +145,7 @@ def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _rotary(*arguments: Any) -> torch.Tensor:
-    from fused_attn import execution
+    from fused_attn.run import execution
 
     return execution.rotary(*arguments)
 
@@ -170,6 +171,18 @@ def draw_seed(like: torch.Tensor) -> torch.Tensor:
         meta.update(before)
 
 
+def seeded(call: Described) -> Described:
+    """``call`` with a seed where it drops weights: as late as this, so that a call that does not run draws none.
+
+    One that has a seed keeps it: what runs twice, for its output and for its weights, drops the same.
+    """
+    if call.spec.dropout_p == 0 or call.companions.seed is not None:
+        return call
+    # A transform draws by its own rules of randomness.
+    draw = draw_seed if torch_private.transforms_active() else _OPS.seed
+    return call._replace(companions=call.companions._replace(seed=draw(call.q)))
+
+
 def refuse_batches(*_: Any) -> Any:
     raise NotImplementedError("fused_attn: vmap, and with it is_grads_batched and vectorised jacobians, is not built yet for "
                               "backend 'triton'; backend='reference' has it, with memory quadratic in the sequence length")
@@ -181,7 +194,7 @@ def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 
 
 def _statistics(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    from fused_attn import execution
+    from fused_attn.run import execution
 
     (q, k), companions, spec = INSPECTION.records(arguments)
     return execution.statistics(q, k, spec, _in_rows(companions))
@@ -193,7 +206,7 @@ def _statistics_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _weights(*arguments: Any) -> torch.Tensor:
-    from fused_attn import execution
+    from fused_attn.run import execution
 
     (q, k), companions, spec = INSPECTION.records(arguments)
     return execution.weights(q, k, spec, _in_rows(companions))

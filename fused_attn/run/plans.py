@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fused_attn import settings
-from fused_attn.spec import NO_COMPANIONS, AttentionSpec
+from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec
 from fused_attn.tracing import PLAIN_CLASSES, watched
 
 _HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting that may change between calls
@@ -57,7 +57,7 @@ def attend(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     spec = _specs.get(_kind(key))
     if spec is None:
         return None
-    from fused_attn import execution  # here, so that the package imports without Triton
+    from fused_attn.run import execution  # here, so that the package imports without Triton
 
     if len(_plans) >= _MOST:
         _plans.clear()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from fused_attn import torch_private
-from fused_attn.functional import by_torch, describe_sdpa, scaled_dot_product_attention
+from fused_attn.api import describe_sdpa, scaled_dot_product_attention, sdpa_by_torch
 
 
 class PatchReport:
@@ -118,7 +118,7 @@ class _Mode(TorchFunctionMode):
             raise RuntimeError(f"strict: scaled_dot_product_attention({shown}) cannot run fused: {'; '.join(reasons)}")
         if counts:
             self.patch.report.kept[shown, "; ".join(reasons)] += 1
-        return by_torch(query, key, value, **named)
+        return sdpa_by_torch(query, key, value, **named)
 
 
 class _Stay(_Mode):

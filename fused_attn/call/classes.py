@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fused_attn import torch_private
-from fused_attn.mods import Bound, RelativeBias
+from fused_attn.call.mods import Bound, RelativeBias
 
 
 def is_causal_bias(x: Any) -> bool:

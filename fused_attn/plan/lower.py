@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+from fused_attn.call.layout import packed_rows
+from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member
 from fused_attn.kernels.dropout import Dropout
 from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
@@ -13,8 +15,6 @@ from fused_attn.kernels.operand import Operand
 from fused_attn.kernels.product import Additive
 from fused_attn.kernels.score import MODS, Mod, before_mods, one
 from fused_attn.kernels.tiles import Sequences
-from fused_attn.layout import packed_rows
-from fused_attn.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member
 from fused_attn.targets import target_of
 
 
