@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 400
 MAX_KERNEL_LINES = 150
-MAX_RUNTIME_PARAMETERS = 20
+MAX_RUNTIME_PARAMETERS, MAX_COMPILED_IN = 19, 2  # of kernels
 
 # Edges against the contracts: file, and the import planted in it.
 FORBIDDEN_IMPORTS = {
@@ -24,6 +24,7 @@ FORBIDDEN_IMPORTS = {
     "kernels/backward.py": "fused_attn.run.ops",
     "fused_attn/reference.py": "fused_attn.kernels.softmax",
     "fused_attn/call/spec.py": "fused_attn.settings",
+    "fused_attn/call/layout.py": "fused_attn.call.describe",
     "fused_attn/plan/tiles.py": "fused_attn.run.ops",
     "fused_attn/run/ops.py": "fused_attn.run.autograd",
     "fused_attn/run/autograd.py": "fused_attn.api",
@@ -100,6 +101,8 @@ def test_kernels_stay_readable():
         assert node.end_lineno - node.lineno < MAX_KERNEL_LINES, f"{name} has {node.end_lineno - node.lineno} lines"
         runtime = [a.arg for a in node.args.args if a.annotation is None or "constexpr" not in ast.unparse(a.annotation)]
         assert len(runtime) <= MAX_RUNTIME_PARAMETERS, f"{name} takes {len(runtime)} runtime parameters: {runtime}"
+        if name.endswith("_kernel"):
+            assert len(node.args.args) - len(runtime) <= MAX_COMPILED_IN, f"{name} takes more than its kind and its tiles"
 
 
 def test_documented_make_targets_exist():
