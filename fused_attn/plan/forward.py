@@ -57,6 +57,8 @@ def against_splits(problem: Problem) -> tuple[str, ...]:
 
 
 def _unseen(problem: Problem) -> int:
+    if problem.spec.window.left is None:
+        return 0
     return unseen_keys(problem.spec, problem.companions, problem.call.n_queries, problem.call.n_keys)
 
 

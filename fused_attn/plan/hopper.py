@@ -16,9 +16,7 @@ _WIDEST = {"forward": 256, "backward": 128}  # head dim
 
 
 def against(name: str, which: str, problem: Problem) -> tuple[str, ...]:
-    """Reasons why the kernels of a rung cannot make a pass, "forward" or "backward", of a call."""
-    if problem.spec.rung != name:
-        return ("it was not asked for",)
+    """Reasons why the kernels of a rung that is asked for cannot make a pass, "forward" or "backward", of a call."""
     if problem.arch != "sm_90":
         return ("the card is no Hopper",)
     if reasons := rungs.against(name):

@@ -83,10 +83,12 @@ class Problem(NamedTuple):
 
     def fused_config(self) -> TileConfig | None:
         """The tiles of the backward that is one kernel, or None where registers have no room for it."""
-        if "fused" in self.tiles:
-            return self.tiles["fused"]
-        config = choose_fused(self.q.shape[3], self.v.shape[3], self.q.dtype, self.arch)
-        return None if config is None else tuned.instead(config, "fused", self.q, self.v)
+        if "fused" not in self.tiles:
+            config = choose_fused(self.q.shape[3], self.v.shape[3], self.q.dtype, self.arch)
+            if config is None:
+                return None
+            self.tiles["fused"] = tuned.instead(config, "fused", self.q, self.v)
+        return self.tiles["fused"]
 
     def rung_config(self, rung: str) -> TileConfig:
         """The tiles of the forward by one of Hopper's rungs above pointers."""

@@ -1,6 +1,7 @@
 """The table of schedules: for either pass, the ways to make it, best first, each with what it has against a call.
 
-The first that has nothing against a call makes it. A new way is one entry here and its steps.
+The first that has nothing against a call makes it; the last of either has nothing against any. A new way is one entry here and
+its steps.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class Schedule(NamedTuple):
     name: str
     against: Callable[..., tuple[str, ...]]
     steps: Callable[..., Any]
+    asked: bool = False  # made only where ``settings.hopper`` asks for it
 
 
 def _nothing(*_: Any) -> tuple[str, ...]:
@@ -31,13 +33,13 @@ def _nothing(*_: Any) -> tuple[str, ...]:
 
 FORWARD = (
     Schedule("splits", forward.against_splits, forward.splits),
-    Schedule("gluon", partial(hopper.against, "gluon", "forward"), hopper.gluon_forward),
-    Schedule("specialized", partial(hopper.against, "specialized", "forward"), forward.specialized),
-    Schedule("descriptors", partial(hopper.against, "descriptors", "forward"), forward.descriptors),
+    Schedule("gluon", partial(hopper.against, "gluon", "forward"), hopper.gluon_forward, True),
+    Schedule("specialized", partial(hopper.against, "specialized", "forward"), forward.specialized, True),
+    Schedule("descriptors", partial(hopper.against, "descriptors", "forward"), forward.descriptors, True),
     Schedule("pointers", _nothing, forward.pointers),
 )
 BACKWARD = (
-    Schedule("gluon", hopper.against_gluon_backward, backward.gluon),
+    Schedule("gluon", hopper.against_gluon_backward, backward.gluon, True),
     Schedule("fused", backward.against_fused, backward.fused),
     Schedule("separate", _nothing, backward.separate),
 )
@@ -45,21 +47,28 @@ BACKWARD = (
 
 def of_forward(problem: Problem) -> Schedule:
     """The schedule of a call's forward."""
-    return next(schedule for schedule in FORWARD if not schedule.against(problem))
+    rung = problem.spec.rung
+    for schedule in FORWARD:
+        if (not schedule.asked or schedule.name == rung) and not schedule.against(problem):
+            return schedule
+    raise AssertionError("the last schedule takes every call")
 
 
 def of_backward(problem: Problem, needs: Needs = EVERY_GRADIENT) -> Schedule:
     """The schedule of a call's backward."""
-    return next(schedule for schedule in BACKWARD if not schedule.against(problem, needs))
+    rung = problem.spec.rung
+    for schedule in BACKWARD:
+        if (not schedule.asked or schedule.name == rung) and not schedule.against(problem, needs):
+            return schedule
+    raise AssertionError("the last schedule takes every call")
 
 
 def against(table: tuple[Schedule, ...], name: str, problem: Problem, *more: Any) -> tuple[str, ...]:
-    """Reasons why a schedule does not make a pass of a call, of those before it in the table as well."""
+    """Reasons why a schedule, if it is asked for, does not make a pass of a call: its own, or one that comes before it."""
     for schedule in table:
-        reasons = schedule.against(problem, *more)
         if schedule.name == name:
-            return reasons
-        if not reasons:
+            return schedule.against(problem, *more)
+        if not schedule.asked and not schedule.against(problem, *more):
             return (f"{schedule.name} comes first",)
     return (f"{name} has no {'forward' if table is FORWARD else 'backward'}",)
 

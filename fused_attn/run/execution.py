@@ -11,7 +11,6 @@ from fused_attn.kernels.launch import Launch, run
 from fused_attn.plan import inspection, schedules
 from fused_attn.plan.plan import Plan, plan, unstored
 from fused_attn.plan.problem import Problem
-from fused_attn.targets import arch_of
 
 Result = TypeVar("Result")
 
@@ -28,8 +27,9 @@ def finish(steps: Generator[Launch, None, Result]) -> Result:
 
 def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Plan | None:
     """The plan of a plain call without gradients: (q, k, v) -> (out, lse)."""
+    arch = Problem.of(q, k, v, spec, NO_COMPANIONS).arch
     given = unstored(q), unstored(k), unstored(v)
-    problem = Problem.of(*given, spec, NO_COMPANIONS, arch_of(q.device))
+    problem = Problem.of(*given, spec, NO_COMPANIONS, arch)
     return plan(schedules.of_forward(problem).steps(problem), given)
 
 

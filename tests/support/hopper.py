@@ -9,10 +9,11 @@ import torch
 
 from fused_attn import settings
 from fused_attn.call.spec import TileConfig
+from fused_attn.kernels import launch as launching
 from fused_attn.kernels.hopper import backward, forward, workspace
 from fused_attn.kernels.launch import Launch
 from fused_attn.plan import problem
-from fused_attn.run import execution
+from fused_attn.run import plans
 from support.gluon import launch
 
 
@@ -25,19 +26,21 @@ def gluon(config: TileConfig | None = None, seed: int = 0, modules: dict[str, Mo
     bugs in them. Yields the names of the Gluon kernels that were launched.
     """
     launches: list[str] = []
-    own, run = [], execution.run  # kernels that Triton's interpreter does not take
+    own, started = [], launching._launch  # kernels that Triton's interpreter does not take; how the others start
 
-    def scheduled(one: Launch) -> None:
+    def scheduled(one: Launch, device: torch.device) -> None:
         if one.kernel in own:
             launches.append(one.name)
             launch(*one, seed=seed)
         else:
-            run(one)
+            started(one, device)
 
+    plans.forget()  # which would launch other kernels than these
     with contextlib.ExitStack() as stack:
+        stack.callback(plans.forget)
         stack.enter_context(settings.hopper("gluon"))
         stack.enter_context(mock.patch.object(problem, "arch_of", return_value="sm_90"))
-        stack.enter_context(mock.patch.object(execution, "run", scheduled))
+        stack.enter_context(mock.patch.object(launching, "_launch", scheduled))
         of_gluon = (forward, "forward_launch", "forward_kernel"), (backward, "backward_launch", "backward_kernel")
         for module, name, kernel in (*of_gluon, (workspace, "statistics_launch", ""), (workspace, "ordered_launch", "")):
             source = (modules or {}).get(module.__name__, module)
