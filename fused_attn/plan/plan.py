@@ -81,13 +81,15 @@ def plan(steps: Generator[Launch, None, Any], given: tuple[torch.Tensor, ...]) -
     """
     launches, results = collect(steps)
     tensors: list[torch.Tensor] = []
-    storages: dict[int, int] = {}  # a tensor and its views have one object for their storage, as long as one of them lives
+    storages: list[Any] = []  # of these tensors; a tensor and its views have one object for it
 
     def place(argument: Any) -> int | Place:
         x = argument.base if hasattr(argument, "block_shape") else argument
-        index = storages.setdefault(id(x.untyped_storage()), len(tensors))
+        own = x.untyped_storage()
+        index = next((i for i, storage in enumerate(storages) if storage is own), len(tensors))
         if index == len(tensors):
             tensors.append(x)
+            storages.append(own)
         offset = x.storage_offset() - tensors[index].storage_offset()
         return index if x is argument and not offset else Place(index, offset, None if x is argument else argument)
 
