@@ -27,7 +27,8 @@ OTHER_KERNELS = {"additive", "precise"}
 def climb(monkeypatch, rung):
     """Has every forward run on ``rung``, in the interpreter's tiles; returns how often it did."""
     times = []
-    monkeypatch.setattr(schedules, "FORWARD", (schedules.named(schedules.FORWARD, rung)._replace(against=lambda _: (), asked=False),))
+    alone = schedules.named(schedules.FORWARD, rung)._replace(against=lambda _: (), asked=False)
+    monkeypatch.setattr(schedules, "FORWARD", (alone,))
     monkeypatch.setattr(problem, "choose_rung", lambda *_: times.append(1) or TILES[rung])
     return times
 
