@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = ["-m", "not gpu", "-n", "2", "--dist", "worksteal", "-q", *(f"tests/{name}" for name in stale)]
         pytest.main([*options, "--rootdir", str(ROOT / "tests")], plugins=[Record(rows, commit)])
     whole = [name for name in present if name in rows and passed(rows[name])]
-    print_table([{"files": f"{len(whole)} of {len(present)}", **{
-        name: sum(rows[file][name] for file in whole) for name in ("passed", "skipped", "seconds")}}], "passed on this code")
+    sums = {name: round(sum(rows[file][name] for file in whole)) for name in ("passed", "skipped", "seconds")}
+    print_table([{"files": f"{len(whole)} of {len(present)}", **sums}], "passed on this code")
     return 0 if all(name in whole for name in asked or present) else 1
 
 
