@@ -17,11 +17,11 @@ from fused_attn.tools.report import git
 def source_hash() -> str:
     """What the numbers depend on in this checkout, whatever git knows of it."""
     package = Path(fused_attn.__file__).parent
-    files = [*package.glob("*.py"), *Path(__file__).parent.glob("*.py")]
-    files += [file for part in ("kernels", "nn", "bench") for file in (package / part).glob("*.py")]
+    kernels = (package / "kernels").resolve()  # a link in a checkout, which rglob does not follow
     digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
-        digest.update(file.name.encode() + file.read_bytes())
+    for folder in (package, kernels, Path(__file__).parent):
+        for file in sorted(set(folder.rglob("*.py"))):
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:8]
 
 

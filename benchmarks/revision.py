@@ -77,6 +77,9 @@ def main() -> None:
         print(f"revision.py: expected a checkout and one of {', '.join(DEVICES)}; got {sys.argv[1:]}", file=sys.stderr)
         raise SystemExit(2)
     tree, device = Path(sys.argv[1]).resolve(), sys.argv[2]
+    if not (tree / "fused_attn" / "tools").is_dir():
+        print("revision.py: expected a revision that has fused_attn/tools; got an older one", file=sys.stderr)
+        raise SystemExit(2)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     sys.path[0] = str(tree)

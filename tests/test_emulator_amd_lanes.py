@@ -212,8 +212,9 @@ def test_registers_with_halves():
     for right, bits in (("l", 0xFFFFFFFF), ("h", 0)):
         wave = execute(f"v_cmp_eq_u16_e64 s4, 0x2222, v1.{right}", given, arch="gfx1100")
         assert wave.s[4] == bits
-    with pytest.raises(UnknownInstructionError):
-        execute("v_fmac_f16_e32 v2.l, v0.l, v0.h", given, arch="gfx1100")
+    for line in ("v_fmac_f16_e32 v2.l, v0.l, v0.h", "v_add_f16 v2.l, v0.l, v0.h op_sel:[0,1,0]", "ds_store_b16 v2, v1.h"):
+        with pytest.raises(UnknownInstructionError):
+            execute(line, given, arch="gfx1100")
 
 
 def test_lanes_to_scalars_and_back():

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_attn
 from fused_attn import attention, settings
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import counted, recorded
-from fused_attn.plan import schedules, tiles
+from fused_attn.plan import schedules, tiles, tuned
 from fused_attn.run import execution, plans
 
 pytestmark = pytest.mark.kernels
@@ -106,6 +107,29 @@ def test_a_new_length_is_described_no_more(monkeypatch):
         call(q, k[:, :, :60], v[:, :, :61], causal=True)
 
 
+def test_plans_take_tuned_tiles(monkeypatch):
+    monkeypatch.setattr(tuned, "tuned", lambda device: {("forward", 16): TileConfig(16, 16, 1, 1)})
+    tensors = qkv(40)
+    for _ in range(4):
+        with recorded() as launches:
+            call(*tensors)
+        assert [launch.config for launch in launches] == [TileConfig(16, 16, 1, 1)]
+
+
+def test_wrong_ranks_and_layouts_are_refused_after_right_ones():
+    call(torch.randn(2, 4, 9, 16).bfloat16(), *[torch.randn(2, 2, 40, 16).bfloat16() for _ in range(2)])
+    q, k, v = torch.randn(2, 4, 9, 16, 2), torch.randn(2, 16, 40), torch.randn(2, 2, 40, 16)
+    with pytest.raises(ValueError, match="expected"):
+        call(*(x.bfloat16() for x in (q, k, v)))
+    nested = torch.nested.nested_tensor([torch.randn(2, 9, 16).bfloat16()])
+    with pytest.raises(ValueError, match=r"k: expected"):
+        call(torch.randn(1, 2, 9, 16).bfloat16(), nested, nested)
+
+
+def test_halves_on_meta_leave_no_plan():
+    assert attention(*(x.to("meta") for x in qkv()), backend="torch").device.type == "meta"
+
+
 def test_a_plan_keeps_no_tensor_of_the_call():
     tensors = qkv(40)
     for _ in range(3):
@@ -116,10 +140,14 @@ def test_a_plan_keeps_no_tensor_of_the_call():
     assert [x() for x in gone] == [None] * 3
 
 
-@pytest.mark.parametrize("tensors", [qkv(0), qkv(5, 0), qkv(batch=0)], ids=["no queries", "no keys", "no batch"])
-def test_empty_calls_are_plans_too(tensors):
+@pytest.mark.parametrize("tensors", [qkv(0), qkv(5, 0), qkv(batch=0), qkv(1, 300, batch=0)],
+                         ids=["no queries", "no keys", "no batch", "no batch of splits"])
+@pytest.mark.parametrize("window", [None, (100, 0)])
+def test_empty_calls_are_plans_too(tensors, window, monkeypatch):
+    monkeypatch.setattr(tiles, "MANY_KEYS", 128)
     for _ in range(3):
-        torch.testing.assert_close(call(*tensors), attention(*tensors, return_lse=True, backend="reference"))
+        want = attention(*tensors, return_lse=True, backend="reference", window=window)
+        torch.testing.assert_close(call(*tensors, window=window), want)
 
 
 def test_gradients_are_never_lost():
@@ -187,6 +215,9 @@ def test_a_thread_records_its_own_launches():
 
 def test_what_is_remembered_is_bounded(monkeypatch):
     monkeypatch.setattr(plans, "_MOST", 3)
+    for n in range(5):
+        call(*qkv(), scale=0.5 + n)
+    assert len(plans._plans) <= 3
     for n in range(5, 15):
         call(*qkv(n, dim=n))
         call(*qkv(n + 1, dim=n))

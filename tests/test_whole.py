@@ -1,6 +1,7 @@
 """What `make test-all` keeps of each file: nothing of one that is not through, every failure, and for which code it speaks."""
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from tests.whole import Record
 @pytest.fixture
 def out(monkeypatch, tmp_path):
     monkeypatch.setattr(whole, "OUT", tmp_path / "test-all.json")
+    monkeypatch.setattr(whole, "revision", lambda: "2")
+    monkeypatch.setattr(whole, "versions", lambda: "torch 2")
     return whole.OUT
 
 
@@ -23,7 +26,8 @@ def ran(record, name, outcome="passed", teardown="passed"):
 
 
 def test_files_are_kept_when_they_are_through(out):
-    record = Record({"test_old.py": {"commit": "1", "passed": 3, "skipped": 0, "failed": [], "seconds": 1.0}}, "2")
+    old = {"commit": "1", "versions": "torch 1", "passed": 3, "skipped": 0, "failed": [], "seconds": 1.0}
+    record = Record({"test_old.py": old}, "2")
     for worker in range(2):  # which have the same tests
         record.pytest_xdist_node_collection_finished(worker, ["test_a.py::one", "test_a.py::two[x::y]", "test_b.py::one",
                                                               "test_b.py::two", "test_c.py::one"])
@@ -35,22 +39,55 @@ def test_files_are_kept_when_they_are_through(out):
     ran(record, "test_b.py::two", "failed")
     ran(record, "test_c.py::one", teardown="failed")
     rows = json.loads(out.read_text())["files"]
-    assert rows["test_a.py"] == {"commit": "2", "passed": 1, "skipped": 1, "failed": [], "seconds": 2.5}
+    assert rows["test_a.py"] == {"commit": "2", "versions": "torch 2", "passed": 1, "skipped": 1, "failed": [], "seconds": 2.5}
     assert rows["test_b.py"]["failed"] == ["two"]
     assert rows["test_c.py"]["failed"] == ["one"]
     assert rows["test_old.py"]["passed"] == 3
 
 
 def test_a_file_has_passed_on_the_code_that_it_ran_on(monkeypatch):
-    row = {"commit": "abc", "passed": 1, "skipped": 0, "failed": [], "seconds": 1.0}
+    row = {"commit": "abc", "versions": whole.versions(), "passed": 1, "skipped": 0, "failed": [], "seconds": 1.0}
     monkeypatch.setattr(whole, "unchanged", lambda commit: commit == "abc")
+    monkeypatch.setattr(whole, "revision", lambda: "abc")
     assert whole.passed(row)
-    for other in ({"commit": "abd"}, {"commit": "abc-dirty"}, {"failed": ["one"]}):
+    for other in ({"commit": "abd"}, {"commit": "abc-dirty"}, {"failed": ["one"]}, {"versions": "torch 1"}):
         assert not whole.passed({**row, **other})
+    monkeypatch.setattr(whole, "revision", lambda: "abc-dirty")
+    assert not whole.passed(row)
 
 
-def test_a_change_of_code_is_a_change():
-    assert not whole.unchanged("no-such-commit")
+def test_code_that_changes_meanwhile_is_told_of(out, monkeypatch):
+    record = Record({}, "1")
+    record.pytest_xdist_node_collection_finished(0, ["test_a.py::one"])
+    ran(record, "test_a.py::one")
+    assert json.loads(out.read_text())["files"]["test_a.py"]["commit"] == "1-dirty"
+
+
+def test_the_code_is_that_of_a_commit_or_not(tmp_path, monkeypatch):
+    """Other files, and the record of versions, change nothing; a file that git does not know does."""
+    def git(*command):
+        done = subprocess.run(("git", "-c", "user.name=a", "-c", "user.email=a@b", *command), cwd=tmp_path, capture_output=True,
+                              text=True, check=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(whole, "git", git)
+    git("init", "-q")
+    for name in ("tests/test_a.py", "fused_attn/versions.json", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    first = whole.revision()
+    for name in ("fused_attn/versions.json", "README.md"):
+        (tmp_path / name).write_text("2")
+    assert whole.revision() == first
+    assert whole.unchanged(first)
+    (tmp_path / "tests/test_b.py").write_text("1")
+    assert whole.revision() == f"{first}-dirty"
+    git("add", "-A")
+    git("commit", "-qm", "second")
+    assert not whole.unchanged(first)
+    assert whole.unchanged(whole.revision())
 
 
 def test_a_file_that_is_none_ends_the_command(out, capsys):

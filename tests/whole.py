@@ -9,7 +9,6 @@ stale.
 """
 
 import json
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -26,18 +25,31 @@ from fused_attn import files
 from fused_attn.tools.report import conditions, git, print_table
 
 OUT = ROOT / "docs" / "test-all.json"
-CODE = ("fused_attn", "kernels", "tests", "benchmarks", "examples", "setup.py", "pyproject.toml")
-FINE = ("passed", "skipped", "xfailed")
+CODE = ("fused_attn", "kernels", "tests", "benchmarks", "examples", "setup.py", "pyproject.toml", "constraints.txt",
+        ":(exclude)fused_attn/versions.json")  # which `make versions` writes
+
+
+def revision() -> str:
+    """The commit that the code is of, with "-dirty" where something of it is changed or not in git."""
+    changed = git("status", "--porcelain", "--", *CODE)
+    return f"{git('rev-parse', '--short', 'HEAD')}{'-dirty' if changed or changed is None else ''}"
 
 
 def unchanged(commit: str) -> bool:
     """Whether the code is that of a commit."""
-    return subprocess.run(("git", "diff", "--quiet", commit, "--", *CODE), cwd=ROOT, capture_output=True).returncode == 0
+    return git("diff", "--name-only", commit, "--", *CODE) == ""
 
 
 def passed(row: dict[str, Any]) -> bool:
-    """Whether all tests of a file passed on this code."""
-    return not row["failed"] and not row["commit"].endswith("-dirty") and unchanged(row["commit"])
+    """Whether all tests of a file passed on this code and these versions."""
+    clean = not row["commit"].endswith("-dirty") and not revision().endswith("-dirty")
+    return not row["failed"] and clean and row["versions"] == versions() and unchanged(row["commit"])
+
+
+def versions() -> str:
+    """Of what the tests run on, such as "torch 2.13.0, Triton 3.7.1, Python 3.11.7"."""
+    found = conditions()
+    return f"torch {found['torch']}, Triton {found['triton']}, Python {found['python']}"
 
 
 class Record:
@@ -51,8 +63,8 @@ class Record:
         self.seconds: Counter[str] = Counter()
 
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
-        """Each of the workers has the same tests."""
-        self.left = Counter(Path(name.partition("::")[0]).name for name in ids)
+        """Each of the workers has the same tests; one that takes the place of a worker that died has them too."""
+        self.left = self.left or Counter(Path(name.partition("::")[0]).name for name in ids)
 
     def pytest_collection_finish(self, session: Any) -> None:
         """Without workers, the tests are this process's own."""
@@ -75,15 +87,15 @@ class Record:
     def keep(self, file: str) -> None:
         """Writes what there is to tell of a file."""
         told = self.told[file]
-        self.rows[file] = {"commit": self.commit, "passed": told["passed"], "skipped": told["skipped"],
+        commit = self.commit if revision() == self.commit else f"{self.commit}-dirty"  # of code that changed meanwhile
+        self.rows[file] = {"commit": commit, "versions": versions(), "passed": told["passed"], "skipped": told["skipped"],
                            "failed": sorted(set(self.failed[file])), "seconds": round(self.seconds[file], 1)}
         write(self.rows)
 
 
 def write(rows: dict[str, Any]) -> None:
     """All rows, in the order of their names."""
-    versions = {name: value for name, value in conditions().items() if name in ("torch", "triton", "python")}
-    files.write(OUT, json.dumps({"versions": versions, "files": dict(sorted(rows.items()))}, indent=1) + "\n")
+    files.write(OUT, json.dumps({"files": dict(sorted(rows.items()))}, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,10 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stale = [name for name in asked or present if name not in rows or not passed(rows[name])]
     print(f"{len(asked or present) - len(stale)} files have passed on this code, {len(stale)} are to be run")
     if stale:
-        commit = git("describe", "--always", "--dirty") or "unknown"
-        # No traceback until a test fails, and the names of those that do at once.
         options = ["-m", "not gpu", "-n", "2", "--dist", "worksteal", "-q", *(f"tests/{name}" for name in stale)]
-        pytest.main([*options, "--rootdir", str(ROOT / "tests")], plugins=[Record(rows, commit)])
+        pytest.main([*options, "--rootdir", str(ROOT / "tests")], plugins=[Record(rows, revision())])
     whole = [name for name in present if name in rows and passed(rows[name])]
     sums = {name: round(sum(rows[file][name] for file in whole)) for name in ("passed", "skipped", "seconds")}
     print_table([{"files": f"{len(whole)} of {len(present)}", **sums}], "passed on this code")

@@ -28,7 +28,7 @@ class Explanation:
 
     ``reasons`` maps every backend to its reasons, empty for one that could run the call too. Within ``fused_attn.hopper`` the
     ``rung`` is the one asked for and ``against_rung`` maps "forward" and "backward" to what it has against them; a pass with
-    reasons runs on pointers. Of the kernels, ``schedule`` names those of each pass.
+    reasons does not run on it. ``schedule`` names the kernels that run each pass.
     """
 
     backend: str

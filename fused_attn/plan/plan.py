@@ -97,7 +97,7 @@ def plan(steps: Generator[Launch, None, Any], given: tuple[torch.Tensor, ...]) -
         return None
     made = tuple([place(x) for x in results if x is not None])
     planned = []
-    for launch in launches:
+    for launch in filter(lambda launch: launch.programs, launches):
         are_tensors = [isinstance(x, torch.Tensor) or hasattr(x, "block_shape") for x in launch.arguments]
         count = are_tensors.index(False)
         if any(are_tensors[count:]):

@@ -24,7 +24,7 @@ from fused_attn.targets import arch_of
 
 
 class Problem(NamedTuple):
-    """A call, and the ``arch`` that it is for: tensors without storage may stand for those of any card.
+    """A call, and the ``device`` and ``arch`` that it is for: tensors without storage may stand for those of any card.
 
     ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, those that stand in for the
     tables' own and those that were looked up there.
@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     v: torch.Tensor
     spec: AttentionSpec
     companions: Companions
+    device: torch.device
     arch: str
     call: Call
     roles: tuple[tuple[int, int] | None, ...]
@@ -42,10 +43,13 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
-           arch: str | None = None, tiles: dict[str, TileConfig] | None = None) -> "Problem":
-        """For the device of its tensors, or for ``arch``."""
-        arch = arch_of(q.device) if arch is None else arch
-        return cls(q, k, v, spec, companions, arch, *lower(q, k, spec, companions, arch), {} if tiles is None else tiles)
+           arch: str | None = None, tiles: dict[str, TileConfig] | None = None,
+           device: torch.device | None = None) -> "Problem":
+        """For the device of its tensors, for another one, or for ``arch``."""
+        device = q.device if device is None else device
+        arch = arch_of(device) if arch is None else arch
+        lowered = lower(q, k, spec, companions, arch)
+        return cls(q, k, v, spec, companions, device, arch, *lowered, {} if tiles is None else tiles)
 
     @property
     def packed(self) -> bool:
@@ -79,7 +83,7 @@ class Problem(NamedTuple):
         if self.call.extras.additive:
             return choose_additive(kernel, dim, self.arch)
         config = choose(kernel, dim, dim_v, self.q.dtype, self.arch, self.call.heavy)
-        return self._fitted(config if self.call.heavy else tuned.instead(config, kernel, self.q, self.v))
+        return self._fitted(config if self.call.heavy else tuned.instead(config, kernel, self.q, self.v, self.device))
 
     def fused_config(self) -> TileConfig | None:
         """The tiles of the backward that is one kernel, or None where registers have no room for it."""
@@ -87,7 +91,7 @@ class Problem(NamedTuple):
             config = choose_fused(self.q.shape[3], self.v.shape[3], self.q.dtype, self.arch)
             if config is None:
                 return None
-            self.tiles["fused"] = tuned.instead(config, "fused", self.q, self.v)
+            self.tiles["fused"] = tuned.instead(config, "fused", self.q, self.v, self.device)
         return self.tiles["fused"]
 
     def rung_config(self, rung: str) -> TileConfig:

@@ -65,12 +65,11 @@ def of_backward(problem: Problem, needs: Needs = EVERY_GRADIENT) -> Schedule:
 
 def against(table: tuple[Schedule, ...], name: str, problem: Problem, *more: Any) -> tuple[str, ...]:
     """Reasons why a schedule, if it is asked for, does not make a pass of a call: its own, or one that comes before it."""
-    for schedule in table:
-        if schedule.name == name:
-            return schedule.against(problem, *more)
-        if not schedule.asked and not schedule.against(problem, *more):
-            return (f"{schedule.name} comes first",)
-    return (f"{name} has no {'forward' if table is FORWARD else 'backward'}",)
+    at = next((i for i, schedule in enumerate(table) if schedule.name == name), None)
+    if at is None:
+        return (f"{name} has no {'forward' if table is FORWARD else 'backward'}",)
+    before = (other.name for other in table[:at] if not other.asked and not other.against(problem, *more))
+    return table[at].against(problem, *more) or tuple(f"{other} comes first" for other in before)
 
 
 def named(table: tuple[Schedule, ...], name: str) -> Schedule:

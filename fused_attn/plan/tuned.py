@@ -76,14 +76,14 @@ def tuned(device: torch.device) -> Found:
     return {}
 
 
-def instead(config: TileConfig, kernel: str, q: torch.Tensor, v: torch.Tensor) -> TileConfig:
-    """What was tuned for a kernel on the device of q, in place of the shipped configuration."""
-    if kernel not in KERNELS or q.is_meta:
+def instead(config: TileConfig, kernel: str, q: torch.Tensor, v: torch.Tensor, device: torch.device) -> TileConfig:
+    """What was tuned for a kernel on a device, in place of the shipped configuration. On meta nothing was."""
+    if kernel not in KERNELS or device.type == "meta":
         return config
-    found = tuned(q.device)
+    found = tuned(device)
     if not found or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[3], v.shape[3]) > WIDEST:
         return config
-    return found.get((kernel, served(kernel, q.shape[3], v.shape[3], arch_of(q.device))), config)
+    return found.get((kernel, served(kernel, q.shape[3], v.shape[3], arch_of(device))), config)
 
 
 def shipped(kernel: Kernel, head_dim: int, dtype: torch.dtype, arch: str) -> TileConfig | None:

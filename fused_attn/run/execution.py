@@ -27,10 +27,9 @@ def finish(steps: Generator[Launch, None, Result]) -> Result:
 
 def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Plan | None:
     """The plan of a plain call without gradients: (q, k, v) -> (out, lse)."""
-    arch = Problem.of(q, k, v, spec, NO_COMPANIONS).arch
+    schedule = schedules.of_forward(Problem.of(q, k, v, spec, NO_COMPANIONS))  # which may ask where the tensors begin
     given = unstored(q), unstored(k), unstored(v)
-    problem = Problem.of(*given, spec, NO_COMPANIONS, arch)
-    return plan(schedules.of_forward(problem).steps(problem), given)
+    return plan(schedule.steps(Problem.of(*given, spec, NO_COMPANIONS, device=q.device)), given)
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,

@@ -31,7 +31,9 @@ def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: A
         return None
     if window is not None and (type(window) is not tuple or not all(side is None or type(side) is int for side in window)):
         return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type) or watched((q, k, v)) or q.is_nested:
+    if watched((q, k, v)) or q.is_nested or k.is_nested or v.is_nested or not q.dim() == k.dim() == v.dim() == 4:
+        return None
+    if q.device.type not in ("cpu", "cuda", "xpu") or torch.is_autocast_enabled(q.device.type):
         return None
     rung = settings.rung()
     # Kernels of the other rungs ask where a tensor begins.
@@ -43,7 +45,7 @@ def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: A
 def _kind(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """A key without lengths and strides."""
     q, _, k, _, v, _, *others = key
-    return (*q[:2], *q[3:], *k[:2], *k[3:], *v[:2], *v[3:], k[2:3] == v[2:3], *others)
+    return (*q[:2], q[3], *k[:2], k[3], *v[:2], v[3], k[2] == v[2], *others)
 
 
 def attend(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -68,8 +70,8 @@ def attend(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 def keep(key: tuple[Any, ...], spec: AttentionSpec) -> None:
     """Remembers the description of a call that the kernels answer."""
-    if len(_specs) >= _MOST:
-        _specs.clear()
+    if len(_specs) >= _MOST or len(_plans) >= _MOST:
+        forget()
     _specs[_kind(key)] = spec
     _plans.setdefault(key, None)
 

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+from fused_attn.emulator.schedule import UnknownInstructionError
+
 _LABEL = re.compile(r"^(\.?[A-Za-z_][\w.$]*):")
 _LOC = re.compile(r"^\s*\.loc\s[^;]*;\s*(.*)$")
 _DIRECTIVE = re.compile(r"^\s*\.amdhsa_(\w+)\s+(\d\w*)", re.MULTILINE)
@@ -101,6 +103,8 @@ def _instruction(line: str, where: str) -> Instruction:
         if words:
             operands.append(" ".join(words))
     if any(map(_HALF.match, operands)):
+        if "op_sel" in modifiers or not op.startswith("v_"):
+            raise UnknownInstructionError(f"halves of registers in {line}")
         operands, modifiers["op_sel"] = _halves(operands)
     return Instruction(op, form, tuple(operands), modifiers, line, where)
 
