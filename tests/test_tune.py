@@ -351,3 +351,12 @@ def test_without_a_card_the_command_says_so():
     done = subprocess.run([sys.executable, "-m", "fused_attn", "tune"], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode, done.stderr.strip()) == (2, "fused-attn tune: there is no GPU here that the kernels run on")
+
+
+@pytest.mark.parametrize("kernel", ["delta", "operand_grad", "list", "combine", "rotary"])
+def test_kernels_that_nobody_tunes_keep_their_tiles(kernel, monkeypatch):
+    """On a card with a file of tiles; the tables have no entries of theirs."""
+    monkeypatch.setattr(tuned, "tuned", lambda device: {("forward", 64): TileConfig(16, 16, 4, 1)})
+    monkeypatch.setattr(tuned, "arch_of", lambda device: "sm_80")
+    q, own = torch.randn(1, 1, 5, 64).bfloat16(), TileConfig(64, 64, 4, 1)
+    assert tuned.instead(own, kernel, q, q, q.device) == own
