@@ -1,12 +1,14 @@
 """A plan: the launches of a call with places in the stead of tensors, to be made again and again with other tensors."""
 
 import dataclasses
-from collections.abc import Generator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fused_attn.kernels.launch import Launch, run
+
+Result = TypeVar("Result")
 
 
 class Buffer(NamedTuple):
@@ -59,14 +61,21 @@ class Plan(NamedTuple):
         return tuple([tensors[i] for i in self.results])
 
 
-def collect(steps: Generator[Launch, None, Any]) -> tuple[list[Launch], Any]:
-    """(the launches of steps, none of which is run; what the steps return)."""
-    found: list[Launch] = []
+def finish(steps: Generator[Launch, None, Result], take: Callable[[Launch], None] = run) -> Result:
+    """Gives the launches that steps yield to ``take``, which runs them where nothing else is said; what the steps return."""
     while True:
         try:
-            found.append(next(steps))
+            launch = next(steps)
         except StopIteration as end:
-            return found, end.value
+            return end.value
+        take(launch)
+
+
+def collect(steps: Generator[Launch, None, Result]) -> tuple[list[Launch], Result]:
+    """(the launches of steps, none of which is run; what the steps return)."""
+    found: list[Launch] = []
+    result = finish(steps, found.append)
+    return found, result
 
 
 def unstored(x: torch.Tensor) -> torch.Tensor:

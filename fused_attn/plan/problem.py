@@ -1,5 +1,7 @@
 """One call as its schedules see it: tensors, description, target, and the tiles of every kernel."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -22,12 +24,13 @@ from fused_attn.plan.tiles import (
 )
 from fused_attn.targets import arch_of
 
+SHIPPED: Mapping[str, TileConfig] = MappingProxyType({})  # no tiles but those of the tables
+
 
 class Problem(NamedTuple):
     """A call, and the ``device`` and ``arch`` that it is for: tensors without storage may stand for those of any card.
 
-    ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, those that stand in for the
-    tables' own and those that were looked up there.
+    ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, in place of the tables' own.
     """
 
     q: torch.Tensor
@@ -39,17 +42,17 @@ class Problem(NamedTuple):
     arch: str
     call: Call
     roles: tuple[tuple[int, int] | None, ...]
-    tiles: dict[str, TileConfig]
+    tiles: Mapping[str, TileConfig]
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
-           arch: str | None = None, tiles: dict[str, TileConfig] | None = None,
+           arch: str | None = None, tiles: Mapping[str, TileConfig] = SHIPPED,
            device: torch.device | None = None) -> "Problem":
         """For the device of its tensors, for another one, or for ``arch``."""
         device = q.device if device is None else device
         arch = arch_of(device) if arch is None else arch
         lowered = lower(q, k, spec, companions, arch)
-        return cls(q, k, v, spec, companions, device, arch, *lowered, {} if tiles is None else tiles)
+        return cls(q, k, v, spec, companions, device, arch, *lowered, tiles)
 
     @property
     def packed(self) -> bool:
@@ -69,12 +72,8 @@ class Problem(NamedTuple):
 
     def config(self, kernel: Kernel) -> TileConfig:
         """The tiles of a kernel that takes pointers."""
-        found = self.tiles.get(kernel)
-        if found is None:
-            found = self.tiles[kernel] = self._chosen(kernel)
-        return found
-
-    def _chosen(self, kernel: Kernel) -> TileConfig:
+        if kernel in self.tiles:
+            return self.tiles[kernel]
         dim, dim_v = self.q.shape[3], self.v.shape[3]
         if kernel == "combine":
             return choose_combine(dim_v)
@@ -87,12 +86,10 @@ class Problem(NamedTuple):
 
     def fused_config(self) -> TileConfig | None:
         """The tiles of the backward that is one kernel, or None where registers have no room for it."""
-        if "fused" not in self.tiles:
-            config = choose_fused(self.q.shape[3], self.v.shape[3], self.q.dtype, self.arch)
-            if config is None:
-                return None
-            self.tiles["fused"] = tuned.instead(config, "fused", self.q, self.v, self.device)
-        return self.tiles["fused"]
+        if "fused" in self.tiles:
+            return self.tiles["fused"]
+        config = choose_fused(self.q.shape[3], self.v.shape[3], self.q.dtype, self.arch)
+        return None if config is None else tuned.instead(config, "fused", self.q, self.v, self.device)
 
     def rung_config(self, rung: str) -> TileConfig:
         """The tiles of the forward by one of Hopper's rungs above pointers."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from fused_attn.call.schema import Needs, Saved
+from fused_attn.call.schema import Needs
 from fused_attn.plan import backward, forward, hopper
 from fused_attn.plan.problem import Problem
 
@@ -75,7 +75,3 @@ def against(table: tuple[Schedule, ...], name: str, problem: Problem, *more: Any
 def named(table: tuple[Schedule, ...], name: str) -> Schedule:
     """A schedule by its name, whatever it has against a call."""
     return next(schedule for schedule in table if schedule.name == name)
-
-
-def backward_steps(problem: Problem, saved: Saved, needs: Needs) -> backward.Backward:
-    return of_backward(problem, needs).steps(problem, saved, needs)

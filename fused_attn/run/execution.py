@@ -1,28 +1,14 @@
 """Running the steps of a call: what ops and eager calls share."""
 
-from collections.abc import Generator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec, Companions
-from fused_attn.kernels.launch import Launch, run
 from fused_attn.plan import inspection, schedules
-from fused_attn.plan.plan import Plan, plan, unstored
+from fused_attn.plan.plan import Plan, finish, plan, unstored
 from fused_attn.plan.problem import Problem
-
-Result = TypeVar("Result")
-
-
-def finish(steps: Generator[Launch, None, Result]) -> Result:
-    """Runs the launches that steps yield; what the steps return."""
-    while True:
-        try:
-            launch = next(steps)
-        except StopIteration as end:
-            return end.value
-        run(launch)
 
 
 def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Plan | None:
@@ -41,7 +27,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
 
 def backward(saved: Saved, spec: AttentionSpec, companions: Companions, needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand]), None for every gradient that nobody asked for."""
-    return finish(schedules.backward_steps(Problem.of(saved.q, saved.k, saved.v, spec, companions), saved, needs))
+    problem = Problem.of(saved.q, saved.k, saved.v, spec, companions)
+    return finish(schedules.of_backward(problem, needs).steps(problem, saved, needs))
 
 
 def statistics(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec,
