@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from fused_attn.call.schema import BACKWARD, FORWARD, INSPECTION
-from fused_attn.call.spec import AttentionSpec, Companions, Longest, MaybeTensor, attention_flops, kept_pairs
+from fused_attn.call.spec import AttentionSpec, Longest, MaybeTensor, OtherTensors, attention_flops, kept_pairs
 from fused_attn.run import ops  # noqa: F401  # which are counted
 
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _pairs(q: torch.Tensor, k: torch.Tensor, companions: Companions, spec: AttentionSpec) -> int:
+def _pairs(q: torch.Tensor, k: torch.Tensor, others: OtherTensors, spec: AttentionSpec) -> int:
     """Pairs of a query and a key that a head keeps, in all sequences together."""
-    packed = companions.cu_q is not None
-    batch = companions.cu_q.shape[0] - 1 if packed else q.shape[0]
+    packed = others.cu_q is not None
+    batch = others.cu_q.shape[0] - 1 if packed else q.shape[0]
     longest = spec.longest or Longest(q.shape[2], k.shape[2])
-    queries = _lengths(companions.cu_q, companions.used_q, batch, longest.queries)
-    keys = _lengths(companions.cu_k, companions.used_k, batch, longest.keys)
+    queries = _lengths(others.cu_q, others.used_q, batch, longest.queries)
+    keys = _lengths(others.cu_k, others.used_k, batch, longest.keys)
     # Packed sequences align their own ends; in a dense batch positions do not move with the length.
     offsets = (spec.offset(*(pair if packed else longest)) for pair in zip(queries, keys, strict=True))
     return sum(kept_pairs(n, m, spec.window, offset) for n, m, offset in zip(queries, keys, offsets, strict=True))
@@ -40,14 +40,14 @@ def _lengths(cu: MaybeTensor, used: MaybeTensor, batch: int, longest: int) -> li
 
 
 def _forward(*arguments: Any, **_: Any) -> int:
-    (q, k, v), companions, spec = FORWARD.records(arguments)
-    pairs = _pairs(q, k, companions, spec)
+    (q, k, v), others, spec = FORWARD.records(arguments)
+    pairs = _pairs(q, k, others, spec)
     return attention_flops(1, q.shape[1], pairs, q.shape[3], v.shape[3], products_qk=1, products_v=1)
 
 
 def _backward(*arguments: Any, **_: Any) -> int:
-    saved, companions, spec, needs = BACKWARD.records(arguments)
-    pairs = _pairs(saved.q, saved.k, companions, spec)
+    saved, others, spec, needs = BACKWARD.records(arguments)
+    pairs = _pairs(saved.q, saved.k, others, spec)
     products_qk = 1 + needs.dq + needs.dk
     products_v = int(needs.dq or needs.dk) + needs.dv
     heads, head_dim, head_dim_v = saved.q.shape[1], saved.q.shape[3], saved.v.shape[3]
@@ -56,8 +56,8 @@ def _backward(*arguments: Any, **_: Any) -> int:
 
 def _inspection(*arguments: Any, **_: Any) -> int:
     """Of statistics and of weights: both multiply Q and K twice, for the LSE and for what is asked."""
-    (q, k), companions, spec = INSPECTION.records(arguments)
-    return attention_flops(1, q.shape[1], _pairs(q, k, companions, spec), q.shape[3], 0, products_qk=2, products_v=0)
+    (q, k), others, spec = INSPECTION.records(arguments)
+    return attention_flops(1, q.shape[1], _pairs(q, k, others, spec), q.shape[3], 0, products_qk=2, products_v=0)
 
 
 def _register(counter: ModuleType) -> None:

@@ -67,7 +67,7 @@ def attention_and_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         return autograd.attention(*call)[0], _weights(call, True)
     weights = _reference_weights(call)
     values = call.v if call.v.shape[1] == call.q.shape[1] else call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
-    lengths = call.companions.used_k
+    lengths = call.others.used_k
     if lengths is not None:  # what lies past the end may be NaN, and 0 * NaN is
         past = torch.arange(values.shape[2], device=values.device) >= lengths[:, None]
         values = values.masked_fill(past[:, None, :, None], 0)
@@ -76,13 +76,13 @@ def attention_and_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 def _weights(call: Described, kernels: bool) -> torch.Tensor:
     """Weights of a call that has its seed, by the kernels or by the reference."""
-    companions = call.companions
-    tensors = call.q, call.k, companions.sinks, companions.score_weight, *companions.operands
+    others = call.others
+    tensors = call.q, call.k, others.sinks, others.score_weight, *others.operands
 
     def twin(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, score_weight: torch.Tensor | None,
              *operands: torch.Tensor) -> torch.Tensor:
-        same = companions._replace(sinks=sinks, score_weight=score_weight, operands=operands)
-        return _reference_weights(call._replace(q=q, k=k, companions=same))
+        same = others._replace(sinks=sinks, score_weight=score_weight, operands=operands)
+        return _reference_weights(call._replace(q=q, k=k, others=same))
 
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if torch_private.transforms_active():  # which checkpointing does not know
@@ -92,7 +92,7 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
         return result
 
     def run(*_: Any) -> torch.Tensor:
-        return ops.weights(call.q, call.k, companions, call.spec)
+        return ops.weights(call.q, call.k, others, call.spec)
 
     if not wanted:
         return run()
@@ -108,7 +108,7 @@ def _as_it_is(device: torch.device) -> Any:
 
 def _reference_weights(call: Described) -> torch.Tensor:
     with _as_it_is(call.q.device):
-        return reference.weights(call.q, call.k, call.spec, call.companions)[0].to(call.q.dtype)
+        return reference.weights(call.q, call.k, call.spec, call.others)[0].to(call.q.dtype)
 
 
 def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, *, backend: str | None = None,
@@ -125,8 +125,8 @@ def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = N
         raise ValueError(f"dropout_p: expected 0, statistics are of the weights before dropout; got {arguments['dropout_p']!r}")
     call = _described(q, k, v, arguments)
     if _runs_kernels(call, backend, strict, quadratic=True):
-        return AttentionStats(*ops.statistics(call.q, call.k, call.companions, call.spec))
+        return AttentionStats(*ops.statistics(call.q, call.k, call.others, call.spec))
     with _as_it_is(call.q.device):
-        p, _ = reference.weights(call.q, call.k, call.spec, call.companions)
+        p, _ = reference.weights(call.q, call.k, call.spec, call.others)
     maximum = p.amax(-1) if p.shape[-1] else p.sum(-1)
     return AttentionStats(p.sum(-2), torch.special.entr(p).sum(-1), maximum)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_attn import saturation, tracing
-from fused_attn.call.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Member
+from fused_attn.call.spec import NO_OTHERS, RELATIVE, TENSOR, AttentionSpec, Member, OtherTensors
 from fused_attn.torch_private import known
 
 
@@ -29,47 +29,47 @@ def window_mask(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-              companions: Companions = NO_COMPANIONS) -> tuple[torch.Tensor, torch.Tensor]:
+              others: OtherTensors = NO_OTHERS) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its natural-log LSE, whatever autocast would make of the matrix products.
 
     q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], packed [1, H, T, D] and so on. Returns out [B, H, Nq, Dv] in q's
     dtype and lse [B, H, Nq] in fp32 (fp64 for fp64). A row with no key gives 0 and -inf, or its sink.
     """
-    packed = _padded if spec.longest is not None and tracing.traced(companions.cu_q) else _packed
+    packed = _padded if spec.longest is not None and tracing.traced(others.cu_q) else _packed
     run = exact if spec.longest is None else packed
     if not torch.amp.is_autocast_available(q.device.type):
-        return run(q, k, v, spec, companions)
+        return run(q, k, v, spec, others)
     with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, spec, companions)
+        return run(q, k, v, spec, others)
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions = NO_COMPANIONS,
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors = NO_OTHERS,
           first_batch: int = 0, offset: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """``attention`` of a dense batch, whose entries are numbered from ``first_batch`` on; ``offset`` as in ``window_mask``."""
-    p, lse = weights(q, k, spec, companions, first_batch, offset)
+    p, lse = weights(q, k, spec, others, first_batch, offset)
     values = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
-        values = values.masked_fill(~_counted(companions.used_k, v.shape[2])[:, None, :, None], 0)
+    if others.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
+        values = values.masked_fill(~_counted(others.used_k, v.shape[2])[:, None, :, None], 0)
     return (p @ values).to(q.dtype), lse
 
 
-def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions = NO_COMPANIONS,
+def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTensors = NO_OTHERS,
             first_batch: int = 0, offset: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [B, H, Nq, Nk] in fp32 or fp64, after dropout; lse [B, H, Nq], before it) of a dense batch."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     keep = window_mask(spec, q.shape[2], k.shape[2], q.device, offset)
     keep = keep if offset is not None else keep[None, None]
-    if companions.used_q is not None:
-        keep = keep & _counted(companions.used_q, q.shape[2])[:, None, :, None]
-    if companions.used_k is not None:
-        counted = _counted(companions.used_k, k.shape[2])[:, None, None, :]
+    if others.used_q is not None:
+        keep = keep & _counted(others.used_q, q.shape[2])[:, None, :, None]
+    if others.used_k is not None:
+        counted = _counted(others.used_k, k.shape[2])[:, None, None, :]
         keys, keep = keys.masked_fill(~counted.mT, 0), keep & counted
 
-    scores = _products(q.to(dtype), keys, companions.score_weight) * spec.scale
+    scores = _products(q.to(dtype), keys, others.score_weight) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * saturation.tanh(scores / spec.softcap)
-    operands = iter(companions.operands)
+    operands = iter(others.operands)
     where = _coordinates(spec, scores, first_batch, offset)
     for member in spec.score_mods:
         scores = _twin(member)(scores, *where, _arguments(member, operands, scores))
@@ -79,8 +79,8 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
 
     # A sink is one more logit, of a key without a value.
     sinks = scores.new_full((1, 1, 1, 1), float("-inf"))
-    if companions.sinks is not None:
-        sinks = companions.sinks.to(dtype)[None, :, None, None]
+    if others.sinks is not None:
+        sinks = others.sinks.to(dtype)[None, :, None, None]
     # The pivot of a row with no key is finite, since -inf - -inf would be NaN; with Nk = 0 there is no maximum at all.
     no_keys = known(k.shape[2] == 0)
     pivots = scores.new_full((*q.shape[:3], 1), float("-inf")) if no_keys else scores.detach()
@@ -92,7 +92,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: C
     lse = (row_max + torch.log(row_sum)).masked_fill(empty, float("-inf"))
     p = unnormalised / row_sum
     if spec.dropout_p > 0:
-        stays = dropout_mask(companions.seed, spec.dropout_p, p.shape, first_batch)
+        stays = dropout_mask(others.seed, spec.dropout_p, p.shape, first_batch)
         p = p * stays / (1 - spec.dropout_p) if spec.dropout_p < 1 else p * 0
     return p, lse.squeeze(-1)
 
@@ -178,18 +178,18 @@ def spans(cu: torch.Tensor, used: torch.Tensor | None, total: int) -> list[tuple
     return [(start, start + max(0, min(n, limit))) for start, n, limit in zip(starts, lengths, limits, strict=False)]
 
 
-def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
+def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,
             ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence after the other; rows that belong to none give 0 and -inf."""
 
     longest_q, _ = spec.longest or (0, 0)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, lses, at = [], [], 0
-    both = zip(spans(companions.cu_q, companions.used_q, q.shape[2]), spans(companions.cu_k, companions.used_k, k.shape[2]),
+    both = zip(spans(others.cu_q, others.used_q, q.shape[2]), spans(others.cu_k, others.used_k, k.shape[2]),
                strict=True)
     for batch, ((q0, q1), (k0, k1)) in enumerate(both):
-        operands = tuple(_of_sequence(x, batch, longest_q, q1 - q0, k1 - k0) for x in companions.operands)
-        one = companions._replace(cu_q=None, cu_k=None, used_q=None, used_k=None, operands=operands)
+        operands = tuple(_of_sequence(x, batch, longest_q, q1 - q0, k1 - k0) for x in others.operands)
+        one = others._replace(cu_q=None, cu_k=None, used_q=None, used_k=None, operands=operands)
         out, lse = exact(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], spec, one, batch)
         outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]), out]
         lses += [q.new_full((1, q.shape[1], q0 - at), float("-inf"), dtype=accumulate), lse]
@@ -248,13 +248,13 @@ class Padded(NamedTuple):
         return empty.index_copy(1, self.rows.flatten(), y.transpose(0, 1).flatten(1, 2))[None, :, :-1]
 
 
-def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
+def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,
             ) -> tuple[torch.Tensor, torch.Tensor]:
     """``_packed`` without a look at the lengths, all sequences at once."""
     longest_q, longest_k = spec.longest or (0, 0)
-    queries = Padded.of(q, companions.cu_q, companions.used_q, longest_q)
-    keys, values = (Padded.of(x, companions.cu_k, companions.used_k, longest_k) for x in (k, v))
-    operands = tuple(_in_width(x, longest_q, longest_k, width(longest_q, q), width(longest_k, k)) for x in companions.operands)
-    dense = companions._replace(cu_q=None, cu_k=None, used_q=queries.lengths, used_k=keys.lengths, operands=operands)
+    queries = Padded.of(q, others.cu_q, others.used_q, longest_q)
+    keys, values = (Padded.of(x, others.cu_k, others.used_k, longest_k) for x in (k, v))
+    operands = tuple(_in_width(x, longest_q, longest_k, width(longest_q, q), width(longest_k, k)) for x in others.operands)
+    dense = others._replace(cu_q=None, cu_k=None, used_q=queries.lengths, used_k=keys.lengths, operands=operands)
     out, lse = exact(queries.x, keys.x, values.x, spec, dense, offset=queries.offset(keys, spec))
     return queries.packed(out, q.shape[2], 0), queries.packed(lse, q.shape[2], float("-inf"))

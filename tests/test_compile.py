@@ -207,9 +207,9 @@ def test_what_gluon_may_be_given_compiles():
         from fused_attn.call.spec import TileConfig
         feature = offline._feature
         def wide(*given):
-            fields, companions = feature(*given)
+            fields, others = feature(*given)
             starts = torch.empty(3, dtype=torch.int64, device="meta")
-            return fields, companions._replace(cu_q=starts, cu_k=starts)
+            return fields, others._replace(cu_q=starts, cu_k=starts)
         three = TileConfig(192, 64, 4, 4, options=(("maxnreg", 128), ("enable_fp_fusion", True)))
         (report,) = offline.compile_kernel("sm_90", "forward", 64, "bf16", True, rung="gluon", config=three)
         assert (report.spill_bytes, report.warnings, report.registers) == (0, [], 128), report

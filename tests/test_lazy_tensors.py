@@ -7,7 +7,7 @@ from torch.nn.attention.bias import causal_lower_right
 import fused_attn
 from fused_attn import attention
 from fused_attn.call.schema import FORWARD, INSPECTION, Inputs, Pair
-from fused_attn.call.spec import AttentionSpec, Companions
+from fused_attn.call.spec import AttentionSpec, OtherTensors
 
 pytestmark = pytest.mark.kernels
 
@@ -128,7 +128,7 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("which", STRIDED)
-def test_ops_read_companions_of_any_stride(which):
+def test_ops_read_other_tensors_of_any_stride(which):
     """Called by themselves, past the checks of ``attention``, or in a program whose passes laid them out anew."""
     q, k = torch.randn(2, H, 5, D), torch.randn(2, H, N, D)
     shape, options = STRIDED[which]
@@ -138,5 +138,5 @@ def test_ops_read_companions_of_any_stride(which):
     for of, flat in ((torch.ops.fused_attn.forward, lambda c: FORWARD.flat(Inputs(q, k, k), c, SPEC)),
                      (torch.ops.fused_attn.weights, lambda c: INSPECTION.flat(Pair(q, k), c, SPEC)),
                      (torch.ops.fused_attn.statistics, lambda c: INSPECTION.flat(Pair(q, k), c, SPEC))):
-        want, found = (of(*flat(Companions(**{which: y}))) for y in (x, spread))
+        want, found = (of(*flat(OtherTensors(**{which: y}))) for y in (x, spread))
         torch.testing.assert_close(found, want, rtol=0, atol=0)

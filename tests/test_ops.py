@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_attn
 from fused_attn.call import mods
 from fused_attn.call.schema import BACKWARD, FORWARD, Inputs, Needs, Saved, Signature
-from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, TileConfig, Window
+from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Longest, Member, OtherTensors, TileConfig, Window
 
 pytestmark = pytest.mark.kernels
 ROOT = Path(__file__).parents[1]
@@ -47,20 +47,20 @@ NEEDS = [(True, True, True), (False, True, False), (True, False, True)]
 
 
 def operands(spec):
-    """The companions that a spec asks for, of 4 heads, 5 queries and 7 keys, or packed ones of 10 and 14."""
+    """The others that a spec asks for, of 4 heads, 5 queries and 7 keys, or packed ones of 10 and 14."""
     if spec == BIASED:
         mask = torch.rand(2, 1, 5, 7) < 0.8
-        return Companions(sinks=torch.randn(4), seed=torch.tensor([2**40 + 7]), used_k=torch.tensor([7, 4]),
-                          operands=(torch.randn(4, 7, 5).mT[None], torch.randn(2, 4, 1, 1, dtype=torch.float64), mask))
+        return OtherTensors(sinks=torch.randn(4), seed=torch.tensor([2**40 + 7]), used_k=torch.tensor([7, 4]),
+                            operands=(torch.randn(4, 7, 5).mT[None], torch.randn(2, 4, 1, 1, dtype=torch.float64), mask))
     if spec == RELATED:
-        return Companions(sinks=torch.randn(4, dtype=torch.float64), operands=(torch.randn(1, 4, 11),))
+        return OtherTensors(sinks=torch.randn(4, dtype=torch.float64), operands=(torch.randn(1, 4, 11),))
     if spec == PACKED:
         cu_q, cu_k = torch.tensor([0, 5, 5, 8], dtype=torch.int32), torch.tensor([0, 3, 4, 13], dtype=torch.int32)
         used_q, used_k = torch.tensor([5, 0, 2]), torch.tensor([3, 1, 7], dtype=torch.int32)
-        return Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k)
+        return OtherTensors(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k)
     if spec == ADDITIVE:
-        return Companions(score_weight=torch.randn(8).expand(4, 8))
-    return Companions()
+        return OtherTensors(score_weight=torch.randn(8).expand(4, 8))
+    return OtherTensors()
 
 
 OP_CASES = [  # layout, dtype, spec, which of dQ, dK, dV
@@ -79,15 +79,15 @@ def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
     tensors = [LAYOUTS[layout](batch, heads, n, 8) for heads, n in ((4, n_queries), (2, n_keys), (2, n_keys))]
     tensors = [x if dtype == x.dtype else x.to(dtype) for x in tensors]
     forward, backward = torch.ops.fused_attn.forward.default, torch.ops.fused_attn.backward.default
-    companions = operands(spec)
-    arguments = FORWARD.flat(Inputs(*tensors), companions, spec)
+    others = operands(spec)
+    arguments = FORWARD.flat(Inputs(*tensors), others, spec)
     out, lse, residual = forward(*arguments)
     assert bool(residual.numel()) == (spec.precise or spec == ADDITIVE)
     dlse = torch.randn_like(lse) if all(needs) else None
     saved = Saved(torch.randn_like(out), dlse, *tensors, out, residual if residual.numel() else None, lse)
-    wanted = Needs(*needs, companions.sinks is not None, companions.score_weight is not None,
-                   tuple(x.is_floating_point() for x in companions.operands))
-    given = BACKWARD.flat(saved, companions, spec, wanted)
+    wanted = Needs(*needs, others.sinks is not None, others.score_weight is not None,
+                   tuple(x.is_floating_point() for x in others.operands))
+    given = BACKWARD.flat(saved, others, spec, wanted)
     torch.library.opcheck(forward, arguments)
     torch.library.opcheck(backward, given)
 
@@ -97,7 +97,7 @@ def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
 
         found = tree_leaves((forward(*fake(arguments)), backward(*fake(given))))
     real = tree_leaves(((out, lse, residual), backward(*given)))
-    assert len(real) == 8 + len(companions.operands)
+    assert len(real) == 8 + len(others.operands)
     for r, f in zip(real, found, strict=True):
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
 
@@ -111,7 +111,8 @@ def test_a_spec_survives_its_flat_form(spec):
     assert all(x is None or isinstance(x, (str, bool, int, float)) for x in flat)
 
 
-@pytest.mark.parametrize("records", [(Inputs, Companions, AttentionSpec), (Saved, Companions, AttentionSpec, Needs)], ids=len)
+@pytest.mark.parametrize("records", [(Inputs, OtherTensors, AttentionSpec),
+                                     (Saved, OtherTensors, AttentionSpec, Needs)], ids=len)
 def test_arguments_have_the_order_and_names_of_fields(records):
     given, expected = [], []
     for record in records:
@@ -198,7 +199,7 @@ def test_a_traced_call_is_an_op(ops_seen):
 # window (2, 1): keys i + 2 ... i + 5, 4 for i = 0 ... 4 and 3 for i = 5: 23. A product of depth d costs 2 d FLOPs a pair.
 @pytest.mark.parametrize(("arguments", "pairs"), [({}, 60), ({"causal": True}, 45), ({"window": (2, 1)}, 23)], ids=str)
 @pytest.mark.parametrize(("grad", "qk", "pv"), [((True, True, True), 3, 2), ((True, False, False), 2, 1),
-                                               ((False, False, True), 1, 1)])
+                                                ((False, False, True), 1, 1)])
 def test_flops(arguments, pairs, grad, qk, pv):
     with FakeTensorMode():  # what is counted are shapes
         q, k, v = qkv(6, 10, batch=2, heads=4, dim_v=4, grad=grad)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_attn
 from fused_attn import targets
 from fused_attn.call.schema import FORWARD, INSPECTION, Inputs, Pair
-from fused_attn.call.spec import AttentionSpec, Companions
+from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.kernels import launch
 
 pytestmark = pytest.mark.kernels
@@ -45,13 +45,13 @@ def test_torch_func_inside_compile_raises_instead_of_giving_zeros(transform):
 
 def test_the_raw_op_is_not_a_constant():
     q, k, v = qkv(requires_grad=True)
-    out, lse, _ = torch.ops.fused_attn.forward(*FORWARD.flat(Inputs(q, k, v), Companions(), AttentionSpec(0.25)))
+    out, lse, _ = torch.ops.fused_attn.forward(*FORWARD.flat(Inputs(q, k, v), OtherTensors(), AttentionSpec(0.25)))
     want = fused_attn.attention(q, k, v, scale=0.25, backend="triton", return_lse=True)
     both = [torch.autograd.grad(x.sin().sum() + y.sin().sum(), (q, k, v)) for x, y in ((out, lse), want)]
     torch.testing.assert_close(*both, rtol=0, atol=0)
     for name in ("weights", "statistics"):
         with pytest.raises(NotImplementedError, match="no gradients"):
-            getattr(torch.ops.fused_attn, name)(*INSPECTION.flat(Pair(q, k), Companions(), AttentionSpec(0.25)))
+            getattr(torch.ops.fused_attn, name)(*INSPECTION.flat(Pair(q, k), OtherTensors(), AttentionSpec(0.25)))
 
 
 @pytest.mark.parametrize("arguments", [{"softcap": 5.0}, {"return_lse": True}, {"backend": "reference"}], ids=str)

@@ -11,10 +11,10 @@ from fused_attn import settings, torch_private, tracing
 from fused_attn.call import mods
 from fused_attn.call.classes import check_causal_bias, check_classes, check_layout, is_causal_bias
 from fused_attn.call.mods import Bound, MaskMod, RelativeBias, ScoreMod
-from fused_attn.call.spec import NO_COMPANIONS, RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member, Window
+from fused_attn.call.spec import NO_OTHERS, RELATIVE, TENSOR, AttentionSpec, Longest, Member, OtherTensors, Window
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OTHERS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
+_EXTRAS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 NARROWEST, WIDEST = 2.0**-126, 2.0**126  # of a factor that kernels hold in fp32, together with its reciprocal and log2(e)
 
@@ -26,7 +26,7 @@ class Described(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     spec: AttentionSpec
-    companions: Companions
+    others: OtherTensors
 
 
 class Extents(NamedTuple):
@@ -41,36 +41,36 @@ class Extents(NamedTuple):
 def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, window: Any = None,
              scale: float | None = None, softcap: float | None = None, fp32_precision: str | None = None,
              precise: bool = False, key_lengths: torch.Tensor | None = None, score_weight: torch.Tensor | None = None,
-             **others: Any) -> Described:
-    """The description of ``attention``'s arguments; ``others`` are those of ``_companions``.
+             **more: Any) -> Described:
+    """The description of ``attention``'s arguments; ``more`` are those of ``_extras``.
 
     ``score_weight`` [D] or [H, D] makes the score additive, with 1 for its scale where none is given.
     """
     q, k, v = check_tensors(q, k, v)
     for name in ("bias", "mask"):
-        if is_causal_bias(others.get(name)):
-            check_causal_bias(name, others[name], q.shape[2], k.shape[2])
-            causal, others[name] = True, None
-    check_classes(key_lengths=key_lengths, score_weight=score_weight, **others)
+        if is_causal_bias(more.get(name)):
+            check_causal_bias(name, more[name], q.shape[2], k.shape[2])
+            causal, more[name] = True, None
+    check_classes(key_lengths=key_lengths, score_weight=score_weight, **more)
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
-    companions = NO_COMPANIONS
+    others = NO_OTHERS
     if score_weight is not None:
-        companions = companions._replace(score_weight=_score_weight(score_weight, q))
+        others = others._replace(score_weight=_score_weight(score_weight, q))
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, q)
-        companions = companions._replace(used_k=key_lengths.contiguous())
-    if _adds_of(others):
+        others = others._replace(used_k=key_lengths.contiguous())
+    if _adds_of(more):
         extents = Extents(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        spec, companions = _companions(q, extents, spec, companions, **others)
-    return Described(q, k, v, spec, companions)
+        spec, others = _extras(q, extents, spec, others, **more)
+    return Described(q, k, v, spec, others)
 
 
 def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
                     max_seqlen_q: int, max_seqlen_k: int, seqused_q: torch.Tensor | None, seqused_k: torch.Tensor | None, *,
                     causal: bool = False, window: Any = None, scale: float | None = None, softcap: float | None = None,
                     fp32_precision: str | None = None, precise: bool = False, score_weight: torch.Tensor | None = None,
-                    **others: Any) -> Described:
+                    **more: Any) -> Described:
     """The description of ``attention_varlen``'s arguments: packed tensors as [1, H, T, D]."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
@@ -98,10 +98,10 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
         _check_packing("q", cu_seqlens_q, max_seqlen_q, q.shape[2])
         _check_packing("k", cu_seqlens_k, max_seqlen_k, k.shape[2])
     for name in ("bias", "mask"):
-        if is_causal_bias(others.get(name)):
+        if is_causal_bias(more.get(name)):
             raise ValueError(f"{name}: expected none of torch's causal biases, of one length; causal=True is of each sequence")
     check_classes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
-                   score_weight=score_weight, **others)
+                  score_weight=score_weight, **more)
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
@@ -109,13 +109,13 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     spec = spec._replace(longest=bounds)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
-    companions = Companions(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
-                            score_weight=None if score_weight is None else _score_weight(score_weight, q))
-    if _adds_of(others):
+    others = OtherTensors(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
+                          score_weight=None if score_weight is None else _score_weight(score_weight, q))
+    if _adds_of(more):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
-        spec, companions = _companions(q, extents, spec, companions, **others)
-        companions = companions._replace(operands=tuple(_within(x, extents, *bounds) for x in companions.operands))
-    return Described(q, k, v, spec, companions)
+        spec, others = _extras(q, extents, spec, others, **more)
+        others = others._replace(operands=tuple(_within(x, extents, *bounds) for x in others.operands))
+    return Described(q, k, v, spec, others)
 
 
 def _at_most(length: int, total: int) -> int:
@@ -255,11 +255,11 @@ def _check_packing(side: str, cu: torch.Tensor, longest: int, total: int) -> Non
         raise ValueError(f"max_seqlen_{side}: expected at least {max(lengths)}, the longest sequence; got {longest}")
 
 
-def _adds_of(others: dict[str, Any]) -> bool:
+def _adds_of(more: dict[str, Any]) -> bool:
     """``_adds`` of arguments that may be of other names."""
-    if others.keys() <= _OTHERS:
-        return _adds(**others)
-    name = next(name for name in others if name not in _OTHERS)
+    if more.keys() <= _EXTRAS:
+        return _adds(**more)
+    name = next(name for name in more if name not in _EXTRAS)
     raise TypeError(f"unexpected argument {name!r}" + ("; packed sequences have seqused_k" if name == "key_lengths" else ""))
 
 
@@ -271,12 +271,12 @@ def _adds(*, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sinks
     return any(x is not None for x in (bias, mask, alibi_slopes, sinks, score_mod, mask_mod))
 
 
-def _companions(q: torch.Tensor, extents: Extents, spec: AttentionSpec, companions: Companions, *,
-                bias: torch.Tensor | RelativeBias | None = None, mask: torch.Tensor | None = None,
-                alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, dropout_p: float = 0.0,
-                score_mod: ScoreMod | Bound | None = None, mask_mod: MaskMod | Bound | None = None,
-                mod_args: tuple[Any, ...] = ()) -> tuple[AttentionSpec, Companions]:
-    """``spec`` and ``companions`` with what a call adds to plain attention."""
+def _extras(q: torch.Tensor, extents: Extents, spec: AttentionSpec, others: OtherTensors, *,
+            bias: torch.Tensor | RelativeBias | None = None, mask: torch.Tensor | None = None,
+            alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, dropout_p: float = 0.0,
+            score_mod: ScoreMod | Bound | None = None, mask_mod: MaskMod | Bound | None = None,
+            mod_args: tuple[Any, ...] = ()) -> tuple[AttentionSpec, OtherTensors]:
+    """``spec`` and ``others`` with what a call adds to plain attention."""
     if not isinstance(mod_args, (tuple, list)):
         raise TypeError(f"mod_args: expected a tuple; got {type(mod_args).__name__}")
     if mod_args and all(mod is None or isinstance(mod, Bound) for mod in (score_mod, mask_mod)):
@@ -308,7 +308,7 @@ def _companions(q: torch.Tensor, extents: Extents, spec: AttentionSpec, companio
         raise ValueError(f"dropout_p: expected a float from 0 to 1; got {dropout_p!r}")
     spec = spec._replace(score_mods=score_mods, mask_mods=mask_mods, dropout_p=float(dropout_p))
     sinks = None if sinks is None else sinks.contiguous()
-    return spec, companions._replace(sinks=sinks, operands=tuple(operands))
+    return spec, others._replace(sinks=sinks, operands=tuple(operands))
 
 
 def _score_weight(weight: Any, q: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_attn.call.spec import AttentionSpec, Companions
+from fused_attn.call.spec import AttentionSpec, OtherTensors
 
 
 def accumulates(q: torch.Tensor) -> torch.dtype:
@@ -67,13 +67,13 @@ def like_statistics(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, tor
     return received, received.new_empty(q.shape[:3]), received.new_empty(q.shape[:3])
 
 
-def keeps_residual(spec: AttentionSpec, companions: Companions) -> bool:
+def keeps_residual(spec: AttentionSpec, others: OtherTensors) -> bool:
     """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact.
 
     Additive scores always ask for it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
     one for all keys, adds up there as it does under a large mean of K.
     """
-    return (spec.precise or companions.score_weight is not None) and spec.dropout_p == 0
+    return (spec.precise or others.score_weight is not None) and spec.dropout_p == 0
 
 
 def check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

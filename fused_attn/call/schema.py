@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_attn.call import mods
-from fused_attn.call.spec import AttentionSpec, Companions, MaybeTensor, Member
+from fused_attn.call.spec import AttentionSpec, MaybeTensor, Member, OtherTensors
 
 
 class Inputs(NamedTuple):
-    """What a forward is given beside companions and spec."""
+    """What a forward is given beside others and spec."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -25,14 +25,14 @@ class Inputs(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What the inspection of weights is given beside companions and spec."""
+    """What the inspection of weights is given beside others and spec."""
 
     q: torch.Tensor
     k: torch.Tensor
 
 
 class Saved(NamedTuple):
-    """What a backward is given beside companions, spec and needs; ``dlse`` and ``residual`` may be None."""
+    """What a backward is given beside others, spec and needs; ``dlse`` and ``residual`` may be None."""
 
     dout: torch.Tensor
     dlse: MaybeTensor
@@ -118,6 +118,6 @@ class Signature:
             yield record(*[field.whole(*islice(rest, len(field.arguments))) for field in fields])
 
 
-FORWARD = Signature(Inputs, Companions, AttentionSpec)
-INSPECTION = Signature(Pair, Companions, AttentionSpec)
-BACKWARD = Signature(Saved, Companions, AttentionSpec, Needs)
+FORWARD = Signature(Inputs, OtherTensors, AttentionSpec)
+INSPECTION = Signature(Pair, OtherTensors, AttentionSpec)
+BACKWARD = Signature(Saved, OtherTensors, AttentionSpec, Needs)

@@ -67,7 +67,7 @@ class AttentionSpec(NamedTuple):
 MaybeTensor: TypeAlias = Any  # a tensor or None; code that reads one knows which
 
 
-class Companions(NamedTuple):
+class OtherTensors(NamedTuple):
     """The tensors of a call beside q, k and v, None where it has none.
 
     sinks [H]; score_weight [H, D], of an additive score, its heads perhaps expanded; seed [1] int64, of dropout; cu_q and
@@ -91,13 +91,13 @@ class Companions(NamedTuple):
         return (*single, *operands)
 
     @classmethod
-    def of(cls, flat: Iterable[Any]) -> "Companions":
+    def of(cls, flat: Iterable[Any]) -> "OtherTensors":
         """What ``flat`` took apart; or what stands for each of them, such as its gradient."""
         rest = iter(flat)
         return cls(*[tuple(rest) if field == "operands" else next(rest) for field in cls._fields])
 
 
-NO_COMPANIONS = Companions()
+NO_OTHERS = OtherTensors()
 
 
 @dataclass(frozen=True)

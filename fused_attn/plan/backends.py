@@ -90,7 +90,7 @@ def against_triton(call: Described) -> tuple[str, ...]:
     compiled = q.is_cuda or settings.emulated_target() is not None
     if compiled and not reasons and (reason := tiles.against(q.shape[3], v.shape[3], q.dtype, targets.arch_of(q.device))):
         reasons += (reason,)
-    if call.companions.score_weight is not None and q.shape[3] > tiles.MAX_ADDITIVE:
+    if call.others.score_weight is not None and q.shape[3] > tiles.MAX_ADDITIVE:
         reasons += (f"head dim {q.shape[3]}: the kernels carry additive scores up to {tiles.MAX_ADDITIVE}",)
     for member in call.spec.score_mods + call.spec.mask_mods:
         if not member.code.has_kernel:
@@ -101,9 +101,9 @@ def against_triton(call: Described) -> tuple[str, ...]:
 def _missing_slopes(call: Described) -> tuple[str, ...]:
     """Slopes that the gradients of a call need and its mods lack."""
     reasons: tuple[str, ...] = ()
-    operands = iter(call.companions.operands)
+    operands = iter(call.others.operands)
     # whether a gradient passes through the mods to come
-    through = any(x is not None and x.requires_grad for x in (call.q, call.k, call.companions.score_weight))
+    through = any(x is not None and x.requires_grad for x in (call.q, call.k, call.others.score_weight))
     for member in call.spec.score_mods:
         mod = member.code
         slopes = mod.arg_slopes + (None,) * len(member.args)
@@ -119,29 +119,29 @@ def _missing_slopes(call: Described) -> tuple[str, ...]:
 
 def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
     """Reasons why torch's fused kernel does not compute exactly this call."""
-    q, spec, companions = call.q, call.spec, call.companions
+    q, spec, others = call.q, call.spec, call.others
     reasons: tuple[str, ...] = ()
     if spec.softcap is not None:
         reasons += ("torch's fused kernel has no softcap",)
     if return_lse:
         reasons += ("torch's fused kernel gives no differentiable LSE",)
-    if companions.score_weight is not None:
+    if others.score_weight is not None:
         reasons += ("torch's fused kernel has no additive score",)
-    if companions.sinks is not None:
+    if others.sinks is not None:
         reasons += ("torch's fused kernel has no sinks",)
     if spec.precise and any(x.requires_grad for x in (q, call.k, call.v)):
         reasons += ("torch's fused kernel has no precise backward",)
     for member in spec.score_mods:
         if member.code != mods.BIAS.code:
             reasons += (f"torch's fused kernel has no score mod {member.code.name}",)
-    operands = iter(companions.operands)
+    operands = iter(others.operands)
     for member in spec.score_mods:
         tensors = [next(operands) for kind in member.args if kind in (TENSOR, RELATIVE)]
         if member.code == mods.BIAS.code and (RELATIVE in member.args or tensors[0].requires_grad):
             reasons += ("torch's fused kernel gives no bias gradient and takes no relative bias",)
     if any(member.code not in (mods.MASK.code, mods.HIDE.code) for member in spec.mask_mods):
         reasons += ("torch's fused kernel has no mask functions",)
-    if spec.longest is not None and (q.device.type != "cpu" or companions.operands or spec.dropout_p > 0):
+    if spec.longest is not None and (q.device.type != "cpu" or others.operands or spec.dropout_p > 0):
         reasons += ("torch's fused kernel takes no packed sequences with masks or dropout, and on a GPU none at all",)
     if spec.dropout_p > 0 and torch.compiler.is_compiling() and torch_private.activation_memory_budget() < 1:
         reasons += ("below an activation_memory_budget of 1, torch draws another dropout mask in the backward",)

@@ -35,8 +35,8 @@ def gluon(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     dq, dk, dv = _empty(problem, needs)
     lse = as_rows(saved.lse, problem.q, problem.packed)
     delta = yield from hopper.gluon_backward(problem, saved, lse, dq, dk, dv)
-    dsinks = _sinks_gradient(lse, delta, problem.companions.sinks) if needs.dsinks else None
-    return Gradients(dq, dk, dv, dsinks, None, [None] * len(problem.companions.operands))
+    dsinks = _sinks_gradient(lse, delta, problem.others.sinks) if needs.dsinks else None
+    return Gradients(dq, dk, dv, dsinks, None, [None] * len(problem.others.operands))
 
 
 def against_fused(problem: Problem, needs: Needs) -> tuple[str, ...]:
@@ -62,13 +62,13 @@ def fused(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     if k.numel():
         yield from dkv_launches(q, k, v, saved.dout, lse, delta, dk, dv, (), call, config, total)
     torch.mul(total, call.scale, out=dq)
-    dsinks = _sinks_gradient(lse, delta, problem.companions.sinks) if needs.dsinks else None
-    return Gradients(dq, dk, dv, dsinks, None, [None] * len(problem.companions.operands))
+    dsinks = _sinks_gradient(lse, delta, problem.others.sinks) if needs.dsinks else None
+    return Gradients(dq, dk, dv, dsinks, None, [None] * len(problem.others.operands))
 
 
 def separate(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     """Seven products, deterministic to the bit: dQ by queries, dK and dV by keys, then the gradients of operands."""
-    q, k, v, call, companions = problem.q, problem.k, problem.v, problem.call, problem.companions
+    q, k, v, call, others = problem.q, problem.k, problem.v, problem.call, problem.others
     dout = saved.dout
     dq, dk, dv = _empty(problem, needs)
     lse = as_rows(saved.lse, q, problem.packed)
@@ -77,7 +77,7 @@ def separate(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.doperands):
         delta = yield from _delta(problem, saved, lse)
         if needs.dsinks:
-            dsinks = _sinks_gradient(lse, delta, companions.sinks)
+            dsinks = _sinks_gradient(lse, delta, others.sinks)
     if (needs.dq or needs.dscore_weight) and q.numel():
         config = problem.config("dq")
         tiles, listing = list_launch(call, q, k, config, keys_first=False)
@@ -86,16 +86,16 @@ def separate(problem: Problem, saved: Saved, needs: Needs) -> Backward:
         target = like(q, q.shape[3]) if dq is None else dq
         yield dq_launch(q, k, v, dout, lse, delta, target, tiles, summing, config=config)
         if parts is not None:
-            dscore_weight = parts.sum((0, 2)).to(companions.score_weight.dtype)
+            dscore_weight = parts.sum((0, 2)).to(others.score_weight.dtype)
     elif needs.dscore_weight:
-        dscore_weight = torch.zeros_like(companions.score_weight, memory_format=torch.contiguous_format)
+        dscore_weight = torch.zeros_like(others.score_weight, memory_format=torch.contiguous_format)
     if (needs.dk or needs.dv) and k.numel():
         config = problem.config("dkv")
         tiles, listing = list_launch(call, q, k, config, keys_first=True)
         yield from listing
         yield from dkv_launches(q, k, v, dout, lse, delta, dk, dv, tiles, call, config)
     doperands: list[torch.Tensor | None] = []
-    for operand, role, need in zip(companions.operands, problem.roles, needs.doperands, strict=True):
+    for operand, role, need in zip(others.operands, problem.roles, needs.doperands, strict=True):
         if not need or role is None:
             doperands.append(None)
             continue
@@ -119,7 +119,7 @@ def _empty(problem: Problem, needs: Needs) -> tuple[Any, Any, Any]:
     """dq, dk and dv, to be filled; None for one that nobody asked for."""
     wanted = (problem.q, needs.dq), (problem.k, needs.dk), (problem.v, needs.dv)
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in wanted)
-    if problem.packed or problem.companions.used_k is not None:  # rows that do not count are no program's
+    if problem.packed or problem.others.used_k is not None:  # rows that do not count are no program's
         for grad in (dq, dk, dv):
             if grad is not None:
                 grad.zero_()

@@ -40,7 +40,7 @@ def _one_kernel(problem: Problem, config: TileConfig) -> Forward:
     if out.numel():
         tiles, listing = list_launch(call, q, k, config, keys_first=False)
         yield from listing
-        yield forward_launch(q, k, v, out, lse, problem.companions.sinks, tiles, call, config=config, precise=precise)
+        yield forward_launch(q, k, v, out, lse, problem.others.sinks, tiles, call, config=config, precise=precise)
     if not precise:
         return out, lse, None
     rounded = like(q, out.shape[3]).copy_(out)
@@ -51,7 +51,7 @@ def against_splits(problem: Problem) -> tuple[str, ...]:
     """Reasons not to give the keys of a call to several programs each."""
     if problem.call.n_queries > FEW_QUERIES:
         return _MANY_QUERIES
-    if problem.residual or problem.companions.score_weight is not None:
+    if problem.residual or problem.others.score_weight is not None:
         return ("precise and additive attention do not join parts",)
     return () if _n_splits(problem) > 1 else ("too few keys",)
 
@@ -59,7 +59,7 @@ def against_splits(problem: Problem) -> tuple[str, ...]:
 def _unseen(problem: Problem) -> int:
     if problem.spec.window.left is None:
         return 0
-    return unseen_keys(problem.spec, problem.companions, problem.call.n_queries, problem.call.n_keys)
+    return unseen_keys(problem.spec, problem.others, problem.call.n_queries, problem.call.n_keys)
 
 
 def _n_splits(problem: Problem) -> int:
@@ -69,7 +69,7 @@ def _n_splits(problem: Problem) -> int:
 
 def splits(problem: Problem) -> Forward:
     """Few queries over many keys, as in decoding: the keys in shares, each with a result of its own, and these joined."""
-    q, k, v, spec, companions = problem[:5]
+    q, k, v, spec, others = problem[:5]
     count, unseen, call = _n_splits(problem), _unseen(problem), problem.call
     if unseen:  # from the first key on that the window of some query reaches
         k, v = k[:, :, unseen:], v[:, :, unseen:]
@@ -90,7 +90,7 @@ def splits(problem: Problem) -> Forward:
     yield forward_launch(rows, k, v, outs, shares_lse.flatten(-4, -3), None, tiles, call, config=config, split=split,
                          n_shares=count)
     out = like(q, v.shape[3])
-    yield combine_launch(shares, shares_lse, out, lse, companions.sinks, config=problem.config("combine"))
+    yield combine_launch(shares, shares_lse, out, lse, others.sinks, config=problem.config("combine"))
     return out, lse, None
 
 

@@ -22,8 +22,8 @@ def against(name: str, which: str, problem: Problem) -> tuple[str, ...]:
     if reasons := rungs.against(name):
         return reasons
     reasons = _against_tensors(which, problem)
-    q, spec, companions = problem.q, problem.spec, problem.companions
-    if spec.precise or companions.score_weight is not None:
+    q, spec, others = problem.q, problem.spec, problem.others
+    if spec.precise or others.score_weight is not None:
         reasons += ("precise and additive attention have kernels of their own",)
     if name == "descriptors":
         return (*reasons, "dropout: Triton serialises its matrix products") if spec.dropout_p else reasons
@@ -37,7 +37,7 @@ def against(name: str, which: str, problem: Problem) -> tuple[str, ...]:
     dim, dim_v = q.shape[3], problem.v.shape[3]
     if tile_width(dim) != tile_width(dim_v):
         reasons += (f"head dims {dim} and {dim_v} have tiles of different widths",)
-    if companions.used_k is not None and companions.cu_k is None:
+    if others.used_k is not None and others.cu_k is None:
         reasons += ("key lengths: boxes of a dense batch end with the tensor, and what lies between may be NaN",)
     return reasons
 
@@ -78,7 +78,7 @@ def gluon_forward(problem: Problem) -> Generator[Launch, None, tuple[torch.Tenso
     from fused_attn.kernels.hopper.forward import forward_launch
 
     (q, k, v), (out, lse) = problem[:3], problem.outputs()
-    yield forward_launch(q, k, v, out, lse, problem.companions.sinks, problem.spec.softcap, problem.call,
+    yield forward_launch(q, k, v, out, lse, problem.others.sinks, problem.spec.softcap, problem.call,
                          config=problem.rung_config("gluon"))
     return out, lse, None
 

@@ -18,7 +18,7 @@ def statistics(problem: Problem) -> Generator[Launch, None, tuple[torch.Tensor, 
     q, k, config = problem.q, problem.k, problem.config("operand_grad")  # whose tiles hold one [BLOCK_M, BLOCK_N] of weights
     received, entropy, maximum = like_statistics(q, k)
     lse = lse_like(q, problem.spec, packed=False)
-    yield row_stats_launch(q, k, lse, entropy, maximum, problem.companions.sinks, problem.call, config=config)
+    yield row_stats_launch(q, k, lse, entropy, maximum, problem.others.sinks, problem.call, config=config)
     yield column_sums_launch(q, k, lse, received, problem.call, config=config)
     return received, entropy, maximum
 
@@ -28,7 +28,7 @@ def weights(problem: Problem) -> Generator[Launch, None, torch.Tensor]:
     q, k, config = problem.q, problem.k, problem.config("operand_grad")
     _, entropy, maximum = like_statistics(q, k)
     lse, p = lse_like(q, problem.spec, packed=False), like_weights(q, k)
-    yield row_stats_launch(q, k, lse, entropy, maximum, problem.companions.sinks, problem.call, config=config)
+    yield row_stats_launch(q, k, lse, entropy, maximum, problem.others.sinks, problem.call, config=config)
     yield weights_launch(q, k, lse, p, problem.call, config=config)
     return p
 

@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 
 from fused_attn.call.layout import packed_rows
-from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Longest, Member
+from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Longest, Member, OtherTensors
 from fused_attn.kernels.dropout import Dropout
 from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
@@ -36,20 +36,20 @@ def precision(dtype: torch.dtype, asked: str | None, arch: str) -> str:
     return "tf32" if tf32 and target.tf32 else "ieee"
 
 
-def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions, arch: str) -> Lowered:
-    """``spec`` and ``companions`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
-    batch = q.shape[0] if companions.cu_q is None else companions.cu_q.shape[0] - 1
+def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTensors, arch: str) -> Lowered:
+    """``spec`` and ``others`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
+    batch = q.shape[0] if others.cu_q is None else others.cu_q.shape[0] - 1
     n_queries, n_keys = spec.longest or Longest(q.shape[2], k.shape[2])
     # Without its mods, which would live as long as the cache.
     plain = spec._replace(score_mods=(), mask_mods=())
     call = _call(plain, bool(spec.score_mods), batch, n_queries, n_keys, q.dtype, precision(q.dtype, spec.fp32_precision, arch))
-    additive = () if companions.score_weight is None else _additive(companions.score_weight)
-    dense = companions.cu_q is None and companions.used_k is None
+    additive = () if others.score_weight is None else _additive(others.score_weight)
+    dense = others.cu_q is None and others.used_k is None
     if dense and not spec.score_mods and not spec.mask_mods and spec.dropout_p == 0:
         return Lowered(call._replace(extras=call.extras._replace(additive=additive)) if additive else call, ())
 
     score_mods = call.extras.mods
-    operands, element_size = list(companions.operands), q.element_size()
+    operands, element_size = list(others.operands), q.element_size()
     roles: list[tuple[int, int] | None] = []
     for member in spec.score_mods:
         mod = member.code
@@ -59,8 +59,8 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
         roles += [(len(score_mods), i) for i, kind in enumerate(member.args) if kind in (TENSOR, RELATIVE)]
         arguments = _arguments(member, operands, n_queries, element_size)
         score_mods += (Mod(function, slope, arg_slopes, arguments, _order(member)),)
-    packed = companions.cu_q is not None
-    by_batch = packed or companions.used_k is not None
+    packed = others.cu_q is not None
+    by_batch = packed or others.used_k is not None
     by_head = False
     keeps: tuple[Keep, ...] = ()
     for member in spec.mask_mods:
@@ -71,9 +71,9 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Com
         roles += [None] * len(tensors)
         function = KEEPS[mod.name] if mod.function is None else mod.function
         keeps += (Keep(function, _arguments(member, operands, n_queries, element_size), _order(member)),)
-    extras = Extras(score_mods, keeps, _sequences(companions, q, k), _dropout(spec, companions), additive)
-    loaded = sum(x.element_size() for x in companions.operands if x.dim() == 3 or (x.stride(2) and x.stride(3)))
-    widest = max((max(x.stride()[2:]) for x in companions.operands), default=0)
+    extras = Extras(score_mods, keeps, _sequences(others, q, k), _dropout(spec, others), additive)
+    loaded = sum(x.element_size() for x in others.operands if x.dim() == 3 or (x.stride(2) and x.stride(3)))
+    widest = max((max(x.stride()[2:]) for x in others.operands), default=0)
     return Lowered(call._replace(extras=extras, masks_by=(by_batch, by_head), widest=widest,
                                  loaded_bytes=loaded), tuple(roles))
 
@@ -122,17 +122,17 @@ def _additive(weight: torch.Tensor) -> Additive:
     return Additive(weight, tl.constexpr(0) if weight.stride(0) == 0 else weight.stride(0))
 
 
-def _sequences(companions: Companions, q: torch.Tensor, k: torch.Tensor) -> Sequences:
-    given = companions.cu_q, companions.cu_k, companions.used_q, companions.used_k
+def _sequences(others: OtherTensors, q: torch.Tensor, k: torch.Tensor) -> Sequences:
+    given = others.cu_q, others.cu_k, others.used_q, others.used_k
     cu_q, cu_k, used_q, used_k = (() if x is None else (x,) for x in given)
-    if companions.cu_q is None:
+    if others.cu_q is None:
         return Sequences(cu_q, cu_k, used_q, used_k)
     return Sequences(cu_q, cu_k, used_q, used_k, packed_rows(q.shape[2]), packed_rows(k.shape[2]))
 
 
-def _dropout(spec: AttentionSpec, companions: Companions) -> tuple[Any, ...]:
+def _dropout(spec: AttentionSpec, others: OtherTensors) -> tuple[Any, ...]:
     if spec.dropout_p == 0:
         return ()
     threshold = min(round(spec.dropout_p * 2**32), 2**32 - 1)
     factor = 1 / (1 - spec.dropout_p) if spec.dropout_p < 1 else 0.0
-    return Dropout(companions.seed, tl.constexpr(threshold), tl.constexpr(factor))
+    return Dropout(others.seed, tl.constexpr(threshold), tl.constexpr(factor))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fused_attn.call.layout import keeps_residual, like, lse_like
-from fused_attn.call.spec import AttentionSpec, Companions, TileConfig
+from fused_attn.call.spec import AttentionSpec, OtherTensors, TileConfig
 from fused_attn.kernels.launch import Call
 from fused_attn.plan import tuned
 from fused_attn.plan.lower import lower
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     spec: AttentionSpec
-    companions: Companions
+    others: OtherTensors
     device: torch.device
     arch: str
     call: Call
@@ -45,23 +45,23 @@ class Problem(NamedTuple):
     tiles: Mapping[str, TileConfig]
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, companions: Companions,
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,
            arch: str | None = None, tiles: Mapping[str, TileConfig] = SHIPPED,
            device: torch.device | None = None) -> "Problem":
         """For the device of its tensors, for another one, or for ``arch``."""
         device = q.device if device is None else device
         arch = arch_of(device) if arch is None else arch
-        lowered = lower(q, k, spec, companions, arch)
-        return cls(q, k, v, spec, companions, device, arch, *lowered, tiles)
+        lowered = lower(q, k, spec, others, arch)
+        return cls(q, k, v, spec, others, device, arch, *lowered, tiles)
 
     @property
     def packed(self) -> bool:
-        return self.companions.cu_q is not None
+        return self.others.cu_q is not None
 
     @property
     def residual(self) -> bool:
         """Whether the output is kept in twice its digits."""
-        return keeps_residual(self.spec, self.companions)
+        return keeps_residual(self.spec, self.others)
 
     def outputs(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [B, H, Nq, Dv], lse as ``layout.lse_like`` makes it), to be filled."""

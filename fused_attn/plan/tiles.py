@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from fused_attn.call.spec import AttentionSpec, Companions
+from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.call.spec import TileConfig as T
 from fused_attn.targets import TARGETS, target_of
 
@@ -234,9 +234,9 @@ def n_shares(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group:
     return max(1, min(-(-longest_k // share), n_keys // (SHARE_A_ROW * max(1, n_queries) * group)))
 
 
-def unseen_keys(spec: AttentionSpec, companions: Companions, n_queries: int, n_keys: int) -> int:
+def unseen_keys(spec: AttentionSpec, others: OtherTensors, n_queries: int, n_keys: int) -> int:
     """Keys before the first that the window of some query reaches, where positions are all that tells keys apart."""
-    plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and companions.cu_k is None and companions.used_k is None
+    plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and others.cu_k is None and others.used_k is None
     return max(0, spec.offset(n_queries, n_keys) - spec.window.left) if plain and spec.window.left is not None else 0
 
 

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from fused_attn import torch_private
 from fused_attn.call.schema import FORWARD, Needs, Saved
-from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec, Companions
+from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
 from fused_attn.run import ops
 
 
@@ -18,10 +18,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: AttentionSpec, *tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """``tensors``: q, k, v, then companions, flat."""
-        q, k, v, *companions = tensors
-        out, lse, residual = ops.forward(q, k, v, Companions.of(companions), spec)
-        ctx.save_for_backward(q, k, v, out, residual, lse, *companions)
+        """``tensors``: q, k, v, then others, flat."""
+        q, k, v, *others = tensors
+        out, lse, residual = ops.forward(q, k, v, OtherTensors.of(others), spec)
+        ctx.save_for_backward(q, k, v, out, residual, lse, *others)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return out, _rounded(lse)
@@ -44,17 +44,17 @@ class TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: AttentionSpec, *tensors: Any) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, *companions = tensors
-        return ops.forward(q, k, v, Companions.of(companions), spec)
+        q, k, v, *others = tensors
+        return ops.forward(q, k, v, OtherTensors.of(others), spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        spec, q, k, v, *companions = inputs
+        spec, q, k, v, *others = inputs
         out, lse, residual = output
         if residual is not None:
             ctx.mark_non_differentiable(residual)
         ctx.spec = spec
-        ctx.save_for_backward(q, k, v, out, residual, lse, *companions)
+        ctx.save_for_backward(q, k, v, out, residual, lse, *others)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -68,27 +68,27 @@ class TransformedAttention(torch.autograd.Function):
 
 def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The backward of ``Attention``: a gradient, or None, for each argument of its forward."""
-    q, k, v, out, residual, lse, *companions = ctx.saved_tensors
+    q, k, v, out, residual, lse, *others = ctx.saved_tensors
     if dout is None:
         dout = out.new_zeros(()).expand_as(out)
-    _, of_q, of_k, of_v, *of_companions = ctx.needs_input_grad
-    of: Any = Companions.of(of_companions)
+    _, of_q, of_k, of_v, *of_others = ctx.needs_input_grad
+    of: Any = OtherTensors.of(of_others)
     needs = Needs(of_q, of_k, of_v, of.sinks, of.score_weight, of.operands)
     # With create_graph=True the gradients must not pass for constants: a second derivative raises.
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     backward = AttentionBackward.apply if differentiable else run_backward
     dq, dk, dv, dsinks, dscore_weight, *doperands = backward(
-        ctx.spec, needs, *Saved(dout, dlse, q, k, v, out, residual, lse), *companions)
-    grads = Companions(sinks=dsinks, score_weight=dscore_weight, operands=tuple(doperands)).flat()
+        ctx.spec, needs, *Saved(dout, dlse, q, k, v, out, residual, lse), *others)
+    grads = OtherTensors(sinks=dsinks, score_weight=dscore_weight, operands=tuple(doperands)).flat()
     return tuple(grad if need else None for grad, need in zip((None, dq, dk, dv, *grads), ctx.needs_input_grad, strict=True))
 
 
 def run_backward(spec: AttentionSpec, needs: Needs, *tensors: Any) -> tuple[torch.Tensor, ...]:
     """The backward with its gradients of operands one by one, as a Function's outputs must be; ``tensors``: what is saved,
-    then companions, flat."""
+    then others, flat."""
     rest = iter(tensors)
     saved = Saved(*[next(rest) for _ in Saved._fields])
-    *grads, doperands = ops.backward(saved, Companions.of(rest), spec, needs)
+    *grads, doperands = ops.backward(saved, OtherTensors.of(rest), spec, needs)
     return *grads, *doperands
 
 
@@ -116,15 +116,15 @@ class AttentionBackward(torch.autograd.Function):
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-              companions: Companions = NO_COMPANIONS) -> tuple[torch.Tensor, torch.Tensor]:
+              others: OtherTensors = NO_OTHERS) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) by the kernels; the autograd graph is built only where a gradient is wanted."""
-    sources = (q, k, v, *companions.flat())
+    sources = (q, k, v, *others.flat())
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # Forward AD gets torch's own clear error from the Function, before the op's guard would raise.
     transformed = torch_private.transforms_active()
     exported = torch.compiler.is_exporting()  # a program of ops, which are differentiable themselves where it runs
     if exported or (not wanted and not transformed and not torch_private.forward_mode()):
-        out, lse, _ = ops.forward(q, k, v, companions, spec)
+        out, lse, _ = ops.forward(q, k, v, others, spec)
         return out, _rounded(lse)
     if transformed and torch.compiler.is_compiling():  # which gives a Function of transforms a ctx that it does not take
         raise NotImplementedError("fused_attn: torch.func within torch.compile is not built yet for backend 'triton'; take the "
@@ -210,8 +210,8 @@ class Recomputed(torch.autograd.Function):
 
 
 def _forward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    (q, k, v), companions, spec = FORWARD.records(arguments)
-    out, lse, residual = TransformedAttention.apply(spec, q, k, v, *companions.flat())
+    (q, k, v), others, spec = FORWARD.records(arguments)
+    out, lse, residual = TransformedAttention.apply(spec, q, k, v, *others.flat())
     return out, lse, ops.some(residual, out)
 
 

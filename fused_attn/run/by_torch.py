@@ -8,17 +8,17 @@ import torch.nn.functional as F
 
 from fused_attn import reference, torch_private, tracing
 from fused_attn.call import mods
-from fused_attn.call.spec import TENSOR, AttentionSpec, Companions, Member, Window
+from fused_attn.call.spec import TENSOR, AttentionSpec, Member, OtherTensors, Window
 
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-                    companions: Companions) -> torch.Tensor:
+                    others: OtherTensors) -> torch.Tensor:
     """The output of a call; ``backends.against_torch`` says which calls it is for.
 
     Dropout is torch's: a mask of its own from torch's generator, and on the CPU torch's quadratic path.
     """
     if spec.longest is not None:
-        return _torch_packed(q, k, v, spec, companions)
+        return _torch_packed(q, k, v, spec, others)
     n_queries, n_keys, dim, dim_v = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     left, right = spec.window
     offset = spec.offset(n_queries, n_keys)
@@ -26,17 +26,17 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     surely = torch_private.surely  # a graph of lengths that vary keeps its mask, and is of every length
     left = None if left is None or surely(offset + n_queries - 1 - left <= 0) else left
     right = None if right is None or surely(offset + right >= n_keys - 1) else right
-    masked = bool(companions.operands) or companions.used_k is not None
+    masked = bool(others.operands) or others.used_k is not None
     # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
     causal = left is None and right == 0 and surely(offset == 0) and _plain(spec.scale > 0) and not masked
     windowed = not causal and (left is not None or right is not None)
     mask = reference.window_mask(spec, n_queries, n_keys, q.device) if windowed else None
-    if companions.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
-        counted = torch.arange(n_keys, device=q.device) < companions.used_k[:, None]
+    if others.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
+        counted = torch.arange(n_keys, device=q.device) < others.used_k[:, None]
         k, v = (x.masked_fill(~counted[:, None, :, None], 0) for x in (k, v))
         mask = counted[:, None, None, :] if mask is None else mask & counted[:, None, None, :]
     if masked:
-        mask = _joined_mask(mask, q, spec, companions)
+        mask = _joined_mask(mask, q, spec, others)
     if dim != dim_v:  # zero columns change neither scores nor the other outputs
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[3])) for x in (q, k, v))
     if q.device.type == "cpu":  # with another stride torch would leave its fused kernel for a quadratic one
@@ -52,9 +52,9 @@ def _plain(condition: Any) -> bool:
 
 
 def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec,
-                 companions: Companions) -> torch.Tensor | None:
+                 others: OtherTensors) -> torch.Tensor | None:
     """One mask or bias for torch, of the masks and the biases of a call: one tensor each, in this order."""
-    biases, masks = companions.operands[: len(spec.score_mods)], companions.operands[len(spec.score_mods) :]
+    biases, masks = others.operands[: len(spec.score_mods)], others.operands[len(spec.score_mods) :]
     for member, operand in zip(spec.mask_mods, masks, strict=True):
         operand = operand == 0 if member.code == mods.HIDE.code else operand
         mask = operand if mask is None else mask & operand
@@ -67,32 +67,32 @@ def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec
 
 
 def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-                  companions: Companions) -> torch.Tensor:
+                  others: OtherTensors) -> torch.Tensor:
     """One sequence after the other, or all at once where lengths have no values yet; rows that belong to none give 0."""
-    if tracing.traced(companions.cu_q):
-        return _torch_padded(q, k, v, spec, companions)
+    if tracing.traced(others.cu_q):
+        return _torch_padded(q, k, v, spec, others)
     one, outs, at = spec._replace(longest=None), [], 0
-    spans = zip(reference.spans(companions.cu_q, companions.used_q, q.shape[2]),
-                reference.spans(companions.cu_k, companions.used_k, k.shape[2]), strict=True)
+    spans = zip(reference.spans(others.cu_q, others.used_q, q.shape[2]),
+                reference.spans(others.cu_k, others.used_k, k.shape[2]), strict=True)
     for (q0, q1), (k0, k1) in spans:
         parts = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
         outs += [q.new_zeros(1, q.shape[1], q0 - at, v.shape[3]),
-                 _of_nothing(*parts) if q0 == q1 or k0 == k1 else torch_attention(*parts, one, Companions())]
+                 _of_nothing(*parts) if q0 == q1 or k0 == k1 else torch_attention(*parts, one, OtherTensors())]
         at = q1
     return torch.cat((*outs, q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3])), 2)
 
 
 def _torch_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-                  companions: Companions) -> torch.Tensor:
+                  others: OtherTensors) -> torch.Tensor:
     longest_q, longest_k = spec.longest or (0, 0)
-    queries = reference.Padded.of(q, companions.cu_q, companions.used_q, longest_q)
-    keys, values = (reference.Padded.of(x, companions.cu_k, companions.used_k, longest_k) for x in (k, v))
+    queries = reference.Padded.of(q, others.cu_q, others.used_q, longest_q)
+    keys, values = (reference.Padded.of(x, others.cu_k, others.used_k, longest_k) for x in (k, v))
     n_queries, n_keys = queries.rows.shape[1], keys.rows.shape[1]
     mask = (torch.arange(n_keys, device=q.device) < keys.lengths[:, None])[:, None, None, :]
     if spec.window != Window():
         mask = mask & reference.window_mask(spec, n_queries, n_keys, q.device, queries.offset(keys, spec))
     masked = spec._replace(longest=None, window=Window(), mask_mods=(Member(mods.MASK.code, (TENSOR,)),))
-    out = torch_attention(queries.x, keys.x, values.x, masked, Companions(operands=(mask,)))
+    out = torch_attention(queries.x, keys.x, values.x, masked, OtherTensors(operands=(mask,)))
     return queries.packed(out, q.shape[2], 0)
 
 

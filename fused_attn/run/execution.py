@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fused_attn.call.schema import Needs, Saved
-from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec, Companions
+from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
 from fused_attn.plan import inspection, schedules
 from fused_attn.plan.plan import Plan, finish, plan, unstored
 from fused_attn.plan.problem import Problem
@@ -13,33 +13,33 @@ from fused_attn.plan.problem import Problem
 
 def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Plan | None:
     """The plan of a plain call without gradients: (q, k, v) -> (out, lse)."""
-    schedule = schedules.of_forward(Problem.of(q, k, v, spec, NO_COMPANIONS))  # which may ask where the tensors begin
+    schedule = schedules.of_forward(Problem.of(q, k, v, spec, NO_OTHERS))  # which may ask where the tensors begin
     given = unstored(q), unstored(k), unstored(v)
-    return plan(schedule.steps(Problem.of(*given, spec, NO_COMPANIONS, device=q.device)), given)
+    return plan(schedule.steps(Problem.of(*given, spec, NO_OTHERS, device=q.device)), given)
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
-            companions: Companions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            others: OtherTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse as ``lse_like`` makes it, and what rounding took from out where the call keeps it)."""
-    problem = Problem.of(q, k, v, spec, companions)
+    problem = Problem.of(q, k, v, spec, others)
     return finish(schedules.of_forward(problem).steps(problem))
 
 
-def backward(saved: Saved, spec: AttentionSpec, companions: Companions, needs: Needs) -> tuple[Any, ...]:
+def backward(saved: Saved, spec: AttentionSpec, others: OtherTensors, needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand]), None for every gradient that nobody asked for."""
-    problem = Problem.of(saved.q, saved.k, saved.v, spec, companions)
+    problem = Problem.of(saved.q, saved.k, saved.v, spec, others)
     return finish(schedules.of_backward(problem, needs).steps(problem, saved, needs))
 
 
 def statistics(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec,
-               companions: Companions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+               others: OtherTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
-    return finish(inspection.statistics(Problem.of(q, k, k[..., :1], spec, companions)))
+    return finish(inspection.statistics(Problem.of(q, k, k[..., :1], spec, others)))
 
 
-def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, companions: Companions) -> torch.Tensor:
+def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTensors) -> torch.Tensor:
     """[B, H, Nq, Nk] in q's dtype."""
-    return finish(inspection.weights(Problem.of(q, k, k[..., :1], spec, companions)))
+    return finish(inspection.weights(Problem.of(q, k, k[..., :1], spec, others)))
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fused_attn import torch_private
 from fused_attn.call.describe import Described
 from fused_attn.call.layout import check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
 from fused_attn.call.schema import BACKWARD, FORWARD, INSPECTION, Inputs, Needs, Pair, Saved
-from fused_attn.call.spec import AttentionSpec, Companions
+from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.tracing import watched
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
@@ -31,24 +31,24 @@ LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool 
 _OPS = torch.ops.fused_attn
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, companions: Companions,
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: OtherTensors,
             spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse as ``layout.lse_like`` makes it, residual or None) of a call."""
-    if not watched((q, k, v, *companions.flat())):
+    if not watched((q, k, v, *others.flat())):
         from fused_attn.run import execution  # here and below, so that the ops exist without Triton
 
-        return execution.forward(q, k, v, spec, companions)
-    out, lse, residual = _OPS.forward.default(*FORWARD.flat(Inputs(q, k, v), companions, spec))
+        return execution.forward(q, k, v, spec, others)
+    out, lse, residual = _OPS.forward.default(*FORWARD.flat(Inputs(q, k, v), others, spec))
     return out, lse, residual if residual.numel() else None
 
 
-def backward(saved: Saved, companions: Companions, spec: AttentionSpec, needs: Needs) -> tuple[Any, ...]:
+def backward(saved: Saved, others: OtherTensors, spec: AttentionSpec, needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand])."""
-    if not watched((*saved, *companions.flat())) and not _batched(saved.dout, saved.dlse):
+    if not watched((*saved, *others.flat())) and not _batched(saved.dout, saved.dlse):
         from fused_attn.run import execution
 
-        return execution.backward(saved, spec, companions, needs)
-    grads: tuple[Any, ...] = _OPS.backward.default(*BACKWARD.flat(saved, companions, spec, needs))
+        return execution.backward(saved, spec, others, needs)
+    grads: tuple[Any, ...] = _OPS.backward.default(*BACKWARD.flat(saved, others, spec, needs))
     return grads
 
 
@@ -63,45 +63,45 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 @torch.no_grad()
-def statistics(q: torch.Tensor, k: torch.Tensor, companions: Companions,
+def statistics(q: torch.Tensor, k: torch.Tensor, others: OtherTensors,
                spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq]), without gradients."""
-    if not watched((q, k, *companions.flat())):
+    if not watched((q, k, *others.flat())):
         from fused_attn.run import execution
 
-        return execution.statistics(q, k, spec, companions)
+        return execution.statistics(q, k, spec, others)
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _OPS.statistics.default(
-        *INSPECTION.flat(Pair(q, k), companions, spec))
+        *INSPECTION.flat(Pair(q, k), others, spec))
     return found
 
 
 @torch.no_grad()
-def weights(q: torch.Tensor, k: torch.Tensor, companions: Companions, spec: AttentionSpec) -> torch.Tensor:
+def weights(q: torch.Tensor, k: torch.Tensor, others: OtherTensors, spec: AttentionSpec) -> torch.Tensor:
     """[B, H, Nq, Nk] in q's dtype, without gradients."""
-    if not watched((q, k, *companions.flat())):
+    if not watched((q, k, *others.flat())):
         from fused_attn.run import execution
 
-        return execution.weights(q, k, spec, companions)
-    found: torch.Tensor = _OPS.weights.default(*INSPECTION.flat(Pair(q, k), companions, spec))
+        return execution.weights(q, k, spec, others)
+    found: torch.Tensor = _OPS.weights.default(*INSPECTION.flat(Pair(q, k), others, spec))
     return found
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     from fused_attn.run import execution
 
-    (q, k, v), companions, spec = FORWARD.records(arguments)
-    out, lse, residual = execution.forward(q, k, v, spec, _in_rows(companions))
+    (q, k, v), others, spec = FORWARD.records(arguments)
+    out, lse, residual = execution.forward(q, k, v, spec, _in_rows(others))
     return out, lse, some(residual, out)
 
 
-def _in_rows(companions: Companions) -> Companions:
-    """``companions`` as kernels trust them to lie, whatever stood between a call and its op: torch may make zeros of one."""
+def _in_rows(others: OtherTensors) -> OtherTensors:
+    """``others`` as kernels trust them to lie, whatever stood between a call and its op: torch may make zeros of one."""
     rows = {name: x.contiguous() for name in ("cu_q", "cu_k", "used_q", "used_k", "sinks")
-            if (x := getattr(companions, name)) is not None}
-    weight = companions.score_weight
+            if (x := getattr(others, name)) is not None}
+    weight = others.score_weight
     if weight is not None and weight.stride(-1) != 1:
         rows["score_weight"] = weight.contiguous()
-    return companions._replace(**rows)
+    return others._replace(**rows)
 
 
 def _batched(*gradients: torch.Tensor | None) -> bool:
@@ -115,30 +115,30 @@ def some(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    (q, _, v), companions, spec = FORWARD.records(arguments)
+    (q, _, v), others, spec = FORWARD.records(arguments)
     out = like(q, v.shape[3])
-    residual = like(q, v.shape[3]) if keeps_residual(spec, companions) else out.new_empty(0)
-    return out, lse_like(q, spec, companions.cu_q is not None), residual
+    residual = like(q, v.shape[3]) if keeps_residual(spec, others) else out.new_empty(0)
+    return out, lse_like(q, spec, others.cu_q is not None), residual
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
     from fused_attn.run import execution
 
-    saved, companions, spec, needs = BACKWARD.records(arguments)
-    *grads, doperands = execution.backward(saved, spec, _in_rows(companions), needs)
+    saved, others, spec, needs = BACKWARD.records(arguments)
+    *grads, doperands = execution.backward(saved, spec, _in_rows(others), needs)
     whose = saved.q, saved.k, saved.v, saved.lse, saved.lse
     return (*(some(grad, x) for grad, x in zip(grads, whose, strict=True)),
-            [some(grad, x) for grad, x in zip(doperands, companions.operands, strict=True)])
+            [some(grad, x) for grad, x in zip(doperands, others.operands, strict=True)])
 
 
 def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
-    saved, companions, _, needs = BACKWARD.records(arguments)
+    saved, others, _, needs = BACKWARD.records(arguments)
     q, k, v, lse = saved.q, saved.k, saved.v, saved.lse
-    sinks, weight = companions.sinks, companions.score_weight
+    sinks, weight = others.sinks, others.score_weight
     dscore_weight = weight.new_empty(weight.shape) if weight is not None and needs.dscore_weight else lse.new_empty(0)
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and needs.dsinks else lse.new_empty(0)
     doperands = [x.new_empty(x.shape) if need else x.new_empty(0)
-                 for x, need in zip(companions.operands, needs.doperands, strict=True)]
+                 for x, need in zip(others.operands, needs.doperands, strict=True)]
     # A gradient that nobody asked for is an empty tensor: an op's outputs are fixed in number.
     grads = (like(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((q, needs.dq), (k, needs.dk), (v, needs.dv)))
     return *grads, dsinks, dscore_weight, doperands
@@ -176,11 +176,11 @@ def seeded(call: Described) -> Described:
 
     One that has a seed keeps it: what runs twice, for its output and for its weights, drops the same.
     """
-    if call.spec.dropout_p == 0 or call.companions.seed is not None:
+    if call.spec.dropout_p == 0 or call.others.seed is not None:
         return call
     # A transform draws by its own rules of randomness.
     draw = draw_seed if torch_private.transforms_active() else _OPS.seed
-    return call._replace(companions=call.companions._replace(seed=draw(call.q)))
+    return call._replace(others=call.others._replace(seed=draw(call.q)))
 
 
 def refuse_batches(*_: Any) -> Any:
@@ -196,8 +196,8 @@ def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 def _statistics(*arguments: Any) -> tuple[torch.Tensor, ...]:
     from fused_attn.run import execution
 
-    (q, k), companions, spec = INSPECTION.records(arguments)
-    return execution.statistics(q, k, spec, _in_rows(companions))
+    (q, k), others, spec = INSPECTION.records(arguments)
+    return execution.statistics(q, k, spec, _in_rows(others))
 
 
 def _statistics_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -208,8 +208,8 @@ def _statistics_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
 def _weights(*arguments: Any) -> torch.Tensor:
     from fused_attn.run import execution
 
-    (q, k), companions, spec = INSPECTION.records(arguments)
-    return execution.weights(q, k, spec, _in_rows(companions))
+    (q, k), others, spec = INSPECTION.records(arguments)
+    return execution.weights(q, k, spec, _in_rows(others))
 
 
 def _weights_fake(*arguments: Any) -> torch.Tensor:

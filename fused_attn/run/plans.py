@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fused_attn import settings
-from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec
+from fused_attn.call.spec import NO_OTHERS, AttentionSpec
 from fused_attn.tracing import PLAIN_CLASSES, watched
 
 _HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting that may change between calls
@@ -64,7 +64,7 @@ def attend(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     if len(_plans) >= _MOST:
         _plans.clear()
     _plans[key] = execution.plan_forward(q, k, v, spec) if key in _plans else None
-    out, lse, _ = execution.forward(q, k, v, spec, NO_COMPANIONS)
+    out, lse, _ = execution.forward(q, k, v, spec, NO_OTHERS)
     return out, lse
 
 

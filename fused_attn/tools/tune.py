@@ -17,7 +17,7 @@ import torch
 
 from fused_attn import settings
 from fused_attn.call.layout import like
-from fused_attn.call.spec import NO_COMPANIONS, AttentionSpec, TileConfig, Window
+from fused_attn.call.spec import NO_OTHERS, AttentionSpec, TileConfig, Window
 from fused_attn.kernels import launch
 from fused_attn.kernels.backward import delta_launch, dq_launch
 from fused_attn.kernels.forward import forward_launch
@@ -48,7 +48,7 @@ class Subject:
         self.q, self.k, self.v, self.dout = (
             torch.randn(batch, heads, length, head_dim, device=device, generator=generator).to(dtype) for _ in range(4))
         arch = arch_of(device)
-        self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_COMPANIONS, arch).call
+        self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_OTHERS, arch).call
                       for right in (None, 0)]
         shipped = tuned.shipped(kernel, head_dim, dtype, arch)
         assert shipped is not None, f"{arch} has no fused backward at head dim {head_dim}"

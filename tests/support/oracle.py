@@ -100,13 +100,13 @@ def amplitudes_of(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None
         return _amplitudes(call, dout, dlse, dtype, leaves, 0)
     whole = {"out": torch.zeros(*call.q.shape[:3], call.v.shape[3], dtype=torch.float64)}
     whole |= {f"d{name}": torch.zeros_like(x) for name, x in (*zip("qkv", call[:3], strict=True), *leaves.items())}
-    largest, companions = 0.0, call.companions
-    spans = (reference.spans(companions.cu_q, companions.used_q, call.q.shape[2]),
-             reference.spans(companions.cu_k, companions.used_k, call.k.shape[2]))
+    largest, others = 0.0, call.others
+    spans = (reference.spans(others.cu_q, others.used_q, call.q.shape[2]),
+             reference.spans(others.cu_k, others.used_k, call.k.shape[2]))
     for batch, ((q0, q1), (k0, k1)) in enumerate(zip(*spans, strict=True)):
-        operands = tuple(reference._of_sequence(x, batch, call.spec.longest[0], q1 - q0, k1 - k0) for x in companions.operands)
+        operands = tuple(reference._of_sequence(x, batch, call.spec.longest[0], q1 - q0, k1 - k0) for x in others.operands)
         one = Described(call.q[:, :, q0:q1], call.k[:, :, k0:k1], call.v[:, :, k0:k1], call.spec,
-                        companions._replace(cu_q=None, cu_k=None, used_q=None, used_k=None, operands=operands))
+                        others._replace(cu_q=None, cu_k=None, used_q=None, used_k=None, operands=operands))
         part, score = _amplitudes(one, dout[:, :, q0:q1], None if dlse is None else dlse[:, :, q0:q1], dtype, leaves, batch)
         for name, rows in (("out", slice(q0, q1)), ("dq", slice(q0, q1)), ("dk", slice(k0, k1)), ("dv", slice(k0, k1))):
             whole[name][:, :, rows] = part[name]
@@ -118,20 +118,20 @@ def amplitudes_of(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None
 
 def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, dtype: torch.dtype,
                 leaves: dict[str, torch.Tensor], first_batch: int) -> tuple[dict[str, torch.Tensor], float]:
-    q, k, v, spec, companions = call
+    q, k, v, spec, others = call
     group, n_keys = q.shape[1] // k.shape[1], k.shape[2]
     # 0, added to the raw scores: its gradient is the slope of the score mods, scale and all.
     products = torch.zeros(*q.shape[:3], n_keys, dtype=torch.float64, requires_grad=True)
     with mock.patch.object(reference, "_products", _plus(products)):
-        p, lse = reference.weights(q.detach(), k.detach(), spec._replace(dropout_p=0.0), companions, first_batch)
-        dropped = reference.weights(q.detach(), k.detach(), spec, companions, first_batch)[0].detach()
+        p, lse = reference.weights(q.detach(), k.detach(), spec._replace(dropout_p=0.0), others, first_batch)
+        dropped = reference.weights(q.detach(), k.detach(), spec, others, first_batch)[0].detach()
     keep = p > 1e-250  # the derivative of a logarithm below that leaves the range of fp64
     scores = torch.where(keep, torch.where(keep, p, 1.0).log() + lse.unsqueeze(-1), 0.0)
     stays = torch.where(keep, dropped / p.detach(), 0.0)  # 0, or 1 / (1 - dropout_p)
     # Below the smallest normal number of the dtype rounding is absolute: there a weight errs as if it were that large.
     p = torch.where(keep, p.detach().clamp(min=torch.finfo(dtype).smallest_normal), 0.0)
-    if companions.used_k is not None:
-        v = v.masked_fill((torch.arange(n_keys) >= companions.used_k[:, None])[:, None, :, None], 0)
+    if others.used_k is not None:
+        v = v.masked_fill((torch.arange(n_keys) >= others.used_k[:, None])[:, None, :, None], 0)
     k, v = (x.detach().repeat_interleave(group, 1) for x in (k, v))
     out, grad = (p * stays) @ v, dout.double()
     row = (grad * out).abs().sum(-1, keepdim=True)
@@ -148,19 +148,19 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     # Slopes of one sign: the sum of their products with W is the sum of the absolute values.
     result = {f"d{name}": slope.abs() for name, slope in zip(operands, slopes[1:], strict=True)}
     if "sinks" in leaves:
-        weight = (companions.sinks.detach()[None, :, None] - lse.detach()).exp().masked_fill(lse == -math.inf, 0)
+        weight = (others.sinks.detach()[None, :, None] - lse.detach()).exp().masked_fill(lse == -math.inf, 0)
         result["dsinks"] = (weight * row.squeeze(-1)).sum((0, 2)) + (weight * of_weights.squeeze(-1)).norm(dim=(0, 2))
 
     def per_kv_head(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (-1, group)).sum(2)
 
-    raw = (reference._products(q, k, companions.score_weight) * spec.scale).detach()[keep]
-    if companions.score_weight is None:
+    raw = (reference._products(q, k, others.score_weight) * spec.scale).detach()[keep]
+    if others.score_weight is None:
         by_q, by_k = reach @ k.abs(), reach.mT @ q.detach().abs()
     else:
         sums = q[:, :, :, None].detach() + k[:, :, None]
         tanh, e = sums.tanh(), torch.exp(-2 * sums.abs())
-        slope = reach.unsqueeze(-1) * (4 * e / (1 + e) ** 2) * companions.score_weight.detach().abs()[:, None, None]
+        slope = reach.unsqueeze(-1) * (4 * e / (1 + e) ** 2) * others.score_weight.detach().abs()[:, None, None]
         by_q, by_k = slope.sum(3), slope.sum(2)
         result["dscore_weight"] = (reach.unsqueeze(-1) * tanh.abs()).sum((0, 2, 3))
     largest = max((float(x.detach().abs().max()) for x in (raw, scores[keep]) if x.numel()), default=0.0)

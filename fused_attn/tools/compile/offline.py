@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from fused_attn.call import mods
 from fused_attn.call.schema import Needs, Saved
-from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Companions, Member, TileConfig, Window
+from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Member, OtherTensors, TileConfig, Window
 from fused_attn.kernels import fences
 from fused_attn.kernels.launch import Launch
 from fused_attn.plan import inspection, schedules
@@ -168,7 +168,7 @@ def gpu_target(name: str) -> GPUTarget:
     raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(COMPILED)}; got {name!r}")
 
 
-def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.dtype) -> tuple[dict[str, Any], Companions]:
+def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.dtype) -> tuple[dict[str, Any], OtherTensors]:
     """A feature of ``FEATURES`` as fields of the spec, and its tensors."""
 
     def meta(*shape: int, dtype: torch.dtype = element) -> torch.Tensor:
@@ -177,29 +177,29 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
     def member(mod: Any, kind: str = TENSOR) -> tuple[Member, ...]:
         return (Member(mod.code, (kind,)),)
 
-    empty = Companions()
+    empty = OtherTensors()
     cu = meta(3, dtype=torch.int32)
-    found: dict[str, tuple[dict[str, Any], Companions]] = {
+    found: dict[str, tuple[dict[str, Any], OtherTensors]] = {
         "plain": ({}, empty),
         "softcap": ({"softcap": 30.0}, empty),
-        "bias": ({"score_mods": member(mods.BIAS)}, Companions(operands=(meta(1, heads, length, length),))),
+        "bias": ({"score_mods": member(mods.BIAS)}, OtherTensors(operands=(meta(1, heads, length, length),))),
         "bias bf16": ({"score_mods": member(mods.BIAS)},
-                      Companions(operands=(meta(1, heads, length, length, dtype=torch.bfloat16),))),
+                      OtherTensors(operands=(meta(1, heads, length, length, dtype=torch.bfloat16),))),
         "bias fp32, mask": (
             {"score_mods": member(mods.BIAS), "mask_mods": member(mods.MASK)},
-            Companions(operands=(meta(1, heads, length, length, dtype=torch.float32),
+            OtherTensors(operands=(meta(1, heads, length, length, dtype=torch.float32),
                                  meta(1, 1, length, length, dtype=torch.bool)))),
-        "alibi": ({"score_mods": member(mods.ALIBI)}, Companions(operands=(meta(1, heads, 1, 1),))),
-        "relative": ({"score_mods": member(mods.BIAS, RELATIVE)}, Companions(operands=(meta(1, heads, 2 * length - 1),))),
+        "alibi": ({"score_mods": member(mods.ALIBI)}, OtherTensors(operands=(meta(1, heads, 1, 1),))),
+        "relative": ({"score_mods": member(mods.BIAS, RELATIVE)}, OtherTensors(operands=(meta(1, heads, 2 * length - 1),))),
         "mask": ({"mask_mods": member(mods.MASK)},
-                 Companions(operands=(meta(1, 1, length, length, dtype=torch.bool),))),
-        "sinks": ({}, Companions(sinks=meta(heads))),
-        "dropout": ({"dropout_p": 0.1}, Companions(seed=meta(1, dtype=torch.int64))),
+                 OtherTensors(operands=(meta(1, 1, length, length, dtype=torch.bool),))),
+        "sinks": ({}, OtherTensors(sinks=meta(heads))),
+        "dropout": ({"dropout_p": 0.1}, OtherTensors(seed=meta(1, dtype=torch.int64))),
         "rotary": ({}, empty),
         "decode": ({}, empty),
         "fused": ({"deterministic": False}, empty),
-        "additive": ({}, Companions(score_weight=meta(heads, head_dim))),
-        "packed": ({"longest": (length // 2, length // 2)}, Companions(cu_q=cu, cu_k=cu)),
+        "additive": ({}, OtherTensors(score_weight=meta(heads, head_dim))),
+        "packed": ({"longest": (length // 2, length // 2)}, OtherTensors(cu_q=cu, cu_k=cu)),
     }
     return found[name]
 
@@ -218,12 +218,12 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
     if kernel == "rotary":
         angles = torch.empty(batch, length, head_dim // 2, device="meta")
         return list(inspection.rotary(q, angles, angles, False, False, config))
-    fields, companions = _feature(feature, length, heads, head_dim, element)
+    fields, others = _feature(feature, length, heads, head_dim, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields,
                          fp32_precision=dtype if dtype.startswith("tf32") else "ieee")
     whose = {"statistics": "backward", "ordered": "backward", "list": "forward"}.get(kernel, kernel)
     whose = "fused" if feature == "fused" else whose
-    problem = Problem.of(q, k, v, spec, companions, target, {} if config is None else {whose: config})
+    problem = Problem.of(q, k, v, spec, others, target, {} if config is None else {whose: config})
     first = rung if rung != "pointers" else "splits" if feature == "decode" else "pointers"
     steps = schedules.named(schedules.FORWARD, first).steps(problem)
     found, (out, lse, residual) = collect(steps)
@@ -231,8 +231,8 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
         second = "gluon" if rung == "gluon" else "fused" if feature == "fused" else "separate"
         if (second == "gluon" and max(head_dim, head_dim_v) > 128) or (second == "fused" and not problem.fused_config()):
             return []
-        needs = Needs(True, True, True, companions.sinks is not None, companions.score_weight is not None,
-                      tuple(x.is_floating_point() for x in companions.operands))
+        needs = Needs(True, True, True, others.sinks is not None, others.score_weight is not None,
+                      tuple(x.is_floating_point() for x in others.operands))
         saved = Saved(out, None, q, k, v, out, residual, lse)
         found, _ = collect(schedules.named(schedules.BACKWARD, second).steps(problem, saved, needs))
     name = {"shares": "forward"}.get(kernel, kernel) + "_kernel"
