@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from fused_attn.plan import rungs
+from fused_attn.plan import proven
 from fused_attn.tools.bench.cases import DTYPES, Case, case, grid
 
 
@@ -15,7 +15,7 @@ def interpreted(cases: list[Case]) -> list[Case]:
 
 
 def on_hopper() -> bool:
-    """Whether the current card has rungs to climb (``fused_attn.hopper``)."""
+    """Whether the current card has schedules to climb (``fused_attn.hopper``)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
@@ -28,9 +28,9 @@ def timing_cases(smoke: bool = False) -> list[Case]:
     first = [grid(n, d, causal) for n in (4096, 16384) for d in (128, 64) for causal in (True, False)]
     exact = [replace(c, family="deterministic", deterministic=True, passes=("backward",)) for c in first]
     wide = [grid(n, 256, causal) for n in (4096, 16384) for causal in (True, False)]
-    climbed = [replace(c, family=f"hopper {rung}", rung=rung,
-                       passes=("forward", "backward") if rung == "gluon" and c.head_dim <= 128 else ("forward",))
-               for c in first + wide for rung in rungs.offered()] if on_hopper() else []
+    climbed = [replace(c, family=f"hopper {hopper}", hopper=hopper,
+                       passes=("forward", "backward") if hopper == "gluon" and c.head_dim <= 128 else ("forward",))
+               for c in first + wide for hopper in proven.offered()] if on_hopper() else []
     features = [
         grid(4096, 128, True, window=(1024, None), family="window"),
         grid(16384, 128, True, window=(1024, None), family="window"),
@@ -72,11 +72,11 @@ def correctness_cases(smoke: bool = False) -> list[Case]:
         case(129, 64, batch=1, heads=1, dtype="fp16", causal=True, layout="huge rows"),
         case(129, 64, batch=1, heads=3, dtype="fp16", causal=True, layout="huge heads"),
     ]
-    return _rungs() + cases if on_hopper() else cases
+    return _hopper_cases() + cases if on_hopper() else cases
 
 
-def _rungs() -> list[Case]:
-    """What the rungs of a Hopper's ladder take, first of all: no card has run them yet."""
+def _hopper_cases() -> list[Case]:
+    """What the schedules of a Hopper's ladder take, first of all: no card has run them yet."""
     plain = [case(400, d, causal=causal) for d in (64, 128, 256, 80, 40, 8) for causal in (True, False)]
     others = [
         case(400, 64, window=(100, 30)), case(400, 128, causal=True, window=(64, None)),
@@ -86,7 +86,7 @@ def _rungs() -> list[Case]:
         case(300, 64, dtype="fp16", layout="bnhd", causal=True), case(300, 64, layout="packed qkv", causal=True),
         case(8192, 128, batch=1, heads=2, causal=True),
     ]
-    return [replace(subject, rung=rung) for rung in rungs.offered() for subject in plain + others]
+    return [replace(subject, hopper=hopper) for hopper in proven.offered() for subject in plain + others]
 
 
 def _variants() -> list[Case]:

@@ -59,7 +59,7 @@ def poisoned_memory() -> Iterator[None]:
 def check(case: Case, device: str) -> Row:
     """Forward, LSE and every gradient of a case against the oracle."""
     inputs = case.inputs(device)
-    backend, missed = case.answered_by(*inputs[:3]), case.off_rung(*inputs[:3])
+    backend, missed = case.answered_by(*inputs[:3]), case.not_as_asked(*inputs[:3])
     with poisoned_memory():
         results = run(case, *inputs)
     if case.batch * case.heads > 65535:  # the oracle's own batched products stop there on a GPU
@@ -178,11 +178,11 @@ def tf32(device: str) -> Row:
             "E ieee": {name: v["E"] for name, v in ieee.items()}, "E tf32": coarse}
 
 
-def on_rung(rung: str, check: Callable[[str], Row]) -> Callable[[str], Row]:
+def with_hopper(hopper: str, check: Callable[[str], Row]) -> Callable[[str], Row]:
     """A check whose calls ask for kernels of a Hopper."""
 
     def climbed(device: str) -> Row:
-        with fused_attn.hopper(rung):
+        with fused_attn.hopper(hopper):
             return check(device)
 
     return climbed

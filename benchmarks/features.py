@@ -2,7 +2,7 @@
 
 A feature is one call with tensors of its own. Its results and every gradient are held to the reference in fp64 on the same
 inputs: q, k, v and out by the error ratio R, other gradients by their relative error. Its time stands beside the plain call
-on the same shapes, and beside torch's SDPA and FlexAttention where they can (detours.py).
+on the same shapes, and beside torch's SDPA and FlexAttention where they can (alternatives.py).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fused_attn
-from benchmarks import detours
+from benchmarks import alternatives
 from benchmarks.correctness import asked
 from fused_attn.call.spec import Window, attention_flops, kept_pairs
 from fused_attn.tools.bench.cases import DTYPES, Pass
@@ -45,7 +45,7 @@ class Shape:
 class Feature:
     """``tensors`` draws what the call takes beside q, k, v; ``arguments`` makes attention()'s keywords of them.
 
-    ``learned`` names the tensors that have gradients. What others do instead is in detours.py.
+    ``learned`` names the tensors that have gradients. What others do instead is in alternatives.py.
     """
 
     name: str
@@ -238,7 +238,7 @@ def subject(feature: Feature, shape: Shape, device: str) -> Subject:
     touched = [call.q, call.k, call.v, call.dout, *(call.tensors[name] for name in feature.learned)]
     moved = size * sum(x.numel() for x in touched)
     names: dict[str, Callable[[], Entry] | str] = {
-        name: partial(peer, make) for name, make in detours.peers(feature.name, device).items()}
+        name: partial(peer, make) for name, make in alternatives.peers(feature.name, device).items()}
     return Subject(
         ("forward", "backward"), partial(ours, call), names, gate, partial(_flops, call),
         lambda which: moved if which == "forward" else 2 * moved,

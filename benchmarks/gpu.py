@@ -4,7 +4,7 @@ compile      fills Triton's and Inductor's caches on disk, on every core at once
 correctness  gates R and E on every case, and the checks that only a GPU can make
 features     everything beside plain attention: against fp64, and equal to the bit again
 determinism  equal to the bit, run after run
-roofs        how fast this card copies, and multiplies matrices
+roofline     how fast this card copies, and multiplies matrices
 layers       packed documents, rotary positions, cached decoding, layers: each against the reference, then timed
 models       a GPT and a Llama in training and generation: the same
 timing       ours beside every peer present, the most informative cases first
@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofs, steps
+from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofline, steps
 from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
 from fused_attn import files, settings
-from fused_attn.plan import rungs
+from fused_attn.plan import proven
 from fused_attn.tools import options
 from fused_attn.tools.bench import contest, peers
 from fused_attn.tools.bench.cases import Case
@@ -41,7 +41,7 @@ from fused_attn.tools.bench.contest import Contest, Subject
 Row = dict[str, Any]
 
 # Most of the whole budget that a stage may take; the last one takes what is left.
-SHARES = {"compile": 0.25, "correctness": 0.16, "features": 0.1, "determinism": 0.04, "roofs": 0.02, "layers": 0.07,
+SHARES = {"compile": 0.25, "correctness": 0.16, "features": 0.1, "determinism": 0.04, "roofline": 0.02, "layers": 0.07,
           "models": 0.05, "timing": 0.34, "cold": 1.0}
 REPORT_SECONDS = 15.0
 MAX_WORKERS = 16
@@ -255,14 +255,14 @@ def _timed(make: Callable[[], Subject], run: Run) -> Callable[[], Iterable[Row]]
 def correctness_stage(run: Run) -> None:
     jobs = [Job(name, partial(_one, check, run.device)) for name, check in correctness.SPECIAL.items()]
     if on_hopper():
-        jobs += [Job(f"{name} on {rung}", partial(_one, correctness.on_rung(rung, check), run.device))
-                 for rung in rungs.offered() for name, check in _on_every_rung(run.smoke).items()]
+        jobs += [Job(f"{name} on {hopper}", partial(_one, correctness.with_hopper(hopper, check), run.device))
+                 for hopper in proven.offered() for name, check in _on_every_schedule(run.smoke).items()]
     jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
     run.work("correctness", jobs)
 
 
-def _on_every_rung(smoke: bool) -> dict[str, Callable[[str], Row]]:
-    """What no single call shows of a rung: streams, graphs, compilers, and layouts that cases do not have."""
+def _on_every_schedule(smoke: bool) -> dict[str, Callable[[str], Row]]:
+    """What no single call shows of a schedule: streams, graphs, compilers, and layouts that cases do not have."""
     shape, _ = features.shapes(smoke)
     sinks = next(feature for feature in features.FEATURES if feature.name == "sinks")
     return {name: correctness.SPECIAL[name] for name in ("side stream", "CUDA graph", "torch.compile")} | {
@@ -285,8 +285,9 @@ def determinism_stage(run: Run) -> None:
                              for case in determinism_cases(run.smoke)])
 
 
-def roofs_stage(run: Run) -> None:
-    run.work("roofs", [Job(name, partial(_one, job), ("forward",)) for name, job in roofs.jobs(run.device, run.smoke).items()])
+def roofline_stage(run: Run) -> None:
+    run.work("roofline", [Job(name, partial(_one, job), ("forward",))
+                          for name, job in roofline.jobs(run.device, run.smoke).items()])
 
 
 def _subjects(run: Run, stage: str, named: dict[str, Callable[[], Subject]]) -> None:
@@ -329,9 +330,9 @@ def timing_stage(run: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "compile": compile_stage, "correctness": correctness_stage, "features": features_stage, "determinism": determinism_stage,
-    "roofs": roofs_stage, "layers": layers_stage, "models": models_stage, "timing": timing_stage, "cold": cold_stage,
+    "roofline": roofline_stage, "layers": layers_stage, "models": models_stage, "timing": timing_stage, "cold": cold_stage,
 }
-TIMED = ("timing", "layers", "models", "cold", "roofs")
+TIMED = ("timing", "layers", "models", "cold", "roofline")
 
 
 def finish(run: Run, out: Path) -> int:

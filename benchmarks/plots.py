@@ -17,7 +17,8 @@ Row = dict[str, Any]
 
 FAMILIES = {"window": "sliding window", "gqa": "grouped queries", "softcap": "softcap", "fp16": "fp16", "fp32": "fp32",
             "decode": "decoding"}
-PANELS = {"TFLOP/s, halves": ("window", "gqa", "softcap", "fp16"), "TFLOP/s, fp32": ("fp32",), "TFLOP/s, decoding": ("decode",)}
+PANELS = {"TFLOP/s, fp16 and bf16": ("window", "gqa", "softcap", "fp16"),
+          "TFLOP/s, fp32": ("fp32",), "TFLOP/s, decoding": ("decode",)}
 
 
 def _grid(plt: Any, rows: list[Row], which: str, conditions: Row) -> Any:
@@ -88,16 +89,16 @@ def _ratios(figure: Any, rows: list[Row]) -> None:
     panels[0][-1].legend(title="head dim", fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def roofs_of(rows: list[Row]) -> tuple[float, float] | None:
-    """(bytes, FLOPs a second) that the card was measured to copy and, in halves, to multiply at best; None if not both."""
+def roofline_of(rows: list[Row]) -> tuple[float, float] | None:
+    """(bytes, FLOPs a second) that the card was measured to copy and, in fp16 or bf16, to multiply at best, or None."""
     copied = [row["gbytes_per_s"] * 1e9 for row in rows if row["case"] == "copy"]
     multiplied = [row["tflops"] * 1e12 for row in rows if row.get("dtype") in ("bf16", "fp16")]
     return (max(copied), max(multiplied)) if copied and multiplied else None
 
 
 def _roofline(figure: Any, rows: list[Row], roofs: list[Row]) -> None:
-    """TFLOP/s over FLOPs a byte: the roofs as measured, every case of halves as a point, ours and the best peer's joined."""
-    found = roofs_of(roofs)
+    """TFLOP/s over FLOPs a byte: both ceilings as measured, a point for each fp16 or bf16 case, joined to the best peer's."""
+    found = roofline_of(roofs)
     rows = [row for row in rows if row.get("dtype") in ("bf16", "fp16") and row.get("bytes") and row.get("tflops")]
     passes = _passes(rows)
     if found is None or not passes:
@@ -189,15 +190,15 @@ def draw(timed: list[Row], conditions: Row, out: Path) -> str:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    roofs = [row for row in timed if row.get("family") == "roofs" and "ms" in row]
-    timed = [row for row in timed if "ms" in row and row.get("family") not in ("overhead", "roofs")]
+    roofs = [row for row in timed if row.get("family") == "roofline" and "ms" in row]
+    timed = [row for row in timed if "ms" in row and row.get("family") not in ("overhead", "roofline")]
     compared = [row for row in timed if "ratio_to_best_peer" in row]
     grid = {row["pass"] for row in timed if row["family"] == "grid"}
     rest = [row for row in compared if row["family"] not in (*FAMILIES, "grid", "cold")]
     makers = {
         "forward": lambda: _grid(plt, timed, "forward", conditions) if "forward" in grid else None,
         "backward": lambda: _grid(plt, timed, "backward", conditions) if "backward" in grid else None,
-        "ratio": lambda: _standing(plt, timed, roofs if roofs_of(roofs) else [], conditions)
+        "ratio": lambda: _standing(plt, timed, roofs if roofline_of(roofs) else [], conditions)
         if any(row["family"] == "grid" for row in compared) else None,
         "features": lambda: _beyond(plt, timed, rest, conditions)
         if rest or any(row["family"] in FAMILIES for row in timed) else None,

@@ -94,10 +94,10 @@ def attention(
             inputs), differentiable; sinks are in it, dropout is not.
         deterministic: gradients equal to the bit from run to run; None follows torch.use_deterministic_algorithms, then
             FUSED_ATTN_DETERMINISTIC, else False: dQ is then summed by atomics while dK and dV are made, five matrix products
-            instead of seven, where there are tiles for it: halves, head dims up to 128 (Hopper 64, Ampere's A100 256), no
-            softcap, bias, mask or dropout, NVIDIA and CDNA. The last bits of dQ may differ then. No card has timed it yet.
+            instead of seven, where there are tiles for it: fp16 and bf16, head dims up to 128 (Hopper 64, Ampere's A100 256),
+            no softcap, bias, mask or dropout, NVIDIA and CDNA. The last bits of dQ may differ then. No card has timed it yet.
         precise: keep the output in twice its digits for the backward, and free it from what rounding the weights costs: dQ
-            and dK of halves stay accurate when the mean of V is large. Dropout switches it off.
+            and dK of fp16 and bf16 stay accurate when the mean of V is large. Dropout switches it off.
         fp32_precision: how fp32 products are computed on a GPU: "ieee", "tf32", "tf32x3" (NVIDIA), or None for torch's
             own setting. On targets without TF32, IEEE.
         strict: raise rather than run the reference, whose memory is quadratic, where no backend was named.

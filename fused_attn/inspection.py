@@ -79,16 +79,16 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
     others = call.others
     tensors = call.q, call.k, others.sinks, others.score_weight, *others.operands
 
-    def twin(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, score_weight: torch.Tensor | None,
-             *operands: torch.Tensor) -> torch.Tensor:
+    def plain(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, score_weight: torch.Tensor | None,
+              *operands: torch.Tensor) -> torch.Tensor:
         same = others._replace(sinks=sinks, score_weight=score_weight, operands=operands)
         return _reference_weights(call._replace(q=q, k=k, others=same))
 
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if torch_private.transforms_active():  # which checkpointing does not know
-        return twin(*tensors)
+        return plain(*tensors)
     if not kernels or torch.compiler.is_compiling():  # which traces plain PyTorch, and has a kernel of its own made of it
-        result: torch.Tensor = checkpoint(twin, *tensors, use_reentrant=False) if wanted else twin(*tensors)
+        result: torch.Tensor = checkpoint(plain, *tensors, use_reentrant=False) if wanted else plain(*tensors)
         return result
 
     def run(*_: Any) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
 
     if not wanted:
         return run()
-    result = autograd.Recomputed.apply(run, twin, *tensors)
+    result = autograd.Recomputed.apply(run, plain, *tensors)
     return result
 
 

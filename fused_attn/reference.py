@@ -72,9 +72,9 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: Other
     operands = iter(others.operands)
     where = _coordinates(spec, scores, first_batch, offset)
     for member in spec.score_mods:
-        scores = _twin(member)(scores, *where, _arguments(member, operands, scores))
+        scores = _reference(member)(scores, *where, _arguments(member, operands, scores))
     for member in spec.mask_mods:
-        keep = keep & _twin(member)(*where, _arguments(member, operands, scores, raw=True))
+        keep = keep & _reference(member)(*where, _arguments(member, operands, scores, raw=True))
     scores = scores.masked_fill(~keep, float("-inf"))
 
     # A sink is one more logit, of a key without a value.
@@ -117,14 +117,14 @@ def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int,
     return position, n_keys[None, :], heads[:, None, None], batch[:, None, None, None] + first_batch
 
 
-def _twin(member: Member) -> Any:
+def _reference(member: Member) -> Any:
     if member.reference is None:
-        raise ValueError(f"{member.code.name}: the reference backend needs the mod's plain PyTorch twin, reference=")
+        raise ValueError(f"{member.code.name}: the reference backend needs the mod's plain PyTorch reference, reference=")
     return member.reference
 
 
 def _arguments(member: Member, operands: Any, scores: torch.Tensor, raw: bool = False) -> tuple[Any, ...]:
-    """The arguments of a member as its twin takes them, floats in the dtype of the scores, or ``raw`` in fp32 at least."""
+    """The arguments of a member as its reference takes them, floats in the dtype of the scores, or ``raw`` in fp32 at least."""
     n_queries, n_keys = scores.shape[2:]
     arguments = []
     for kind in member.args:

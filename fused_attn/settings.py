@@ -26,7 +26,7 @@ from fused_attn import torch_private
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 BACKENDS = ("triton", "torch", "reference")
-RUNGS = ("pointers", "descriptors", "specialized", "gluon")
+HOPPER_SCHEDULES = ("pointers", "descriptors", "specialized", "gluon")
 
 
 def _flag(name: str) -> bool:
@@ -47,9 +47,9 @@ BACKEND = _choice("FUSED_ATTN_BACKEND", BACKENDS)
 TILES = os.environ.get("FUSED_ATTN_TILES", "").strip() or None
 DETERMINISTIC = _flag("FUSED_ATTN_DETERMINISTIC")
 
-# What a ``with`` changes. STRICT and RUNG are attributes of this module that ``__getattr__`` answers for the context that asks:
-# torch.compile cannot trace a context variable, but it guards a compiled call on what a module's attribute is when called.
-_defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "RUNG": _choice("FUSED_ATTN_HOPPER", RUNGS) or "pointers"}
+# What a ``with`` changes. STRICT and HOPPER are attributes of this module that ``__getattr__`` answers for the context that
+# asks: torch.compile cannot trace a context variable, but it guards a compiled call on what a module's attribute is then.
+_defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "HOPPER": _choice("FUSED_ATTN_HOPPER", HOPPER_SCHEDULES) or "pointers"}
 _entered: dict[str, ContextVar[tuple[list[Any], ...]]] = {name: ContextVar(name, default=()) for name in _defaults}
 # Of a ``with`` in a function that is being compiled, {trace: {(name, number): value}}; it ends with its trace at the latest.
 _traced: MutableMapping[Any, dict[tuple[str, str], Any]] = WeakKeyDictionary()
@@ -156,17 +156,18 @@ def strict(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     return _within("STRICT", enabled)
 
 
-def rung() -> str:
-    """Which of ``RUNGS`` answers on sm_90."""
-    asked: str = _now("RUNG")
+def hopper_schedule() -> str:
+    """Which of ``HOPPER_SCHEDULES`` answers on sm_90."""
+    asked: str = _now("HOPPER")
     return asked
 
 
 def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
-    """Within it, calls on sm_90 (H100, H200) in halves run these kernels wherever they can; other calls are not touched.
+    """Within it, calls on sm_90 (H100, H200) in fp16 and bf16 run these kernels wherever they can; other calls are not touched.
 
-    A ladder, each rung with more of the card's own means; what a rung does not take runs on ``"pointers"``, the default and
-    the same source as on every other card. No GPU has timed the others yet, so they must be asked for.
+    Each of these schedules uses more of the card's own means than the one before it. What a schedule does not take runs on
+    ``"pointers"``, the default and the same source as on every other card. No GPU has timed the others yet, so they must be
+    asked for.
 
     ``"pointers"``      Triton, tiles loaded by pointers
     ``"descriptors"``   Triton, queries, keys and values loaded by the tensor memory accelerator (forward)
@@ -177,6 +178,6 @@ def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
     autograd's own threads, where activation checkpointing calls again on a GPU. ``explain`` names the kernels of a call. Raises
     ValueError for another name.
     """
-    if kernels not in RUNGS:
-        raise ValueError(f"kernels: expected one of {', '.join(RUNGS)}; got {kernels!r}")
-    return _within("RUNG", kernels)
+    if kernels not in HOPPER_SCHEDULES:
+        raise ValueError(f"kernels: expected one of {', '.join(HOPPER_SCHEDULES)}; got {kernels!r}")
+    return _within("HOPPER", kernels)

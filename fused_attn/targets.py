@@ -15,9 +15,9 @@ _KIB = 1024
 
 @dataclass(frozen=True)
 class Rates:
-    """What a scheduler's pipes do: ``tensor`` multiply-adds of halves a cycle, and the cycles that one warp's instruction
-    keeps a pipe busy: ``exp2``, ``fma``, ``imad`` (integer multiply-adds, in the FMA pipe), ``alu``. ``packed`` is a
-    fma of two values. ``one_pipe``: the vector instructions share one. ``mma_sync``: HMMA reaches the tensor rate."""
+    """What a scheduler's pipes do: ``tensor`` multiply-adds of fp16 or bf16 a cycle, and the cycles that one warp's
+    instruction keeps a pipe busy: ``exp2``, ``fma``, ``imad`` (integer multiply-adds, in the FMA pipe), ``alu``. ``packed``
+    is a fma of two values. ``one_pipe``: the vector instructions share one. ``mma_sync``: HMMA reaches the tensor rate."""
 
     tensor: int
     exp2: int

@@ -107,10 +107,10 @@ def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constex
     """
     of_query = per_query(lse[0], KEYS_FIRST)
     if len(extras.mods) == 0:
-        reach = 1.0
+        dmod = 1.0
         p = tl.exp2(raw * (rule.scale * LOG2E) - of_query)
     else:
-        score, reach = apply_mods(raw * rule.scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
+        score, dmod = apply_mods(raw * rule.scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
         exponent = (score - of_query) * LOG2E
         if len(lse) > 1:
             exponent -= per_query(lse[1], KEYS_FIRST)
@@ -121,13 +121,13 @@ def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constex
     if len(extras.mods) > 0 and (MASKED or len(extras.additive) > 0):
         # A function of one's own may give anything for the zeros past the last query, and sums over queries meet them.
         p = tl.where(of_query == float("inf"), 0.0, p)
-    return p, reach
+    return p, dmod
 
 
 @triton.jit
-def score_gradient(p, dp, delta, reach, extras, MASKED: tl.constexpr):
-    """dS = P * (dP - delta) * reach, without the factor scale, which sums over it receive once at the end."""
-    ds = p * (dp - delta) * reach
+def score_gradient(p, dp, delta, dmod, extras, MASKED: tl.constexpr):
+    """dS = P * (dP - delta) * dmod, without the factor scale, which sums over it receive once at the end."""
+    ds = p * (dp - delta) * dmod
     if MASKED and len(extras.mods) > 0:  # whatever the slope of a mod is where no pair attends
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds
@@ -145,11 +145,11 @@ def dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KI
     v = load_tile(v_view, place.k_first, KIND.dim_v, BLOCK_N, MASKED, TILE.wide)
     # [BLOCK_M, BLOCK_N]
     raw = products(q, k, place.head, extras.additive, KIND)
-    p, reach = weights(raw, lse, place, rule, extras, -1, 0, TILE, False, True, MASKED)
+    p, dmod = weights(raw, lse, place, rule, extras, -1, 0, TILE, False, True, MASKED)
     dp = inner(dout, v, ACC, PRECISION)
     if len(extras.dropout) > 0:
         dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
-    ds = score_gradient(p, dp, delta[:, None], reach, extras, MASKED)
+    ds = score_gradient(p, dp, delta[:, None], dmod, extras, MASKED)
     return pulled(ds, q, k, dq, place.head, extras.additive, KIND), weight_step(dw, ds, q, k, extras.additive, ACC)
 
 
@@ -206,7 +206,7 @@ def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE:
     lse = load_lse(views.lse, place.q_first, extras, BLOCK_M, MASKED)
     dout = load_tile(views.dout, place.q_first, KIND.dim_v, BLOCK_M, MASKED, TILE.wide)
     raw = products(k, q, place.head, extras.additive, KIND)
-    p, reach = weights(raw, lse, place, rule, extras, -1, 0, TILE, True, MASKED, MASKED)
+    p, dmod = weights(raw, lse, place, rule, extras, -1, 0, TILE, True, MASKED, MASKED)
     if len(extras.dropout) > 0:
         stays = dropout_keep(extras.dropout, place, TILE, True)
     if KIND.need_dv:
@@ -219,7 +219,7 @@ def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE:
         dp = inner(v, dout, ACC, PRECISION)
         if len(extras.dropout) > 0:
             dp = tl.where(stays, dp * extras.dropout.factor, 0.0)
-        ds = score_gradient(p, dp, delta[None, :], reach, extras, MASKED)
+        ds = score_gradient(p, dp, delta[None, :], dmod, extras, MASKED)
         dk = pulled(ds, k, q, dk, place.head, extras.additive, KIND)
         if KIND.fused:
             part = outer_transposed(ds.to(k[0].dtype), k, ACC, PRECISION)

@@ -1,6 +1,6 @@
-"""Joining what shares of the keys gave: out = sum_s w_s out_s with w_s = exp(lse_s - lse), lse = log sum_s exp(lse_s).
+"""Joining what splits of the keys gave: out = sum_s w_s out_s with w_s = exp(lse_s - lse), lse = log sum_s exp(lse_s).
 
-Few queries over many keys, as in decoding, are too few programs to fill a GPU: the keys are cut into shares
+Few queries over many keys, as in decoding, are too few programs to fill a GPU: the keys are cut into splits
 (``forward.Split``) whose results meet here. Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
 
@@ -14,29 +14,29 @@ from fused_attn.kernels.softmax import LOG2E, softmax_finish
 
 
 @triton.jit
-def load_shares(ptr, which, step, n_shares, other):
-    """One number of each of the shares ``which``, ``step`` elements apart; ``other`` past the last share."""
-    return tl.load(ptr + which.to(tl.int64) * step, mask=which < n_shares, other=other)
+def load_splits(ptr, which, step, n_splits, other):
+    """One number of each of the splits ``which``, ``step`` elements apart; ``other`` past the last split."""
+    return tl.load(ptr + which.to(tl.int64) * step, mask=which < n_splits, other=other)
 
 
 @triton.jit
-def share_weights(lse, pivot, rests, row, which, step, n_shares):
-    """exp(LSE - pivot) of the shares ``which``, whose LSE and its rest lie from element ``row`` on."""
+def split_weights(lse, pivot, rests, row, which, step, n_splits):
+    """exp(LSE - pivot) of the splits ``which``, whose LSE and its rest lie from element ``row`` on."""
     exponent = (lse - pivot) * LOG2E
     if len(rests) > 0:
-        exponent += load_shares(rests[0] + row, which, step, n_shares, 0.0) * LOG2E
+        exponent += load_splits(rests[0] + row, which, step, n_splits, 0.0) * LOG2E
     return tl.exp2(exponent)
 
 
-@triton.jit(do_not_specialize=["H", "Nq", "n_shares"])
-def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rests, steps, strides, H, Nq, n_shares,
+@triton.jit(do_not_specialize=["H", "Nq", "n_splits"])
+def combine_kernel(splits_ptr, splits_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rests, steps, strides, H, Nq, n_splits,
                    KIND: tl.constexpr, TILE: tl.constexpr):
-    """One program: one row [DV] of out [B, H, Nq, Dv], and its LSE; BLOCK_M shares at a time, BLOCK_N at most.
+    """One program: one row [DV] of out [B, H, Nq, Dv], and its LSE; BLOCK_M splits at a time, BLOCK_N at most.
 
-    shares [S, B, H, Nq, Dv] and shares_lse [S, B, H, rows]; ``steps`` are (elements from one share to the next in shares, in
-    their LSE, from one head to the next there, and in lse), ``strides`` those of out. sinks [H] or None. A share without a
-    key has LSE -inf, and what its row of shares holds is never read. ``rests``: (pointer, pointer) to what rounding took from
-    shares_lse and takes from lse, or ().
+    splits [S, B, H, Nq, Dv] and splits_lse [S, B, H, rows]; ``steps`` are (elements from one split to the next in splits, in
+    their LSE, from one head to the next there, and in lse), ``strides`` those of out. sinks [H] or None. A split without a
+    key has LSE -inf, and what its row of splits holds is never read. ``rests``: (pointer, pointer) to what rounding took from
+    splits_lse and takes from lse, or ().
     """
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
@@ -48,29 +48,29 @@ def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rest
     # [BLOCK_N]
     every = tl.arange(0, TILE.block_n)
     lse_row = tl.cast(bh, tl.int64) * row_step + row
-    every_lse = load_shares(shares_lse_ptr + lse_row, every, lse_step, n_shares, float("-inf"))
+    every_lse = load_splits(splits_lse_ptr + lse_row, every, lse_step, n_splits, float("-inf"))
     largest = tl.max(every_lse, 0)
     sink = tl.full([], float("-inf"), ACC)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(ACC)
         largest = tl.maximum(largest, sink)
     pivot = tl.where(largest == float("-inf"), 0.0, largest)  # no key at all: -inf - -inf would be NaN
-    total = tl.sum(share_weights(every_lse, pivot, rests, lse_row, every, lse_step, n_shares), 0)
+    total = tl.sum(split_weights(every_lse, pivot, rests, lse_row, every, lse_step, n_splits), 0)
     total += tl.exp2((sink - pivot) * LOG2E)
     factor, lse, rest = softmax_finish(pivot, total)
 
     COLUMNS: tl.constexpr = triton.next_power_of_2(DV)
     columns = tl.arange(0, COLUMNS)
     out = tl.zeros([COLUMNS], ACC)
-    share_ptrs = shares_ptr + (tl.cast(bh, tl.int64) * Nq + row) * DV
-    for first in tl.range(0, n_shares, TILE.block_m):
+    split_ptrs = splits_ptr + (tl.cast(bh, tl.int64) * Nq + row) * DV
+    for first in tl.range(0, n_splits, TILE.block_m):
         # [BLOCK_M], [BLOCK_M, COLUMNS]
         some = first + tl.arange(0, TILE.block_m)
-        some_lse = load_shares(shares_lse_ptr + lse_row, some, lse_step, n_shares, float("-inf"))
+        some_lse = load_splits(splits_lse_ptr + lse_row, some, lse_step, n_splits, float("-inf"))
         there = (some_lse != float("-inf"))[:, None] & (columns < DV)[None, :]
-        share = tl.load(share_ptrs + (some.to(tl.int64) * step)[:, None] + columns[None, :], mask=there, other=0.0)
-        weight = share_weights(some_lse, pivot, rests, lse_row, some, lse_step, n_shares) * factor
-        out += tl.sum(share * weight[:, None], 0)
+        split = tl.load(split_ptrs + (some.to(tl.int64) * step)[:, None] + columns[None, :], mask=there, other=0.0)
+        weight = split_weights(some_lse, pivot, rests, lse_row, some, lse_step, n_splits) * factor
+        out += tl.sum(split * weight[:, None], 0)
 
     batch = bh // H
     out_ptrs = out_ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
@@ -82,18 +82,18 @@ def combine_kernel(shares_ptr, shares_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rest
         tl.store(rests[1] + own, rest)
 
 
-def combine_launch(shares: torch.Tensor, shares_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+def combine_launch(splits: torch.Tensor, splits_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, *, config: TileConfig) -> Launch:
-    """What fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq] from ``shares`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq].
+    """What fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq] from ``splits`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq].
 
     Both LSE may come with their rests, [2, ...] (``launch.with_lse``).
     """
     batch, heads, n_queries, dim_v = out.shape
     rests: tuple[torch.Tensor, ...] = ()
     if lse.dim() == 4:
-        (shares_lse, shares_rest), (lse, rest) = shares_lse, lse
-        rests = shares_rest, rest
-    steps = shares.stride(0), shares_lse.stride(0), shares_lse.stride(2), lse.stride(1)
-    args = (shares, shares_lse, out, lse, sinks, rests, steps, out.stride(), heads, n_queries, shares.shape[0],
+        (splits_lse, splits_rest), (lse, rest) = splits_lse, lse
+        rests = splits_rest, rest
+    steps = splits.stride(0), splits_lse.stride(0), splits_lse.stride(2), lse.stride(1)
+    args = (splits, splits_lse, out, lse, sinks, rests, steps, out.stride(), heads, n_queries, splits.shape[0],
             kind_of(1, 0, dim_v, accumulator(out.dtype)))
     return Launch(combine_kernel, batch * heads * n_queries, args, config)

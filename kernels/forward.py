@@ -45,18 +45,18 @@ class ForwardKind(Kind):
 forward_kind = functools.cache(ForwardKind)
 
 
-class Split(NamedTuple):
-    """The keys of every query in shares, each a program with an out and an LSE of its own, which ``combine`` joins."""
+class Splits(NamedTuple):
+    """The keys of every query in splits, each a program with an out and an LSE of its own, which ``combine`` joins."""
 
-    out_step: int  # elements from the out of one share to that of the next
+    out_step: int  # elements from the out of one split to that of the next
     lse_step: int
 
 
 @triton.jit
-def shared(first, stop, STEP: tl.constexpr, share, count):
-    """The bounds of one of ``count`` even shares of the range first, first + STEP, ... below stop."""
+def even(first, stop, STEP: tl.constexpr, split, count):
+    """The bounds of one of ``count`` even splits of the range first, first + STEP, ... below stop."""
     steps = tl.maximum(tl.cdiv(stop - first, STEP), 0)
-    return first + share * steps // count * STEP, first + (share + 1) * steps // count * STEP
+    return first + split * steps // count * STEP, first + (split + 1) * steps // count * STEP
 
 
 @triton.jit
@@ -88,16 +88,16 @@ def attend(state, q, k_view, v_view, place, rule, extras, KIND: tl.constexpr, TI
     return acc, row_max, row_sum, key_sum, rounded_sum
 
 
-@triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right", "n_shares"])
+@triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right", "n_splits"])
 def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
-                   H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, split, n_shares,
+                   H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, splits, n_splits,
                    KIND: tl.constexpr, TILE: tl.constexpr):
-    """One program: BLOCK_M queries of one head against all keys in their window, or against one share of them.
+    """One program: BLOCK_M queries of one head against all keys in their window, or against one split of them.
 
     q [B, H, Nq, D], k [B, H / group, Nk, D], v [B, H / group, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq], sinks [H] or
     None; ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the
-    position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``split`` a Split or (), with which
-    out and lse are those of the first of ``n_shares``; ``KIND`` a ForwardKind, ``TILE`` a TileConfig.
+    position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``splits`` a Splits or (), with which
+    out and lse are those of the first of ``n_splits``; ``KIND`` a ForwardKind, ``TILE`` a TileConfig.
     Packed sequences: q [H, T, D] and so on, Nq and Nk the longest.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -107,13 +107,13 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     ACC: tl.constexpr = KIND.acc
     q_strides, k_strides, v_strides, out_strides = strides
     pid = tl.program_id(0)
-    share = 0
+    split = 0
     lse_skip = 0
-    if len(split) > 0:
-        share = pid % n_shares
-        pid = pid // n_shares
-        out_ptr += tl.cast(share, tl.int64) * split.out_step
-        lse_skip = tl.cast(share, tl.int64) * split.lse_step
+    if len(splits) > 0:
+        split = pid % n_splits
+        pid = pid // n_splits
+        out_ptr += tl.cast(split, tl.int64) * splits.out_step
+        lse_skip = tl.cast(split, tl.int64) * splits.lse_step
     work = work_of(pid, Nq, H, Nq, Nk, offset, extras.sequences, BLOCK_M, right is not None)
     if len(extras.sequences.cu_q) > 0:
         if work.first >= work.n_queries:
@@ -127,10 +127,10 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         k_view = boxed(k_view, D, BLOCK_N)
         v_view = boxed(v_view, DV, BLOCK_N)
     # Where the compiler splits a tile between two consumers it moves the row at which their queries are loaded, for all that
-    # the row is used for: masks, LSE and output would move with it. So the load has a row of its own (n_shares is 1).
+    # the row is used for: masks, LSE and output would move with it. So the load has a row of its own (n_splits is 1).
     load_first = work.first
     if TILE.specialize:
-        load_first = work.first + (n_shares - 1)
+        load_first = work.first + (n_splits - 1)
     # [BLOCK_M, D]
     q = load_tile(q_view, load_first, D, BLOCK_M, True, TILE.wide)
     row_max, row_sum = tl.full([BLOCK_M], float("-inf"), ACC), tl.zeros([BLOCK_M], ACC)
@@ -141,9 +141,9 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     STEP: tl.constexpr = 1 if len(tiles) > 0 else BLOCK_N
     inner_first, inner_stop = inner_range(sweep)
     edges_first, edges_stop = 0, n_edges(sweep, BLOCK_N)
-    if len(split) > 0:
-        inner_first, inner_stop = shared(inner_first, inner_stop, STEP, share, n_shares)
-        edges_first, edges_stop = shared(0, edges_stop, 1, share, n_shares)
+    if len(splits) > 0:
+        inner_first, inner_stop = even(inner_first, inner_stop, STEP, split, n_splits)
+        edges_first, edges_stop = even(0, edges_stop, 1, split, n_splits)
     if TILE.specialize:
         # One loop, masked all along: the compiler specialises no other.
         for k_first in tl.range(sweep.bounds[0].lo, sweep.bounds[0].hi, BLOCK_N, warp_specialize=True):
@@ -177,15 +177,15 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
 
 def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
-                   precise: bool = False, split: tuple[Any, ...] = (), n_shares: int = 1) -> Launch:
+                   precise: bool = False, splits: tuple[Any, ...] = (), n_splits: int = 1) -> Launch:
     """What fills ``out`` and ``lse``; shapes as in ``forward_kernel``, lse [2, B, H, Nq] where it is to come with its rest
-    (``with_lse``). ``tiles`` is what ``list_launch`` gave, ``split`` a Split."""
+    (``with_lse``). ``tiles`` is what ``list_launch`` gave, ``splits`` a Splits."""
     heads = q.shape[1]
     lse, call = with_lse(call, lse)
     args = (
         q, k, v, out, lse, sinks, call.strides(q, k, v, out),
-        heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles, split, n_shares,
-        forward_kind(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, precise),
+        heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, tiles, splits,
+        n_splits, forward_kind(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, precise),
     )
-    return Launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads) * n_shares, args,
+    return Launch(forward_kernel, programs(call.n_queries, config.block_m, call.batch * heads) * n_splits, args,
                   fit_offsets(config, call, q, k, v, out))

@@ -79,8 +79,8 @@ def load_operand(operand, place, ACC: tl.constexpr, TILE: tl.constexpr, KEYS_FIR
     else:
         value = tl.load(base)
     if operand.narrow and (operand.by_query or operand.by_key):
-        # Triton lays P out for its product by the narrowest load that P comes from: in halves a mask of bytes then doubles
-        # every exp2, and fp64 does not compile. A sum over one element is no elementwise step, where that search ends.
+        # Triton lays P out for its product by the narrowest load that P comes from: in fp16 and bf16 a mask of bytes then
+        # doubles every exp2, and fp64 does not compile. A sum over one element is no elementwise step, where that search ends.
         value = tl.sum(tl.expand_dims(value, 2), 2)
     if operand.boolean:
         value = value != 0

@@ -116,14 +116,14 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             # [BLOCK_M, BLOCK_N]
             raw = products(q, k, head, extras.additive, KIND)
             lse = load_lse(lse_views(lse_ptr, extras, work, Nq), place.q_first, extras, BLOCK_M, True)
-            p, reach = weights(raw, lse, place, rule, extras, KIND.member, KIND.arg, TILE, False, True, True)
+            p, dmod = weights(raw, lse, place, rule, extras, KIND.member, KIND.arg, TILE, False, True, True)
             dout = load_tile(query_view(dout_ptr, dout_strides, work), place.q_first, DV, BLOCK_M, True, TILE.wide)
             v = load_tile(key_view(v_ptr, v_strides, work, KIND.group), place.k_first, DV, BLOCK_N, True, TILE.wide)
             dp = inner(dout, v, ACC, PRECISION)
             if len(extras.dropout) > 0:
                 dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
             delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), place.q_first, 0.0, BLOCK_M, True)
-            acc += score_gradient(p, dp, delta[:, None], reach, extras, True)
+            acc += score_gradient(p, dp, delta[:, None], dmod, extras, True)
 
     if OWN[4]:
         at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

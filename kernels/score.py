@@ -96,7 +96,7 @@ MODS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
 def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: torch.dtype) -> tuple[Mod, ...]:
     """The mods that the scale and softcap of a call ask for, ahead of ``others``; a new softcap compiles once."""
     if softcap_value is not None:
-        # What the cheap form loses, about 2**-23 of the cap, shows in fp32 and fp64, and in halves under a huge cap.
+        # What the cheap form loses, about 2**-23 of the cap, shows in fp32 and fp64, and in fp16 and bf16 under a huge cap.
         accurate = dtype in (torch.float32, torch.float64) or softcap_value > 256
         constants = ((tl.constexpr(float(softcap_value)),), (tl.constexpr(accurate),))
         return (Mod(softcap, softcap_slope, (), constants, (tl.constexpr(0), tl.constexpr(1))),)
@@ -109,7 +109,7 @@ def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE
     """(modded score, its derivative by the raw score, or by argument ``ARG`` of mod ``MEMBER`` where that is not -1)."""
     q_pos = per_query(place.q_first + place.offset + tl.arange(0, TILE.block_m), KEYS_FIRST)
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
-    reach = 1.0
+    dmod = 1.0
     for i in tl.static_range(len(mods)):
         read = [x[0] if len(x) == 1 else load_operand(x, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
                 for x in mods[i].args]
@@ -117,10 +117,10 @@ def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE
         modded = mods[i].function(score, q_pos, k_idx, place.head, place.batch, [
             mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         if i == MEMBER:
-            reach = mods[i].arg_slopes[ARG](score, modded, q_pos, k_idx, place.head, place.batch, [
+            dmod = mods[i].arg_slopes[ARG](score, modded, q_pos, k_idx, place.head, place.batch, [
                 mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         elif i > MEMBER:
-            reach = reach * mods[i].slope(score, modded, q_pos, k_idx, place.head, place.batch, [
+            dmod = dmod * mods[i].slope(score, modded, q_pos, k_idx, place.head, place.batch, [
                 mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         score = modded
-    return score, reach
+    return score, dmod

@@ -1,7 +1,7 @@
 """Every feature on every emulated card, forward and backward, with races looked for: docs/emulated-TRITON.json, and a table.
 
     python -m tests.emulated                     # all, about an hour
-    python -m tests.emulated sm_90 gluon         # of a target and a rung, shown alone
+    python -m tests.emulated sm_90 gluon         # of a target and a schedule, shown alone
     python -m tests.emulated ratios              # R in fp32, where sums are chains: docs/emulated-ratios.json
 
 The table in docs/emulator.md is of all Tritons that have such a file. Ctrl-C keeps what there is by then.
@@ -25,7 +25,7 @@ from support.features import Call, Shape
 from support.oracle import error_ratio, max_r
 
 from fused_attn import files
-from fused_attn.plan.tiles import choose, choose_rung
+from fused_attn.plan.tiles import choose, choose_hopper
 from fused_attn.tools.options import until_interrupted
 from fused_attn.tools.report import conditions, git, print_table, track
 
@@ -38,24 +38,25 @@ Row = dict[str, Any]
 
 def emulate(emulation: Emulation) -> Row:
     """One row of the file."""
-    return {"call": str(emulation), "target": emulation.target, "rung": emulation.rung, "dtype": emulation.dtype,
+    return {"call": str(emulation), "target": emulation.target, "hopper": emulation.hopper, "dtype": emulation.dtype,
             **emulation.told()}
 
 
 def speed() -> list[Row]:
     """Milliseconds that the emulator takes for a tile of scores: one pass of a program's loop, all of its warps."""
     rows = []
-    for target, rung in (("sm_80", "pointers"), ("sm_90", "pointers"), ("sm_90", "gluon"), ("sm_100", "pointers")):
+    for target, hopper in (("sm_80", "pointers"), ("sm_90", "pointers"), ("sm_90", "gluon"), ("sm_100", "pointers")):
         configs = {name: choose(name, LONG.dim, LONG.dim, torch.bfloat16, target) for name in ("forward", "dq", "dkv")}
-        if rung == "gluon":
-            configs = {"forward": choose_rung(rung, LONG.dim, LONG.dim)}
+        if hopper == "gluon":
+            configs = {"forward": choose_hopper(hopper, LONG.dim, LONG.dim)}
         seconds = {}
         for races in (True, False):
-            call = Emulation((), target, rung=rung, shape=LONG, schedule={"races": races}, arguments={"deterministic": True})
+            call = Emulation((), target, hopper=hopper, shape=LONG, schedule={"races": races},
+                             arguments={"deterministic": True})
             seconds[races] = {kernel["name"]: kernel["seconds"] for kernel in call.check()["kernels"]}
         for name, config in configs.items():
             tiles = LONG.n_queries // config.block_m * (LONG.n_keys // config.block_n)
-            rows.append({"card": target, "kernels": rung, "kernel": name, "tile": f"{config.block_m}x{config.block_n}",
+            rows.append({"card": target, "kernels": hopper, "kernel": name, "tile": f"{config.block_m}x{config.block_n}",
                          "ms, with races": round(1000 * seconds[True][f"{name}_kernel"] / tiles, 1),
                          "ms, without": round(1000 * seconds[False][f"{name}_kernel"] / tiles, 1)})
     return rows
@@ -85,7 +86,7 @@ def table(found: dict[str, list[Row]]) -> str:
     groups: dict[tuple[str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for version, rows in found.items():
         for row in rows:
-            groups[row["target"], row["rung"], row["dtype"]][version].append(row)
+            groups[row["target"], row["hopper"], row["dtype"]][version].append(row)
     lines = ["| card | kernels | type | " + " | ".join(f"Triton {version}" for version in found) + " |",
              "|---|---|---|" + "---|" * len(found)]
     for group, members in groups.items():
@@ -120,7 +121,7 @@ def main(only: tuple[str, ...]) -> int:
         files.write(DOCS / "emulated-ratios.json", json.dumps(found, indent=1) + "\n")
         print_table(found["rows"], "the largest R in fp32")
         return 0
-    asked = [emulation for emulation in every() if only in ((), (emulation.target,), (emulation.target, emulation.rung))]
+    asked = [emulation for emulation in every() if only in ((), (emulation.target,), (emulation.target, emulation.hopper))]
     rows: list[Row] = []
     with until_interrupted() as interrupted:
         for emulation in track(asked, "emulating"):

@@ -36,7 +36,7 @@ OUT, PAGE = ROOT / "docs" / "emulated-faults.json", ROOT / "docs" / "emulator.md
 START, END = "<!-- planted -->\n", "<!-- end of planted -->\n"
 # Tiles enough that every stage of a ring is used again; AMD's cards, which are emulated in NumPy, have no rings.
 SHAPE, SHORT = Shape(1, 1, 1, 300, 300, 128, 128), Shape(1, 1, 1, 130, 130, 64, 64)
-# (target, rung, shape), forward and backward
+# (target, schedule, shape), forward and backward
 CALLS = (("sm_80", "pointers", SHAPE), ("sm_90", "pointers", SHAPE), ("sm_90", "descriptors", SHAPE), ("sm_90", "gluon", SHAPE),
          ("sm_100", "pointers", SHAPE), ("gfx942", "pointers", SHORT), ("gfx1100", "pointers", SHORT))
 # Beginning of a line, what becomes of it: "" drops it, +1 lets one group more be pending.
@@ -88,8 +88,8 @@ def executed(emulation: Emulation) -> dict[str, list[tuple[str, int, str, str]]]
 
 def planted(only: tuple[str, ...]) -> Iterator[tuple[Emulation, str, str]]:
     """Calls with one fault each, where it stands, and what it was."""
-    for target, rung, shape in CALLS:
-        whole = Emulation(("causal",), target, rung=rung, shape=shape)
+    for target, hopper, shape in CALLS:
+        whole = Emulation(("causal",), target, hopper=hopper, shape=shape)
         if only and not target.startswith(only[0]):
             continue
         for kernel, rows in executed(whole).items():
@@ -113,7 +113,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: how many of the faults planted in each kernel were seen, and what stands in for the others."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["target"], row["rung"], row["kernel"].removesuffix("_kernel")), []).append(row)
+        groups.setdefault((row["target"], row["hopper"], row["kernel"].removesuffix("_kernel")), []).append(row)
     lines = ["| card | kernels | kernel | planted | seen | no fault: what was taken out |", "|---|---|---|---|---|---|"]
     for group, members in groups.items():
         unseen = Counter(row["plant"] for row in members if row["verdict"] == NOT_SEEN)
@@ -130,10 +130,10 @@ def main(only: tuple[str, ...]) -> None:
     with until_interrupted() as interrupted:
         for emulation, where, text in track(list(planted(only)), "planting"):
             assert emulation.fault is not None
-            rows.append({"target": emulation.target, "rung": emulation.rung, "kernel": emulation.fault[0], "line": where,
+            rows.append({"target": emulation.target, "hopper": emulation.hopper, "kernel": emulation.fault[0], "line": where,
                          "plant": emulation.fault[1], "taken out": text[:60], "which": emulation.fault[2],
                          "verdict": verdict(emulation)})
-    of = ("target", "rung", "kernel")
+    of = ("target", "hopper", "kernel")
     planting = Counter(tuple(row[name] for name in of) for row in rows)
     seen = Counter(tuple(row[name] for name in of) for row in rows if row["verdict"] != NOT_SEEN)
     print_table([{**dict(zip(of, group, strict=True)), "planted": count, "seen": seen[group]}

@@ -198,7 +198,7 @@ CALLS = {
     "ALiBi": ({}, {"alibi_slopes": torch.rand(2)}, "reference"), "dropout": ({}, {"dropout_p": 0.5}, "torch"),
     "dropout and a mask": ({}, {"dropout_p": 0.5, "mask": torch.ones(6, dtype=torch.bool)}, "torch"),
     "mask function": ({}, {"mask_mod": fused_attn.prefix_lm_mask(torch.tensor([3]))}, "reference"),
-    "twins alone": ({}, {"score_mod": fused_attn.ScoreMod("doubled", reference=lambda s, *_: 2 * s)}, "reference"),
+    "references alone": ({}, {"score_mod": fused_attn.ScoreMod("doubled", reference=lambda s, *_: 2 * s)}, "reference"),
 }
 
 

@@ -12,7 +12,7 @@ import fused_attn
 from benchmarks import cases, correctness, gpu
 from benchmarks.cases import correctness_cases, timing_cases
 from fused_attn import settings, torch_private
-from fused_attn.plan import problem, rungs, schedules
+from fused_attn.plan import problem, proven, schedules
 from fused_attn.tools.bench import contest, oracle, peers, timing
 from fused_attn.tools.bench.cases import Case, case, grid
 
@@ -286,25 +286,25 @@ def test_spread():
     assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == {"ms": 3.5, "p20": 2.0, "p80": 5.0}
 
 
-def test_on_a_hopper_every_rung_is_checked_and_timed(monkeypatch):
-    """There, and nowhere else; a case that does not run on the rung it names fails."""
-    assert not any(subject.rung != "pointers" for subject in (*timing_cases(), *correctness_cases()))
+def test_on_a_hopper_every_schedule_is_checked_and_timed(monkeypatch):
+    """There, and nowhere else; a case that does not run on the schedule it names fails."""
+    assert not any(subject.hopper != "pointers" for subject in (*timing_cases(), *correctness_cases()))
     monkeypatch.setattr(cases, "on_hopper", lambda: True)
     monkeypatch.setattr(gpu, "on_hopper", lambda: True)
     for found in (timing_cases(), correctness_cases()):
-        assert {subject.rung for subject in found} == {"pointers", *rungs.offered()}
+        assert {subject.hopper for subject in found} == {"pointers", *proven.offered()}
         assert len({subject.name for subject in found}) == len(found)
     monkeypatch.setattr(problem, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(settings, "DETERMINISTIC", False)
     for subject in correctness_cases():
-        if subject.rung != "pointers" and subject.n_keys < 1000:
+        if subject.hopper != "pointers" and subject.n_keys < 1000:
             small = replace(subject, backend="triton", batch=1)
-            assert small.off_rung(*small.inputs("cpu")[:3]) == {}, subject.name
-    lost = case(20, 20, backend="triton", rung="gluon")
-    assert set(lost.off_rung(*lost.inputs("cpu")[:3])) == {"forward", "backward"}
+            assert small.not_as_asked(*small.inputs("cpu")[:3]) == {}, subject.name
+    lost = case(20, 20, backend="triton", hopper="gluon")
+    assert set(lost.not_as_asked(*lost.inputs("cpu")[:3])) == {"forward", "backward"}
     for table in ("FORWARD", "BACKWARD"):
         monkeypatch.setattr(schedules, table, getattr(schedules, table)[-1:])
     row = correctness.check(lost, "cpu")
     assert not row["ok"]
     assert set(row["missed"]) == {"forward", "backward"}
-    assert set(gpu._on_every_rung(True)) == {"side stream", "CUDA graph", "torch.compile", "packed sequences", "sinks"}
+    assert set(gpu._on_every_schedule(True)) == {"side stream", "CUDA graph", "torch.compile", "packed sequences", "sinks"}

@@ -168,8 +168,8 @@ def test_whole_command_on_tiny_shapes(tmp_path):
     assert {(row["feature"], row["pass"]) for row in costs} == {
         (f.name, which) for f in features.FEATURES[:3] for which in ("forward", "backward")}
     assert all({"ms", "tflops", "plain_ms", "times_plain"} <= row.keys() for row in costs)
-    more = {stage: [row for row in rows if row["stage"] == stage] for stage in ("roofs", "layers", "models", "cold")}
-    assert {row["case"] for row in more["roofs"]} == {"copy", "matmul bf16"}
+    more = {stage: [row for row in rows if row["stage"] == stage] for stage in ("roofline", "layers", "models", "cold")}
+    assert {row["case"] for row in more["roofline"]} == {"copy", "matmul bf16"}
     assert {row["family"] for row in more["layers"]} == {"packed", "rotary", "cached decoding", "layers"}
     assert {row["family"] for row in more["models"]} == {"training", "generation"}
     for row in [*more["layers"], *more["models"], *more["cold"]]:
@@ -194,7 +194,7 @@ def test_whole_command_on_tiny_shapes(tmp_path):
     assert names == {s.name for s in correctness_cases(True)} | set(correctness.SPECIAL)
 
     again = subprocess.run([*command, "--stage", "timing", "--stage", "correctness", "--stage", "models",
-                            "--stage", "layers", "--stage", "cold", "--stage", "roofs"], cwd=ROOT, env=variables,
+                            "--stage", "layers", "--stage", "cold", "--stage", "roofline"], cwd=ROOT, env=variables,
                            capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
@@ -234,9 +234,9 @@ def synthetic() -> list[dict]:
 
 def more_synthetic() -> list[dict]:
     """Rows of the other stages, made up too."""
-    roofs = [{"stage": "roofs", "case": "copy", "pass": "forward", "family": "roofs", "ms": 0.7, "tflops": 0.0,
+    roofs = [{"stage": "roofline", "case": "copy", "pass": "forward", "family": "roofline", "ms": 0.7, "tflops": 0.0,
               "gbytes_per_s": 3000.0, "peers": {}},
-             {"stage": "roofs", "case": "matmul bf16", "pass": "forward", "family": "roofs", "dtype": "bf16", "ms": 1.5,
+             {"stage": "roofline", "case": "matmul bf16", "pass": "forward", "family": "roofline", "dtype": "bf16", "ms": 1.5,
               "tflops": 700.0, "gbytes_per_s": 100.0, "peers": {}}]
     rest = [{"stage": stage, "case": f"{family} case", "pass": which, "family": family, "dtype": "bf16", "ms": 1.0, "p20": 0.9,
              "p80": 1.1, "tflops": 300.0, "gbytes_per_s": 1000.0, "flops": 3e11, "bytes": 1e9, "tokens_per_s": 1e5,
@@ -248,9 +248,9 @@ def more_synthetic() -> list[dict]:
 
 def test_roofs_are_what_was_measured():
     roofs = more_synthetic()[:2]
-    assert plots.roofs_of(roofs) == (3e12, 7e14)
-    assert plots.roofs_of(roofs[:1]) is None
-    assert plots.roofs_of([]) is None
+    assert plots.roofline_of(roofs) == (3e12, 7e14)
+    assert plots.roofline_of(roofs[:1]) is None
+    assert plots.roofline_of([]) is None
 
 
 def test_roofline_draws_every_case_of_halves(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fused_attn
-from benchmarks import detours, features, packed, steps
+from benchmarks import alternatives, features, packed, steps
 from fused_attn.tools.bench import contest, peers
 from fused_attn.tools.bench.contest import Contest
 
@@ -20,7 +20,7 @@ def flex(monkeypatch):
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(detours, "compiled_flex", lambda: flex_attention.flex_attention)
+    monkeypatch.setattr(alternatives, "compiled_flex", lambda: flex_attention.flex_attention)
     monkeypatch.setattr(peers, "compiled_flex", lambda: flex_attention.flex_attention)
     monkeypatch.setattr(peers, "FLEX_DEVICES", ("cpu",))
 
@@ -58,17 +58,17 @@ def test_packed_flex_agrees(causal, flex):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("name", detours.DETOURS)
-def test_detours_compute_the_feature(name, flex):
+@pytest.mark.parametrize("name", alternatives.ALTERNATIVES)
+def test_alternatives_compute_the_feature(name, flex):
     """torch's tensors and functions, forward and backward, against the reference in fp64."""
     feature = next(feature for feature in features.FEATURES if feature.name == name)
     call = features.Call(feature, SHAPE, "cpu")
     exact = call.results(True, "reference")
     tensors = call.tensors | {"n": torch.tensor(SHAPE.length)}
-    made = {"flex": detours.flex, **({"sdpa": detours.sdpa} if "sdpa" in detours.peers(name, "cpu") else {})}
+    made = {"flex": alternatives.flex, **({"sdpa": alternatives.sdpa} if "sdpa" in alternatives.peers(name, "cpu") else {})}
     for peer, make in made.items():
         leaves = call.leaves(False)
-        out = make(detours.DETOURS[name], tensors, feature.causal, "cpu", True)(leaves)
+        out = make(alternatives.ALTERNATIVES[name], tensors, feature.causal, "cpu", True)(leaves)
         results = {"out": out, **dict(zip((f"d{leaf}" for leaf in leaves),
                                           torch.autograd.grad(out, list(leaves.values()), call.dout), strict=True))}
         for key, x in results.items():
@@ -77,18 +77,18 @@ def test_detours_compute_the_feature(name, flex):
 
 
 def test_every_feature_that_torch_can_has_a_peer():
-    assert set(detours.DETOURS) <= {feature.name for feature in features.FEATURES}
-    assert detours.peers("sinks", "cuda") == {}
-    assert set(detours.peers("alibi", "cuda")) == {"sdpa", "flex"}
-    assert set(detours.peers("softcap", "cuda")) == {"flex"}
-    assert set(detours.peers("alibi", "cpu")) == {"sdpa"}
+    assert set(alternatives.ALTERNATIVES) <= {feature.name for feature in features.FEATURES}
+    assert alternatives.peers("sinks", "cuda") == {}
+    assert set(alternatives.peers("alibi", "cuda")) == {"sdpa", "flex"}
+    assert set(alternatives.peers("softcap", "cuda")) == {"flex"}
+    assert set(alternatives.peers("alibi", "cpu")) == {"sdpa"}
 
 
 @pytest.mark.kernels
 def test_a_wrong_feature_is_refused(monkeypatch):
     feature = next(feature for feature in features.FEATURES if feature.name == "bias")
-    wrong = detours.Detour(lambda t: t["bias"] * 1.2)
-    monkeypatch.setitem(detours.DETOURS, "bias", wrong)
+    wrong = alternatives.Alternative(lambda t: t["bias"] * 1.2)
+    monkeypatch.setitem(alternatives.ALTERNATIVES, "bias", wrong)
     for row in Contest(features.subject(feature, SHAPE, "cpu"), "cpu", 1).rows():
         assert row["ok"], row
         assert "differs" in row["peers"]["sdpa"]["error"]

@@ -48,13 +48,14 @@ BAD = [
     "compile", "compile --matrix --target sm_80", "compile --target sm_80 --head-dim 0",
     "compile --target SM_90", "compile --target sm_80 --head-dim 577",
     "compile --target sm_80 --head-dim", "compile --target sm_80 --dtype fp8", "compile --target sm_80 --feature magic",
-    *(f"compile --matrix {given}" for given in ("--head-dim 64", "--causal", "--dtype fp16", "--rung gluon", "--json", "--gate",
-                                                "--feature bias", "--pass forward")),
-    *(f"compile --target {target} --rung {rung}" for target in ("gfx942", "sm_80", "sm_100") for rung in settings.RUNGS[1:]),
-    *(f"compile --target sm_90 --rung {rung} --feature {feature}" for rung in settings.RUNGS[1:]
+    *(f"compile --matrix {given}" for given in ("--head-dim 64", "--causal", "--dtype fp16", "--hopper gluon", "--json",
+                                                "--gate", "--feature bias", "--pass forward")),
+    *(f"compile --target {target} --hopper {hopper}" for target in ("gfx942", "sm_80", "sm_100")
+      for hopper in settings.HOPPER_SCHEDULES[1:]),
+    *(f"compile --target sm_90 --hopper {hopper} --feature {feature}" for hopper in settings.HOPPER_SCHEDULES[1:]
       for feature in ("rotary", "decode", "fused", "additive", "dropout")),
-    "compile --target sm_90 --rung specialized --feature packed", "compile --target sm_90 --rung gluon --head-dim 36",
-    "compile --target sm_90 --rung gluon --head-dim 264", "compile --target sm_90 --rung descriptors --dtype fp32",
+    "compile --target sm_90 --hopper specialized --feature packed", "compile --target sm_90 --hopper gluon --head-dim 36",
+    "compile --target sm_90 --hopper gluon --head-dim 264", "compile --target sm_90 --hopper descriptors --dtype fp32",
     "compile --target sm_90 --feature rotary --pass backward", "compile --target sm_90 --feature fused --pass forward",
     "compile --target sm_86 --dtype fp64 --head-dim 256", "compile --target sm_80 --feature additive --head-dim 300",
     "compile --target gfx90a --dtype tf32", "compile --target gfx942 --dtype tf32x3", "compile --target sm_80 --out x.md",
@@ -358,12 +359,12 @@ def test_every_known_target_is_one_that_calls_take():
             assert choose(kernel, 64, 64, torch.bfloat16, name) in tiles._HALVES[TARGETS[name].tables][kernel].values()
     for job in (*matrix.jobs(), *matrix.profiled()):
         for dtype, head_dim in product(job.dtypes, job.head_dims):
-            assert matrix.offline.refusal(job.target, head_dim, dtype, job.feature, job.rung) is None
+            assert matrix.offline.refusal(job.target, head_dim, dtype, job.feature, job.hopper) is None
 
 
 def test_the_matrix_has_every_feature_in_every_type_on_every_target():
     """Decoding and the fused backward are of halves; a bf16 bias in bf16 is a bias of its own type."""
-    held = {(job.target, job.feature, dtype) for job in matrix.jobs() for dtype in job.dtypes if job.rung == "pointers"}
+    held = {(job.target, job.feature, dtype) for job in matrix.jobs() for dtype in job.dtypes if job.hopper == "pointers"}
     every = set(product(COMPILED, matrix.offline.FEATURES, ("bf16", "fp16", "fp32", "fp64")))
     missing = every - held
     assert all(feature in ("decode", "fused") or (feature, dtype) == ("bias bf16", "bf16") for _, feature, dtype in missing)

@@ -185,11 +185,11 @@ def test_every_target_has_a_configuration_for_every_call():
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("rung", ["descriptors", "specialized", pytest.param("gluon", marks=pytest.mark.slow)])
-def test_rungs_of_hopper_compile_without_spills(rung):
+@pytest.mark.parametrize("hopper", ["descriptors", "specialized", pytest.param("gluon", marks=pytest.mark.slow)])
+def test_schedules_of_hopper_compile_without_spills(hopper):
     """On every Triton: causal forwards at head dims 64 and 128, and Gluon's backward, which may keep 4 bytes outside loops."""
-    rows = compiled("--target", "sm_90", "--head-dim", "64", "128", "--causal", "--rung", rung)
-    per_dim = ["forward", "statistics", "backward", "ordered"] if rung == "gluon" else ["forward"]
+    rows = compiled("--target", "sm_90", "--head-dim", "64", "128", "--causal", "--hopper", hopper)
+    per_dim = ["forward", "statistics", "backward", "ordered"] if hopper == "gluon" else ["forward"]
     assert [row["kernel"] for row in rows] == 2 * per_dim
     for row in rows:
         assert row["spill_bytes"] <= (4 if row["kernel"] == "backward" else 0), row
@@ -211,10 +211,10 @@ def test_what_gluon_may_be_given_compiles():
             starts = torch.empty(3, dtype=torch.int64, device="meta")
             return fields, others._replace(cu_q=starts, cu_k=starts)
         three = TileConfig(192, 64, 4, 4, options=(("maxnreg", 128), ("enable_fp_fusion", True)))
-        (report,) = offline.compile_kernel("sm_90", "forward", 64, "bf16", True, rung="gluon", config=three)
+        (report,) = offline.compile_kernel("sm_90", "forward", 64, "bf16", True, hopper="gluon", config=three)
         assert (report.spill_bytes, report.warnings, report.registers) == (0, [], 128), report
         offline._feature = wide
-        (report,) = offline.compile_kernel("sm_90", "forward", 64, "bf16", True, rung="gluon", feature="packed")
+        (report,) = offline.compile_kernel("sm_90", "forward", 64, "bf16", True, hopper="gluon", feature="packed")
         assert report.spill_bytes == 0, report
     """
     result = python("-c", code)

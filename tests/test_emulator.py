@@ -36,9 +36,10 @@ def one(*arguments, **others):
 FEW = [
     one(("causal",), "sm_80", shape=SEVERAL), one(("bias_keys",), "sm_80"),
     one(("packed",), "sm_90", shape=Shape(3, 2, 1, 65, 129, 64, 64, "packed")), one(("causal",), "sm_90", shape=SEVERAL),
-    one(("causal",), "sm_90", rung="descriptors", shape=SEVERAL),
-    one(("causal", "gqa"), "sm_90", rung="gluon", shape=SEVERAL), one(("causal",), "sm_86", "tf32x3"), one((), "sm_80", "fp64"),
-    one(("causal",), "sm_90", rung="specialized", shape=SEVERAL), one(("causal",), "sm_100", shape=SEVERAL),
+    one(("causal",), "sm_90", hopper="descriptors", shape=SEVERAL),
+    one(("causal", "gqa"), "sm_90", hopper="gluon", shape=SEVERAL), one(("causal",), "sm_86", "tf32x3"),
+    one((), "sm_80", "fp64"),
+    one(("causal",), "sm_90", hopper="specialized", shape=SEVERAL), one(("causal",), "sm_100", shape=SEVERAL),
     one((), "gfx942", "fp16"), one(("causal",), "gfx1100"),
     one((), "sm_80", what="rotary"), one(("window", "sinks"), "sm_80", what="weights"),
 ]
@@ -66,15 +67,15 @@ DROPPED = [  # (fault, what it is called for)
 ]
 
 
-@pytest.mark.parametrize(("target", "rung", "fault", "called"), DROPPED,
+@pytest.mark.parametrize(("target", "hopper", "fault", "called"), DROPPED,
                          ids=lambda value: value[1] if isinstance(value, tuple) else None)
-def test_planted_faults_are_found(worker, target, rung, fault, called):
-    told = worker(Emulation(("causal",), target, rung=rung, shape=SHORT, fault=fault))
+def test_planted_faults_are_found(worker, target, hopper, fault, called):
+    told = worker(Emulation(("causal",), target, hopper=hopper, shape=SHORT, fault=fault))
     assert called in told["verdict"], told["verdict"]
 
 
 LACKING = [(Emulation(("causal",), "sm_90", shape=SEVERAL), (3, 7)), (Emulation(("bias",), "sm_90"), (3, 7)),
-           (Emulation(("causal",), "sm_90", rung="specialized"), (3, 8)), (Emulation(("gqa",), "sm_100"), (3, 9))]
+           (Emulation(("causal",), "sm_90", hopper="specialized"), (3, 8)), (Emulation(("gqa",), "sm_100"), (3, 9))]
 
 
 @pytest.mark.parametrize(("emulation", "complete"), [
@@ -101,9 +102,9 @@ def test_the_smallest_kernels_show_what_docs_say_of_triton(target):
 
 @pytest.mark.parametrize("schedule", [{"landing": emulator.EAGER, "turn": 0}, {"landing": emulator.LATE},
                                       {"seed": 5, "resident": 4}, {"perturb": True, "truncate": True}], ids=str)
-@pytest.mark.parametrize("rung", ["pointers", "gluon"])
-def test_every_schedule_gives_the_answer(worker, schedule, rung):
-    told = worker(Emulation(("causal",), "sm_90", rung=rung, shape=SEVERAL, schedule=schedule))
+@pytest.mark.parametrize("hopper", ["pointers", "gluon"])
+def test_every_schedule_gives_the_answer(worker, schedule, hopper):
+    told = worker(Emulation(("causal",), "sm_90", hopper=hopper, shape=SEVERAL, schedule=schedule))
     assert told["verdict"] == "ok"
 
 

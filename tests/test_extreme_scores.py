@@ -78,11 +78,11 @@ def test_rows_whose_keys_all_carry_one_large_number(dtype, value, arithmetic):
 @pytest.mark.parametrize("arithmetic", [pytest.param("as it is", marks=pytest.mark.slow), "contracted"])
 @pytest.mark.parametrize(("shape", "arguments"), [
     ({"heads": 4, "kv_heads": 2}, {"causal": True}),
-    ({"n_queries": 1, "n_keys": 1100}, {}),  # in shares of the keys
+    ({"n_queries": 1, "n_keys": 1100}, {}),  # in splits of the keys
     ({"n_queries": 1, "n_keys": 1100}, {"sinks": torch.tensor([-1e9, 2.0])}),
     ({}, {"sinks": torch.tensor([-1e9, 2.0])}),
     ({}, {"packed": True}), ({}, {"window": (9, 3)}), ({}, {"softcap": 5.0}), ({}, {"precise": True}), ({}, {"scale": -0.5}),
-], ids=["grouped", "shares", "shares and sinks", "sinks", "packed", "window", "softcap", "precise", "negative scale"])
+], ids=["grouped", "splits", "splits and sinks", "sinks", "packed", "window", "softcap", "precise", "negative scale"])
 def test_they_are_right_in_every_kernel(shape, arguments, arithmetic):
     leaves, dout = draw(torch.bfloat16, **shape)
     n_queries, n_keys = leaves["q"].shape[2], leaves["k"].shape[2]
@@ -235,7 +235,7 @@ SINKS = {torch.float32: (1e30, 2.3e38, 3e38, LARGEST, -LARGEST), torch.float64: 
 
 @pytest.mark.parametrize(("dtype", "value"), [(dtype, value) for dtype, values in SINKS.items() for value in values], ids=str)
 @pytest.mark.parametrize("shape", [{}, {"n_queries": 1, "n_keys": 1100}, {"causal": True, "precise": True}, {"bias": True}],
-                         ids=["plain", "shares", "precise", "bias"])
+                         ids=["plain", "splits", "precise", "bias"])
 def test_sinks_of_any_size(dtype, value, shape):
     """One that takes everything, or nothing, beside one of a common size."""
     sizes = {name: size for name, size in shape.items() if name.startswith("n_")}

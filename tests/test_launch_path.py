@@ -56,7 +56,7 @@ MANY = [
     *(one((name,), target, arguments={"deterministic": True}, slow=True) for target in ("sm_80", "sm_90")
       for name in ("causal", "bias", "alibi", "packed")),
     *(one((), target, layout=layout, slow=True) for target in ("sm_80", "sm_90") for layout in LAYOUTS),
-    *(one((), "sm_90", rung, shape=SEVERAL, layout=layout, slow=True) for rung in ("descriptors", "gluon")
+    *(one((), "sm_90", hopper, shape=SEVERAL, layout=layout, slow=True) for hopper in ("descriptors", "gluon")
       for layout in LAYOUTS),
     *(one((name,), target, asks=asks, slow=True) for target in ("sm_80", "sm_90") for asks in ("weights", "stats")
       for name in ("causal", "bias", "mask", "sinks")),
@@ -78,10 +78,10 @@ def test_parameters_are_the_arguments(worker, launching):
     assert all(launch["registers"] <= 255 for launch in told["launches"])
     if launching.layout.startswith("far"):
         assert "i64" in told["launches"][0]["kinds"], "strides beyond 32 bits"
-    if launching.rung == "gluon" and launching.layout == "bhnd" and set(launching.features) <= set(GLUON):
+    if launching.hopper == "gluon" and launching.layout == "bhnd" and set(launching.features) <= set(GLUON):
         assert "map" in told["launches"][0]["kinds"]
         assert told["launches"][0]["module"] == "fused_attn.kernels.hopper.forward"
-    if launching.rung == "descriptors" and launching.features == ("causal",):
+    if launching.hopper == "descriptors" and launching.features == ("causal",):
         assert told["launches"][0]["scratch"] > 0, "where the kernel writes its descriptors"
 
 
@@ -148,7 +148,7 @@ def decoding(lengths):
 ONE = {"forward_kernel": 1, "delta_kernel": 1, "dkv_kernel": 1}
 # What lengths, batches, heads and layouts make of kernels: Triton compiles anew where a stride or an address stops, or
 # starts, to be a multiple of 16, and for a stride of 1. Rows of D64 and D80 always are; rows of D72, and of a bias as long as
-# the keys, are when their number is; of a share's LSE, when batch times heads is.
+# the keys, are when their number is; of a split's LSE, when batch times heads is.
 COUNTED = {
     "D64": (sizes(64), ONE), "D64 sm_90": (sizes(64, target="sm_90"), ONE), "D80": (sizes(80), ONE),
     "D72": (sizes(72, batches=(3,)), {"forward_kernel": 4, "delta_kernel": 6, "dkv_kernel": 6}),

@@ -120,12 +120,12 @@ def test_strided_and_shared_arguments():
 # --- mods that share something ---
 
 
-def test_two_mods_of_one_name_keep_their_own_twins():
-    twins = [ScoreMod("same", reference=lambda s, q, k, h, b, args, n=n: s * n) for n in (1.0, 0.0)]
+def test_two_mods_of_one_name_keep_their_own_references():
+    mods = [ScoreMod("same", reference=lambda s, q, k, h, b, args, n=n: s * n) for n in (1.0, 0.0)]
     q, k, v = qkv()
     plain = attention(q, k, v, backend="reference")
-    assert torch.equal(attention(q, k, v, score_mod=twins[0], backend="reference"), plain)
-    assert not torch.equal(attention(q, k, v, score_mod=twins[1], backend="reference"), plain)
+    assert torch.equal(attention(q, k, v, score_mod=mods[0], backend="reference"), plain)
+    assert not torch.equal(attention(q, k, v, score_mod=mods[1], backend="reference"), plain)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def stripes(q_pos, k_idx, head, batch, args):
 
 
 def test_two_mods_of_one_function_keep_their_own_settings():
-    """A function that differs by head, once told so and once not, and without a twin: the second must not change the first."""
+    """A function that differs by head, once told so and once not, and without a reference: the first must not change."""
     by_head = MaskMod("stripes", stripes, by_head=True, reference=lambda q, k, h, b, args: (k + h) % args[0] != 0)
     tensors = qkv()
     want = attention(*tensors, mask_mod=by_head(3), backend="reference")
@@ -180,7 +180,7 @@ def factor_alone(score, modded, q_pos, k_idx, head, batch, args):
 
 
 def scaled_by(factor, *, captured=None):
-    """A mod made anew, of functions with a FACTOR of their own and a twin that captures a tensor."""
+    """A mod made anew, of functions with a FACTOR of their own and a reference that captures a tensor."""
     own = {**globals(), "FACTOR": tl.constexpr(factor)}
     functions = [triton.jit(types.FunctionType(f.__code__, own, f.__name__)) for f in (times_factor, factor_alone)]
     return ScoreMod("scaled", *functions, reference=lambda s, q, k, h, b, args: s * (factor + 0 * captured.sum()))
@@ -221,8 +221,8 @@ def test_what_a_function_is_names_it():
     assert keys[0] == keys[1] == keys[3] != keys[2]
     assert MaskMod("stripes", stripes).code != MaskMod("stripes", stripes, by_head=True).code
     assert ScoreMod("near", near).code != ScoreMod("near", near, NEAR.slope).code
-    twins = [ScoreMod("twin", reference=lambda s, *_: s).code for _ in range(2)]
-    assert twins[0] != twins[1], "nothing tells what a twin computes"
+    mods = [ScoreMod("same", reference=lambda s, *_: s).code for _ in range(2)]
+    assert mods[0] != mods[1], "nothing tells what a reference computes"
 
 
 def test_functions_of_one_source_and_other_values_do_not_meet():
@@ -271,11 +271,11 @@ def test_a_missing_function_is_told():
         assert attention(*qkv(), **arguments).isfinite().all(), "the reference runs it"
 
 
-def test_a_missing_twin_is_told():
+def test_a_missing_reference_is_told():
     weight, marks = torch.rand(2, 1, 1), torch.ones(90, dtype=torch.int32)
     for arguments in ({"score_mod": ScoreMod("lone", near)(weight, 1)}, {"mask_mod": MaskMod("lone", comb)(marks, 3)}):
         assert attention(*qkv(), backend="triton", **arguments).isfinite().all()
-        with pytest.raises(ValueError, match="plain PyTorch twin"):
+        with pytest.raises(ValueError, match="plain PyTorch reference"):
             attention(*qkv(), backend="reference", **arguments)
 
 

@@ -306,15 +306,15 @@ def test_layers_raise_torchs_errors(name, mask):
     assert str(ours).startswith(str(theirs).rstrip("."))
 
 
-# --- no detours ---
+# --- no fast paths of torch's ---
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_detours(name, monkeypatch):
+def test_no_fast_paths(name, monkeypatch):
     """Neither torch's quick C++ path, nor nested tensors, nor a search for causal masks, in the mode that has them all."""
     for function in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd", "_nested_tensor_from_mask"):
-        monkeypatch.setattr(torch, function, lambda *_, **__: pytest.fail("a detour"))
-    monkeypatch.setattr(nn.modules.transformer, "_detect_is_causal_mask", lambda *_, **__: pytest.fail("a detour"))
+        monkeypatch.setattr(torch, function, lambda *_, **__: pytest.fail("a fast path"))
+    monkeypatch.setattr(nn.modules.transformer, "_detect_is_causal_mask", lambda *_, **__: pytest.fail("a fast path"))
     args = {"MultiheadAttention": (12, 2), "Transformer": (12, 2, 1, 1, 8)}.get(name, (12, 2, 8))
     theirs, ours = (module.eval() for module in pair(name, args, {"batch_first": True}))
     mask = {"MultiheadAttention": "attn_mask", "TransformerEncoder": "mask", "TransformerEncoderLayer": "src_mask"}
@@ -322,7 +322,7 @@ def test_no_detours(name, monkeypatch):
     inputs = (X,) * INPUTS[name]
     with torch.no_grad():
         if name != "TransformerDecoderLayer":  # which has none
-            with pytest.raises(pytest.fail.Exception, match="a detour"):
+            with pytest.raises(pytest.fail.Exception, match="a fast path"):
                 theirs(*inputs)
         outs = [ours(*inputs), ours(*inputs, **causal)]
     close(outs, [ours(*inputs), ours(*inputs, **causal)])  # where gradients are wanted

@@ -209,7 +209,7 @@ def test_dk_and_dv_by_a_launch_each_are_bitwise_the_same(monkeypatch):
 
     inputs, dout, dlse = Case(heads=4, kv_heads=2, n_queries=75, n_keys=90, dim=16).draw(torch.float32)
     together = oracle.run(inputs, dout, dlse, {"causal": True, "backend": "triton"})
-    monkeypatch.setattr(problem, "choose", lambda *_: TileConfig(32, 64, 1, 1, split=True))
+    monkeypatch.setattr(problem, "choose", lambda *_: TileConfig(32, 64, 1, 1, separate=True))
     joint = lambda *_: TileConfig(32, 64, 1, 1)  # noqa: E731
     apart = oracle.run(inputs, dout, dlse, {"causal": True, "backend": "triton"})
     monkeypatch.setattr(problem, "choose", joint)

@@ -54,7 +54,7 @@ def gradients(inputs, dout, backend, deterministic, arguments):
     return torch.autograd.grad(out, leaves, dout)
 
 
-@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fused", "split"])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fused", "separate"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)],
                          ids=lambda t: str(t).removeprefix("torch."))
 @pytest.mark.parametrize("name", CASES)

@@ -55,7 +55,7 @@ def test_repeated_calls_equal_first_ones(monkeypatch):
     """Every kind of call three times, in an order that mixes them, against calls that remember nothing; the third time from
     plans."""
     monkeypatch.setattr(tiles, "MANY_KEYS", 128)
-    monkeypatch.setattr(tiles, "SHARE", 64)
+    monkeypatch.setattr(tiles, "SPLIT", 64)
     # Of tensors and arguments every one, and the two that choose what runs with all of the others.
     kinds = [(make, arguments) for (name, make), arguments in itertools.product(TENSORS.items(), KINDS)
              if name in ("plain", "decoding") or arguments is KINDS[2]]
@@ -78,7 +78,7 @@ def test_repeated_calls_equal_first_ones(monkeypatch):
 
 def test_a_repeated_call_writes_all_that_it_returns(monkeypatch):
     monkeypatch.setattr(tiles, "MANY_KEYS", 128)
-    monkeypatch.setattr(tiles, "SHARE", 64)
+    monkeypatch.setattr(tiles, "SPLIT", 64)
     first, second = (qkv(1, 300) for _ in range(2))
     for _ in range(2):
         call(*first)
@@ -94,7 +94,7 @@ def test_a_repeated_call_writes_all_that_it_returns(monkeypatch):
 def test_a_new_length_is_described_no_more(monkeypatch):
     """The steps of a generation, two layers each: every layer after the first, and every later step, goes without checks."""
     monkeypatch.setattr(tiles, "MANY_KEYS", 64)
-    monkeypatch.setattr(tiles, "SHARE", 32)
+    monkeypatch.setattr(tiles, "SPLIT", 32)
     q, k, v = qkv(1, 300)
     call(q, k[:, :, :50], v[:, :, :50], causal=True)
     times = described(monkeypatch)

@@ -1,4 +1,4 @@
-"""Where tokens stand: each module against its formula, the rotary kernel against its plain twin."""
+"""Where tokens stand: each module against its formula, the rotary kernel against its plain form."""
 
 import cmath
 import copy

@@ -126,7 +126,7 @@ def committed() -> list[dict]:
 
 
 def key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("target", "kernel", "dtype", "head_dim", "causal", "feature", "rung"))
+    return tuple(row[name] for name in ("target", "kernel", "dtype", "head_dim", "causal", "feature", "hopper"))
 
 
 def what_got_worse(now: list[dict], before: list[dict]) -> list[str]:
@@ -145,17 +145,17 @@ def python(*arguments: str) -> str:
 
 
 SOME = [Job("sm_90", ("bf16",), (128,), True), Job("sm_80", ("bf16",), (128,), False), Job("gfx942", ("bf16",), (64,), True),
-        Job("sm_90", ("bf16",), (128,), True, rung="gluon")]
+        Job("sm_90", ("bf16",), (128,), True, hopper="gluon")]
 
 
 def name(job: Job) -> str:
     dims = "-".join(map(str, job.head_dims))
-    return f"{job.target}-D{dims}-{'causal' if job.causal else 'full'}-{job.feature}-{job.rung}"
+    return f"{job.target}-D{dims}-{'causal' if job.causal else 'full'}-{job.feature}-{job.schedule}"
 
 
 def of_job(rows: list[dict], job: Job) -> list[dict]:
     return [row for row in rows if row["head_dim"] in job.head_dims and row["dtype"] in job.dtypes
-            and all(row[name] == getattr(job, name) for name in ("target", "causal", "feature", "rung"))]
+            and all(row[name] == getattr(job, name) for name in ("target", "causal", "feature", "hopper"))]
 
 
 @pytest.mark.kernels
@@ -178,7 +178,7 @@ def test_default_kernels_are_no_worse_than_committed(job):
 @pytest.mark.kernels
 @pytest.mark.parametrize("row", [
     pytest.param(row, id=f"{row['kernel']}-D{row['head_dim']}-{'causal' if row['causal'] else 'full'}")
-    for row in committed() if row["rung"] == "gluon" and row["kernel"] in ("forward", "backward")])
+    for row in committed() if row["hopper"] == "gluon" and row["kernel"] in ("forward", "backward")])
 def test_gluon_kernels_hide_every_exponential(row):
     """At least 95 % of exp2 under a wgmma in every main loop, no spill in one, nothing serialised, no wait for everyone."""
     assert row["spill_bytes"] <= (4 if row["kernel"] == "backward" else 0)

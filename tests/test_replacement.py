@@ -138,7 +138,7 @@ def build(case):
 
 
 def outcome(model, x):
-    """Output and all gradients in training, output in the mode in which torch takes its detours."""
+    """Output and all gradients in training, output in the mode in which torch takes its fast paths."""
     x = x.clone().requires_grad_()
     out = model.train()(x)
     grads = torch.autograd.grad(out.sin().sum(), [x, *model.parameters()], materialize_grads=True)

@@ -1,4 +1,4 @@
-"""The rotary kernel against its plain twin: sizes, strides, derivatives, and what it refuses."""
+"""The rotary kernel against its plain form: sizes, strides, derivatives, and what it refuses."""
 
 import contextlib
 import itertools
@@ -39,7 +39,7 @@ SIZES = [  # batch, heads, length, head dim, pairs: odd, one of each, more heads
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, *(
     pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16))], ids=str)
 @pytest.mark.parametrize(("size", "tables"), [*zip(SIZES, itertools.cycle((3, 2, 1)), strict=False)], ids=str)
-def test_kernel_is_its_plain_twin(size, tables, dtype, interleaved):
+def test_kernel_is_its_plain_form(size, tables, dtype, interleaved):
     """Both round once: what is computed in fp64 from the same numbers, and then rounded."""
     x, cos, sin = drawn(*size, dtype, tables)
     with memory_guard() as guard:

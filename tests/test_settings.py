@@ -19,7 +19,7 @@ from fused_attn import settings
 ROOT = Path(__file__).parents[1]
 SWITCHES = {  # a way in, what it makes of the default, and how that reads
     "strict": (fused_attn.strict, lambda: settings.is_strict(None), False, True),
-    "hopper": (lambda: fused_attn.hopper("gluon"), settings.rung, "pointers", "gluon"),
+    "hopper": (lambda: fused_attn.hopper("gluon"), settings.hopper_schedule, "pointers", "gluon"),
 }
 switches = pytest.mark.parametrize(("enter", "now", "off", "on"), SWITCHES.values(), ids=SWITCHES)
 
@@ -43,13 +43,13 @@ def test_the_one_entered_last_holds_whichever_is_left_first():
     with contextlib.ExitStack() as stack:
         outer.__enter__()
         stack.enter_context(inner)
-        assert settings.rung() == "descriptors"
+        assert settings.hopper_schedule() == "descriptors"
         outer.__exit__(None, None, None)
-        assert settings.rung() == "descriptors"
+        assert settings.hopper_schedule() == "descriptors"
         with fused_attn.hopper("pointers"):
-            assert settings.rung() == "pointers"
-        assert settings.rung() == "descriptors"
-    assert settings.rung() == "pointers"
+            assert settings.hopper_schedule() == "pointers"
+        assert settings.hopper_schedule() == "descriptors"
+    assert settings.hopper_schedule() == "pointers"
 
 
 @switches
@@ -215,8 +215,8 @@ def test_a_call_compiled_under_strict_does_not_hold_elsewhere():
 
 def test_a_compiled_call_follows_hopper(compiled):
     call, counter = compiled
-    for rung, count in (("pointers", 1), ("gluon", 2), ("descriptors", 3), ("pointers", 3), ("gluon", 3)):
-        with fused_attn.hopper(rung):
+    for hopper, count in (("pointers", 1), ("gluon", 2), ("descriptors", 3), ("pointers", 3), ("gluon", 3)):
+        with fused_attn.hopper(hopper):
             call()
         assert counter.frame_count == count
 
@@ -226,22 +226,22 @@ def test_contexts_inside_a_compiled_function():
     seen = []
 
     @torch.compiler.assume_constant_result
-    def note(rung):
-        seen.append(rung)
+    def note(hopper):
+        seen.append(hopper)
         return 0
 
     def attend(x):
         with fused_attn.hopper("gluon"), fused_attn.strict():
-            note(settings.rung())
+            note(settings.hopper_schedule())
             out = fused_attn.attention(x, x, x)
-        note(settings.rung())
+        note(settings.hopper_schedule())
         return out + fused_attn.attention(x, x, x, softcap=2.0)  # strict no more
 
     x = torch.randn(1, 2, 4, 8)
     call = torch.compile(attend, backend="eager", fullgraph=True)
     torch.testing.assert_close(call(x), attend(x))
     assert seen[:2] == ["gluon", "pointers"]
-    assert (settings.is_strict(None), settings.rung()) == (False, "pointers")
+    assert (settings.is_strict(None), settings.hopper_schedule()) == (False, "pointers")
 
     def refused(x):
         with fused_attn.strict():
@@ -293,9 +293,9 @@ def test_contexts_that_overlap_inside_a_compiled_function():
         outer.__enter__()
         inner.__enter__()
         outer.__exit__(None, None, None)
-        seen = settings.rung()
+        seen = settings.hopper_schedule()
         inner.__exit__(None, None, None)
-        return x + 1, (seen, settings.rung())
+        return x + 1, (seen, settings.hopper_schedule())
 
     assert torch.compile(attend, backend="eager", fullgraph=True)(torch.ones(3))[1] == ("descriptors", "pointers")
 
@@ -306,7 +306,7 @@ def test_contexts_that_overlap_inside_a_compiled_function():
 def read(**environment):
     """(last line of the output, of the errors) of a process that prints its settings."""
     code = ("import fused_attn.settings as s\n"
-            "print(s.BACKEND, s.TILES, s.DETERMINISTIC, s.is_strict(None), s.rung())")
+            "print(s.BACKEND, s.TILES, s.DETERMINISTIC, s.is_strict(None), s.hopper_schedule())")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FUSED_ATTN_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
                           env=clean | {"PYTHONPATH": str(ROOT), **environment})
@@ -330,7 +330,7 @@ def test_switches_are_on_or_off(value):
 ])
 def test_what_means_nothing_is_an_error(name, value, expected, monkeypatch):
     monkeypatch.setenv(f"FUSED_ATTN_{name}", value)
-    choices = {"BACKEND": settings.BACKENDS, "HOPPER": settings.RUNGS}
+    choices = {"BACKEND": settings.BACKENDS, "HOPPER": settings.HOPPER_SCHEDULES}
     with pytest.raises(ValueError, match=f"^FUSED_ATTN_{name}: expected {expected}.*; got {value!r}"):
         settings._choice(f"FUSED_ATTN_{name}", choices[name]) if name in choices else settings._flag(f"FUSED_ATTN_{name}")
 

@@ -45,7 +45,7 @@ def launched():
     return {launch.name: launch.config for launch in launches}
 
 
-FIXED = ("wide", "split", "descriptors", "specialize")
+FIXED = ("wide", "separate", "descriptors", "specialize")
 BAD = [
     *({name: value} for name in ("block_m", "block_n")
       for value in (-16, 0, 3, 24, 512, 2**40, "32", 32.0, None, True, [32], {"32": 32}, float("nan"))),

@@ -206,7 +206,7 @@ def test_nothing_of_the_size_of_the_scores_is_allocated(name, monkeypatch):
 @pytest.mark.parametrize("n_queries", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 2**20))])
 @pytest.mark.parametrize("arguments", [{"causal": True}, {"window": (4096, 0)}], ids=str)
 def test_a_million_keys_cost_memory_linear_in_them(n_queries, arguments, monkeypatch):
-    """Forward and backward; what shares of the keys write is a part of what the keys themselves take."""
+    """Forward and backward; what splits of the keys write is a part of what the keys themselves take."""
     monkeypatch.setattr(launch, "_launch", lambda *_: None)
     q, k, v, dout = qkv(n_queries, 2**20, heads=4, kv_heads=1, dim=8, dim_v=8, dtype=torch.float16)
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_attn.plan import rungs
+from fused_attn.plan import proven
 from tests import versions
 
 REPORT = """<testsuites><testsuite tests="4"><testcase classname="test_a" name="one"/>
@@ -26,7 +26,7 @@ def processes(monkeypatch, tmp_path):
         for argument in command:
             if argument.startswith("--junitxml="):
                 Path(argument.partition("=")[2]).write_text(REPORT)
-        return type("Done", (), {"returncode": int(any(rung in command for rung in fails))})
+        return type("Done", (), {"returncode": int(any(hopper in command for hopper in fails))})
 
     monkeypatch.setattr(versions.subprocess, "run", run)
     monkeypatch.setattr(versions, "VERSIONS", tmp_path / "versions.json")
@@ -50,8 +50,8 @@ def test_the_command_keeps_one_row_for_each_pair_of_versions(processes, monkeypa
     assert row["tests"] == {"arguments": ["tests/test_ops.py"], "passed": 1, "skipped": 1,
                             "failed": ["test_a::two[x]", "test_b::four"]}
     assert [command[-1] for command in started if "pytest" in command] == ["tests/test_ops.py"]
-    assert {command[command.index("--rung") + 1] for command in started if "--rung" in command} == set(rungs.YOUNG)
-    assert {command[-2:] for command in started if "tests.emulated" in command} == {("sm_90", rung) for rung in rungs.YOUNG}
+    assert {command[command.index("--hopper") + 1] for command in started if "--hopper" in command} == set(proven.YOUNG)
+    assert {command[-2:] for command in started if "tests.emulated" in command} == {("sm_90", name) for name in proven.YOUNG}
     fails.append("gluon")
     versions.main([])
     (row,) = rows()
@@ -71,17 +71,17 @@ def test_tests_run_what_has_just_compiled(processes, monkeypatch):
 def test_the_command_passes_where_all_compiled_and_passed(processes, monkeypatch):
     monkeypatch.setattr(versions, "tested", lambda arguments: {"failed": []})
     assert versions.main([]) == 0
-    monkeypatch.setattr(versions, "emulated", lambda rung: rung != "gluon")
+    monkeypatch.setattr(versions, "emulated", lambda hopper: hopper != "gluon")
     assert versions.main([]) == 1
-    monkeypatch.setattr(versions, "emulated", lambda rung: True)
+    monkeypatch.setattr(versions, "emulated", lambda hopper: True)
     assert versions.main([]) == 0
     processes[1].append("specialized")
     assert versions.main([]) == 1
 
 
-def test_what_may_run_the_young_rungs_is_read_from_the_record():
-    kept = json.loads(rungs.VERSIONS.read_text(encoding="utf-8"))
-    assert rungs.passed_on(kept, "compiled", rungs.YOUNG) == rungs.COMPILED_ON
-    assert rungs.passed_on(kept, "emulated", ("specialized",)) == rungs.PROVEN_ON
+def test_what_may_run_the_young_schedules_is_read_from_the_record():
+    kept = json.loads(proven.VERSIONS.read_text(encoding="utf-8"))
+    assert proven.passed_on(kept, "compiled", proven.YOUNG) == proven.COMPILED_ON
+    assert proven.passed_on(kept, "emulated", ("specialized",)) == proven.PROVEN_ON
     assert {"3.6", "3.7", "3.8", "3.9"} <= {row["triton"].rpartition(".")[0] for row in kept}
     assert all({"torch", "numpy", "transformers", "python", "commit", "compiled", "tests"} <= row.keys() for row in kept)

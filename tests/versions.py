@@ -1,9 +1,9 @@
 """What was tried on the versions that this Python has, kept in fused_attn/versions.json.
 
-    python -m tests.versions                       # compiles and emulates the rungs of sm_90, and runs the kernels' fast tests
+    python -m tests.versions                       # compiles and emulates sm_90's schedules, runs the kernels' fast tests
     python -m tests.versions tests/test_ops.py     # ... or the tests that pytest's own arguments name
 
-One row for each pair of torch and Triton; a new one takes the place of that pair's last. ``rungs`` reads from it what may run.
+One row for each pair of torch and Triton; a new one takes the place of that pair's last. ``proven`` reads it.
 """
 
 import importlib.metadata
@@ -22,23 +22,25 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from fused_attn.plan.rungs import VERSIONS, YOUNG
+from fused_attn.plan.proven import VERSIONS, YOUNG
 from fused_attn.tools.report import git
 
 TESTS = ("-m", "kernels and not slow and not gpu", "tests")
 Row = dict[str, Any]
 
 
-def compiled(rung: str) -> bool:
-    """Whether the kernels of a rung compile for sm_90, forward and, where there is one, backward."""
-    which = "all" if rung == "gluon" else "forward"
-    command = ("-m", "fused_attn", "compile", "--target", "sm_90", "--rung", rung, "--pass", which, "--head-dim", "64", "128")
+def compiled(schedule: str) -> bool:
+    """Whether the kernels of a schedule compile for sm_90, forward and, where there is one, backward."""
+    which = "all" if schedule == "gluon" else "forward"
+    command = ("-m", "fused_attn", "compile", "--target", "sm_90", "--hopper", schedule, "--pass", which,
+               "--head-dim", "64", "128")
     return subprocess.run((sys.executable, *command), cwd=ROOT, env=_environment()).returncode == 0
 
 
-def emulated(rung: str) -> bool:
-    """Whether what this Triton compiles of a rung gives the right answers in the emulator, with no fault."""
-    return subprocess.run((sys.executable, "-m", "tests.emulated", "sm_90", rung), cwd=ROOT, env=_environment()).returncode == 0
+def emulated(schedule: str) -> bool:
+    """Whether what this Triton compiles of a schedule gives the right answers in the emulator, with no fault."""
+    command = (sys.executable, "-m", "tests.emulated", "sm_90", schedule)
+    return subprocess.run(command, cwd=ROOT, env=_environment()).returncode == 0
 
 
 def tested(arguments: Sequence[str]) -> Row:
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = tuple(sys.argv[1:] if argv is None else argv) or TESTS
     row = {**{name: _version(name) for name in ("torch", "triton", "numpy", "transformers")},
            "python": platform.python_version(), "commit": git("describe", "--always", "--dirty"),
-           "compiled": {rung: compiled(rung) for rung in YOUNG}, "emulated": {rung: emulated(rung) for rung in YOUNG},
+           "compiled": {name: compiled(name) for name in YOUNG}, "emulated": {name: emulated(name) for name in YOUNG},
            "tests": {}}
     keep(row)  # before the tests, which run what compiled
     row["tests"] = tested(arguments)

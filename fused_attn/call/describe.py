@@ -201,7 +201,7 @@ def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | Non
     if fp32_precision is not None and fp32_precision not in FP32_PRECISIONS:
         raise ValueError(f"fp32_precision: expected one of {', '.join(FP32_PRECISIONS)} or None; got {fp32_precision!r}")
     return AttentionSpec(float(scale), Window(left, right), True, None if softcap is None else float(softcap),
-                         precise=precise, fp32_precision=fp32_precision, rung=settings.rung(),
+                         precise=precise, fp32_precision=fp32_precision, hopper=settings.hopper_schedule(),
                          deterministic=settings.DETERMINISTIC or torch.are_deterministic_algorithms_enabled())
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-Twin: TypeAlias = Callable[[Any, Any, Any, Any, Any, tuple[Any, ...]], torch.Tensor]
+Reference: TypeAlias = Callable[[Any, Any, Any, Any, Any, tuple[Any, ...]], torch.Tensor]
 
 
 class RelativeBias(NamedTuple):
@@ -46,7 +46,7 @@ class Code:
     """What kernels know of a mod, which travels through an op schema, that takes no functions, as its ``key``.
 
     The key says what the functions are: other code, or other values that it captures, another key, in this process and in
-    the next. Mods of one key share one Code, whatever their twins.
+    the next. Mods of one key share one Code, whatever their references.
     """
 
     key: str
@@ -72,7 +72,7 @@ _ALIVE: "weakref.WeakValueDictionary[str, Code]" = weakref.WeakValueDictionary()
 def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_batch: bool, by_head: bool) -> Code:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected a word of letters, digits and underscores; got {name!r}")
-    # A twin alone never leaves the process, and nothing but the mod itself tells what it is.
+    # A reference alone never leaves the process, and nothing but the mod itself tells what it is.
     texts = [uuid.uuid4().hex] if function is None else [_content(x, []) for x in (function, slope, *arg_slopes)]
     digest = hashlib.sha256("|".join((*texts, str(by_batch), str(by_head))).encode()).hexdigest()
     code = Code(f"{name}_{digest[:16]}", name, function, slope, tuple(arg_slopes), by_batch, by_head)
@@ -129,7 +129,7 @@ class ScoreMod:
             score is; the number 1.0 for a sum; None if gradients of q and k are never wanted. A function that returns a
             bare number returns it in fp32: with fp64 calls in mind write ``score * 0 + number``.
         arg_slopes: for each argument None or a jit function with ``slope``'s parameters -> d modded / d argument.
-        reference: the plain PyTorch twin of ``function``, same parameters, for the reference backend.
+        reference: the plain PyTorch reference of ``function``, same parameters, for the reference backend.
 
     Calling it with arguments binds them: ``attention(..., score_mod=mod(slopes))``.
     """
@@ -138,7 +138,7 @@ class ScoreMod:
     function: Any = None
     slope: Any = None
     arg_slopes: tuple[Any, ...] = ()
-    reference: Twin | None = None
+    reference: Reference | None = None
     code: Code = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class MaskMod:
     Args:
         name: a word to know it by in messages.
         function: a ``@triton.jit`` function (q_pos, k_idx, head, batch, args) -> bool.
-        reference: its plain PyTorch twin, for the reference backend.
+        reference: its plain PyTorch reference, for the reference backend.
         by_batch, by_head: whether it differs from batch entry to batch entry, or from head to head, other than through
             its arguments; where it does not, one list of tiles serves all.
 
@@ -193,7 +193,7 @@ def checked(name: str, mod: Any, args: tuple[Any, ...], kind: type) -> Bound | N
     return bound
 
 
-# The mods that ship. Their kernels are kernels/score.py and kernels/mask.py; here are the twins.
+# The mods that ship. Their kernels are kernels/score.py and kernels/mask.py; here are their references.
 
 
 def _is_ancestor(args: tuple[Any, ...]) -> torch.Tensor:

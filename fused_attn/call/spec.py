@@ -15,7 +15,7 @@ class Window(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A score mod or mask mod of a call: its ``mods.Code``, what its arguments are, in order, and its plain PyTorch twin.
+    """A score mod or mask mod of a call: its ``mods.Code``, what its arguments are, in order, and its plain PyTorch reference.
 
     An argument is ``TENSOR`` or ``RELATIVE`` (the next of the call's operands) or the text of a number. Whatever holds a
     member keeps its functions alive.
@@ -42,7 +42,7 @@ class AttentionSpec(NamedTuple):
     ``bottom_right`` aligns the last query with the last key (query i stands at position i + Nk - Nq); otherwise the first
     ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None. ``score_mods`` act in their order, after
     the softcap; a pair attends where every one of ``mask_mods`` keeps it. ``fp32_precision`` None follows torch. ``longest``
-    is None for a dense batch. Not ``deterministic``: dQ may be summed in any order. ``rung``: the kernels asked for on sm_90
+    is None for a dense batch. Not ``deterministic``: dQ may be summed in any order. ``hopper``: the kernels asked for on sm_90
     (``fused_attn.hopper``), of both passes. The ops take these fields as arguments (``schema``).
     """
 
@@ -57,7 +57,7 @@ class AttentionSpec(NamedTuple):
     fp32_precision: str | None = None
     longest: Longest | None = None
     deterministic: bool = True
-    rung: str = "pointers"
+    hopper: str = "pointers"
 
     def offset(self, n_queries: int, n_keys: int) -> int:
         """Position of query 0 among the keys."""
@@ -111,7 +111,7 @@ class TileConfig:
     wide: bool = False  # 64-bit offsets inside a tile
     edge_stages: int | None = None  # pipeline depth of the masked loop, where another one saves registers
     disable_licm: bool = False  # keeps loop-invariant values from being held in registers
-    split: bool = False  # dK and dV by a launch each, where the sums of both do not fit the registers
+    separate: bool = False  # dK and dV by a launch each, where the sums of both do not fit the registers
     descriptors: bool = False  # queries, keys and values through tensor descriptors, which are TMA on sm_90
     specialize: bool = False  # and Triton gives loads and products warps of their own
     fenced: bool = False  # proxy fences that Triton leaves out are put in; launching sets it

@@ -17,7 +17,7 @@ _AFTER: dict[type, type] = {
 }
 _KNOWN = tuple(_AFTER)
 _OURS = tuple(_AFTER.values())
-_DETOURS = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}  # attributes by which torch leaves its Python code
+_FAST_PATHS = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}  # attributes by which torch leaves its Python code
 
 
 class _Change(NamedTuple):
@@ -34,7 +34,7 @@ class _Change(NamedTuple):
             fused.MultiheadAttention.adopt(self.module)  # type: ignore[arg-type]
         else:
             self.module.__class__ = self.after
-        vars(self.module).update({key: _DETOURS[key] for key in self.attributes})
+        vars(self.module).update({key: _FAST_PATHS[key] for key in self.attributes})
 
     def undo(self) -> None:
         """Also of a change that was only begun; an attribute that others have set since stays."""
@@ -42,7 +42,7 @@ class _Change(NamedTuple):
             self.module.release()
         elif self.before is not self.after:
             self.module.__class__ = self.before
-        ours = [key for key in self.attributes if vars(self.module).get(key) == _DETOURS[key]]
+        ours = [key for key in self.attributes if vars(self.module).get(key) == _FAST_PATHS[key]]
         vars(self.module).update({key: self.attributes[key] for key in ours})
 
 
@@ -132,7 +132,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Replacement:
 
 
 def _make(report: Replacement, name: str, module: nn.Module, after: type) -> None:
-    attributes = {key: value for key, value in vars(module).items() if key in _DETOURS and value != _DETOURS[key]}
+    attributes = {key: value for key, value in vars(module).items() if key in _FAST_PATHS and value != _FAST_PATHS[key]}
     change = _Change(name, module, type(module), after, attributes)
     report._changes.append(change)
     change.make()

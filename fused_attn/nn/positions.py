@@ -176,7 +176,7 @@ class RotaryEmbedding(nn.Module):
     Args:
         dim: how many columns turn, even; those of a head beyond it pass through (partial rotary).
         base: the slowest of the frequencies base^(-2i / dim) is about 1 / base.
-        interleaved: pairs are neighbouring columns (GPT-J) instead of halves (GPT-NeoX, Llama).
+        interleaved: pairs are neighbouring columns (GPT-J) instead of fp16 and bf16 (GPT-NeoX, Llama).
         frequencies: [dim / 2], radians a position, instead of those of ``base``: for scaled contexts.
 
     Source: Su et al. 2021, "RoFormer".

@@ -143,10 +143,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """``torch.nn.TransformerEncoder`` without its detours: no C++ path, no conversion to nested tensors, no mask recognised.
+    """``torch.nn.TransformerEncoder`` without its fast paths: no C++ path, no conversion to nested tensors, no mask recognised.
 
     ``enable_nested_tensor`` and ``mask_check`` are taken and kept, and change nothing: outputs at padded positions are what
-    the layers make of them, in evaluation too, where torch's detour through nested tensors gives 0. ``is_causal=None`` means
+    the layers make of them, in evaluation too, where torch's path through nested tensors gives 0. ``is_causal=None`` means
     False: say True beside a causal mask, or construct the layers with ``causal=True``.
     """
 

@@ -26,15 +26,15 @@ MAX_HEAD_DIM = 576  # of keys and queries; the tables of tiles.py end there
 class Explanation:
     """What ``explain`` found: the backend that would run a call, and what each other one has against it.
 
-    ``reasons`` maps every backend to its reasons, empty for one that could run the call too. Within ``fused_attn.hopper`` the
-    ``rung`` is the one asked for and ``against_rung`` maps "forward" and "backward" to what it has against them; a pass with
-    reasons does not run on it. ``schedule`` names the kernels that run each pass.
+    ``reasons`` maps every backend to its reasons, empty for one that could run the call too. Within
+    ``fused_attn.hopper``, ``asked`` is the schedule asked for and ``against_asked`` maps "forward" and "backward" to what it
+    has against them; a pass with reasons does not run on it. ``schedule`` names the one that runs each pass.
     """
 
     backend: str
     reasons: dict[str, tuple[str, ...]]
-    rung: str = "pointers"
-    against_rung: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    asked: str = "pointers"
+    against_asked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     schedule: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -43,8 +43,8 @@ class Explanation:
             if name != self.backend:
                 lines.append(f"  {name}: {'; '.join(reasons) or 'could run this call too'}")
         for which, name in self.schedule.items():
-            reasons = self.against_rung.get(which, ())
-            lines.append(f"{which}: {name}" + (f"; {self.rung}: {'; '.join(reasons)}" if reasons else ""))
+            reasons = self.against_asked.get(which, ())
+            lines.append(f"{which}: {name}" + (f"; {self.asked}: {'; '.join(reasons)}" if reasons else ""))
         return "\n".join(lines)
 
 
@@ -209,7 +209,7 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
         "reference": ("memory is quadratic in the sequence length",),
     }
     chosen = choose(call, return_lse, backend, strict, warn=False)
-    against_rung: dict[str, tuple[str, ...]] = {}
+    against_asked: dict[str, tuple[str, ...]] = {}
     schedule: dict[str, str] = {}
     if chosen == "triton":
         from fused_attn.plan import schedules  # here, so that a machine without Triton gets an answer as well
@@ -217,8 +217,8 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
 
         problem = Problem.of(*call)
         schedule = {"forward": schedules.of_forward(problem).name, "backward": schedules.of_backward(problem).name}
-        if call.spec.rung != "pointers":
+        if call.spec.hopper != "pointers":
             every = schedules.EVERY_GRADIENT
-            against_rung = {"forward": schedules.against(schedules.FORWARD, call.spec.rung, problem),
-                            "backward": schedules.against(schedules.BACKWARD, call.spec.rung, problem, every)}
-    return Explanation(chosen, reasons, call.spec.rung, against_rung, schedule)
+            against_asked = {"forward": schedules.against(schedules.FORWARD, call.spec.hopper, problem),
+                             "backward": schedules.against(schedules.BACKWARD, call.spec.hopper, problem, every)}
+    return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule)

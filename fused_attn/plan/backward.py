@@ -110,7 +110,7 @@ def dkv_launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.
                  dk: torch.Tensor | None, dv: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, config: TileConfig,
                  dq: torch.Tensor | None = None) -> Iterator[Launch]:
     """dK and dV by one launch, or by one each where ``config`` says so: the sums of both do not fit the registers."""
-    apart = config.split and dk is not None and dv is not None
+    apart = config.separate and dk is not None and dv is not None
     for one, other in ((dk, None), (None, dv)) if apart else ((dk, dv),):
         yield dkv_launch(q, k, v, dout, lse, delta, one, other, tiles, call, config=config, dq=dq)
 

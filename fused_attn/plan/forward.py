@@ -8,11 +8,11 @@ import torch
 from fused_attn.call.layout import accumulates, like, lse_like
 from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.combine import combine_launch
-from fused_attn.kernels.forward import Split, forward_launch
+from fused_attn.kernels.forward import Splits, forward_launch
 from fused_attn.kernels.launch import Call, Launch
 from fused_attn.kernels.tile_list import list_launch
 from fused_attn.plan.problem import Problem
-from fused_attn.plan.tiles import FEW_QUERIES, n_shares, unseen_keys
+from fused_attn.plan.tiles import FEW_QUERIES, n_splits, unseen_keys
 
 _MANY_QUERIES = (f"more than {FEW_QUERIES} queries fill a card by themselves",)
 Forward: TypeAlias = Generator[Launch, None, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
@@ -25,12 +25,12 @@ def pointers(problem: Problem) -> Forward:
 
 def descriptors(problem: Problem) -> Forward:
     """The same source, with tiles that sm_90's tensor memory accelerator loads."""
-    return _one_kernel(problem, problem.rung_config("descriptors"))
+    return _one_kernel(problem, problem.hopper_config("descriptors"))
 
 
 def specialized(problem: Problem) -> Forward:
     """That, with warps of their own for the loads, as Triton divides them."""
-    return _one_kernel(problem, problem.rung_config("specialized"))
+    return _one_kernel(problem, problem.hopper_config("specialized"))
 
 
 def _one_kernel(problem: Problem, config: TileConfig) -> Forward:
@@ -64,33 +64,33 @@ def _unseen(problem: Problem) -> int:
 
 def _n_splits(problem: Problem) -> int:
     (q, k), call, unseen = problem[:2], problem.call, _unseen(problem)
-    return n_shares(q.shape[2], k.shape[2] - unseen, call.n_queries, call.n_keys - unseen, q.shape[1] // k.shape[1])
+    return n_splits(q.shape[2], k.shape[2] - unseen, call.n_queries, call.n_keys - unseen, q.shape[1] // k.shape[1])
 
 
 def splits(problem: Problem) -> Forward:
-    """Few queries over many keys, as in decoding: the keys in shares, each with a result of its own, and these joined."""
+    """Few queries over many keys, as in decoding: the keys in splits, each with a result of its own, and these joined."""
     q, k, v, spec, others = problem[:5]
     count, unseen, call = _n_splits(problem), _unseen(problem), problem.call
     if unseen:  # from the first key on that the window of some query reaches
         k, v = k[:, :, unseen:], v[:, :, unseen:]
         call = call._replace(offset=call.offset - unseen, n_keys=call.n_keys - unseen)
     lse = lse_like(q, spec, problem.packed)
-    shares = lse.new_empty((count, *q.shape[:3], v.shape[3]))
+    parts = lse.new_empty((count, *q.shape[:3], v.shape[3]))
     # [count, B, H, rows] or [2, count, B, H, rows]. Rows of no sequence are no program's: their LSE says that nothing is there.
     shape = (*lse.shape[:-3], count, *lse.shape[-3:-1], lse.stride(-2) if problem.packed else lse.shape[-1])
-    shares_lse = lse.new_full(shape, float("-inf")) if problem.packed else lse.new_empty(shape)
-    rows, outs, split = q, shares.flatten(0, 1), Split(shares.stride(0), shares_lse.stride(-4))
+    parts_lse = lse.new_full(shape, float("-inf")) if problem.packed else lse.new_empty(shape)
+    rows, outs, splits = q, parts.flatten(0, 1), Splits(parts.stride(0), parts_lse.stride(-4))
     if _groups_into_rows(problem, call):
         # [B, Hkv, group, D]: the query heads of a key head as the rows of one tile, so that keys are read once.
         rows, outs = (x[:, :, 0].unflatten(1, (k.shape[1], -1)) for x in (q, outs))
         call = call._replace(n_queries=rows.shape[2], left=None, right=None)
-    config = problem._replace(call=call).config("shares")
+    config = problem._replace(call=call).config("splits")
     tiles, listing = list_launch(call, rows, k, config, keys_first=False)
     yield from listing
-    yield forward_launch(rows, k, v, outs, shares_lse.flatten(-4, -3), None, tiles, call, config=config, split=split,
-                         n_shares=count)
+    yield forward_launch(rows, k, v, outs, parts_lse.flatten(-4, -3), None, tiles, call, config=config, splits=splits,
+                         n_splits=count)
     out = like(q, v.shape[3])
-    yield combine_launch(shares, shares_lse, out, lse, others.sinks, config=problem.config("combine"))
+    yield combine_launch(parts, parts_lse, out, lse, others.sinks, config=problem.config("combine"))
     return out, lse, None
 
 

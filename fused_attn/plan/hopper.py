@@ -8,7 +8,7 @@ from fused_attn.call.layout import as_rows
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Launch
-from fused_attn.plan import rungs
+from fused_attn.plan import proven
 from fused_attn.plan.problem import Problem
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -16,10 +16,10 @@ _WIDEST = {"forward": 256, "backward": 128}  # head dim
 
 
 def against(name: str, which: str, problem: Problem) -> tuple[str, ...]:
-    """Reasons why the kernels of a rung that is asked for cannot make a pass, "forward" or "backward", of a call."""
+    """Reasons why the kernels of a schedule that is asked for cannot make a pass, "forward" or "backward", of a call."""
     if problem.arch != "sm_90":
         return ("the card is no Hopper",)
-    if reasons := rungs.against(name):
+    if reasons := proven.against(name):
         return reasons
     reasons = _against_tensors(which, problem)
     q, spec, others = problem.q, problem.spec, problem.others
@@ -47,7 +47,7 @@ def _against_tensors(which: str, problem: Problem) -> tuple[str, ...]:
 
     reasons: tuple[str, ...] = ()
     if problem.q.dtype not in _HALVES:
-        reasons += (f"{problem.q.dtype} is none of the halves",)
+        reasons += (f"{problem.q.dtype} is neither fp16 nor bf16",)
     dim, dim_v = problem.q.shape[3], problem.v.shape[3]
     if max(dim, dim_v) > _WIDEST[which]:
         reasons += (f"head dims {dim} and {dim_v}: up to {_WIDEST[which]}",)
@@ -79,7 +79,7 @@ def gluon_forward(problem: Problem) -> Generator[Launch, None, tuple[torch.Tenso
 
     (q, k, v), (out, lse) = problem[:3], problem.outputs()
     yield forward_launch(q, k, v, out, lse, problem.others.sinks, problem.spec.softcap, problem.call,
-                         config=problem.rung_config("gluon"))
+                         config=problem.hopper_config("gluon"))
     return out, lse, None
 
 

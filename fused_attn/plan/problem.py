@@ -18,8 +18,8 @@ from fused_attn.plan.tiles import (
     choose_combine,
     choose_fused,
     choose_gluon_backward,
-    choose_rung,
-    choose_shares,
+    choose_hopper,
+    choose_splits,
     fit_operands,
 )
 from fused_attn.targets import arch_of
@@ -77,8 +77,8 @@ class Problem(NamedTuple):
         dim, dim_v = self.q.shape[3], self.v.shape[3]
         if kernel == "combine":
             return choose_combine(dim_v)
-        if kernel == "shares":
-            return self._fitted(choose_shares(self.call.n_queries, dim, dim_v, self.q.dtype, self.arch))
+        if kernel == "splits":
+            return self._fitted(choose_splits(self.call.n_queries, dim, dim_v, self.q.dtype, self.arch))
         if self.call.extras.additive:
             return choose_additive(kernel, dim, self.arch)
         config = choose(kernel, dim, dim_v, self.q.dtype, self.arch, self.call.heavy)
@@ -91,14 +91,16 @@ class Problem(NamedTuple):
         config = choose_fused(self.q.shape[3], self.v.shape[3], self.q.dtype, self.arch)
         return None if config is None else tuned.instead(config, "fused", self.q, self.v, self.device)
 
-    def rung_config(self, rung: str) -> TileConfig:
-        """The tiles of the forward by one of Hopper's rungs above pointers."""
-        given = self.tiles.get("forward")
-        return self._fitted(choose_rung(rung, self.q.shape[3], self.v.shape[3], self.call.heavy)) if given is None else given
+    def hopper_config(self, schedule: str) -> TileConfig:
+        """The tiles of the forward by one of Hopper's schedules above pointers."""
+        if "forward" in self.tiles:
+            return self.tiles["forward"]
+        return self._fitted(choose_hopper(schedule, self.q.shape[3], self.v.shape[3], self.call.heavy))
 
     def gluon_backward_config(self) -> TileConfig:
-        given = self.tiles.get("backward")
-        return choose_gluon_backward(self.q.shape[3], self.v.shape[3]) if given is None else given
+        if "backward" in self.tiles:
+            return self.tiles["backward"]
+        return choose_gluon_backward(self.q.shape[3], self.v.shape[3])
 
     def _fitted(self, config: TileConfig) -> TileConfig:
         loaded = self.call.loaded_bytes

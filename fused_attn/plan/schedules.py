@@ -47,18 +47,18 @@ BACKWARD = (
 
 def of_forward(problem: Problem) -> Schedule:
     """The schedule of a call's forward."""
-    rung = problem.spec.rung
+    asked = problem.spec.hopper
     for schedule in FORWARD:
-        if (not schedule.asked or schedule.name == rung) and not schedule.against(problem):
+        if (not schedule.asked or schedule.name == asked) and not schedule.against(problem):
             return schedule
     raise AssertionError("the last schedule takes every call")
 
 
 def of_backward(problem: Problem, needs: Needs = EVERY_GRADIENT) -> Schedule:
     """The schedule of a call's backward."""
-    rung = problem.spec.rung
+    asked = problem.spec.hopper
     for schedule in BACKWARD:
-        if (not schedule.asked or schedule.name == rung) and not schedule.against(problem, needs):
+        if (not schedule.asked or schedule.name == asked) and not schedule.against(problem, needs):
             return schedule
     raise AssertionError("the last schedule takes every call")
 

@@ -15,7 +15,7 @@ from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.call.spec import TileConfig as T
 from fused_attn.targets import TARGETS, target_of
 
-Kernel = Literal["forward", "shares", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary",
+Kernel = Literal["forward", "splits", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary",
                  "statistics", "backward", "ordered", "fused"]
 
 _CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
@@ -44,7 +44,7 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
         "dq": {32: T(128, 64, 8, 3, edge_stages=1), 64: T(128, 64, 8, 3, edge_stages=1),
                128: T(128, 64, 8, 2, edge_stages=1), 256: T(128, 32, 8, 2, edge_stages=1)},
         "dkv": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1),
-                128: T(32, 128, 8, 2, edge_stages=1), 256: T(32, 128, 8, 1, disable_licm=True, split=True)},
+                128: T(32, 128, 8, 2, edge_stages=1), 256: T(32, 128, 8, 1, disable_licm=True, separate=True)},
     },
     "sm_100": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 128, 8, 2, edge_stages=1),
@@ -64,7 +64,8 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
     "gfx1100": {
         "forward": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(64, 16, 4, 1), 256: T(32, 16, 8, 1)},
         "dq": {32: T(64, 32, 4, 1), 64: T(64, 32, 4, 1), 128: T(32, 16, 4, 1), 256: T(16, 16, 4, 1, wide=True)},
-        "dkv": {32: T(32, 64, 4, 1), 64: T(16, 32, 4, 1), 128: T(16, 32, 4, 1, split=True), 256: T(16, 16, 4, 1, split=True)},
+        "dkv": {32: T(32, 64, 4, 1), 64: T(16, 32, 4, 1), 128: T(16, 32, 4, 1, separate=True),
+                256: T(16, 16, 4, 1, separate=True)},
     },
 }
 
@@ -89,8 +90,8 @@ _HEAVY["sm_120"] = _HEAVY["sm_86"]
 
 # Head dims beyond 256, up to those of latent attention (576 for keys, 512 for values), where shared memory has room for
 # 32 rows of everything, and where it has not.
-_WIDE: dict[str, T] = {"forward": T(32, 32, 8, 1), "dq": T(32, 32, 8, 1), "dkv": T(32, 32, 8, 1, split=True)}
-_WIDE_SMALL: dict[str, T] = {"forward": T(16, 16, 4, 1), "dq": T(16, 16, 4, 1), "dkv": T(16, 16, 4, 1, split=True)}
+_WIDE: dict[str, T] = {"forward": T(32, 32, 8, 1), "dq": T(32, 32, 8, 1), "dkv": T(32, 32, 8, 1, separate=True)}
+_WIDE_SMALL: dict[str, T] = {"forward": T(16, 16, 4, 1), "dq": T(16, 16, 4, 1), "dkv": T(16, 16, 4, 1, separate=True)}
 MAX_HEAD_DIM = 576
 
 
@@ -156,7 +157,7 @@ def _table(arch: str) -> dict[str, dict[int, T]]:
 
 
 def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
-    """The widest head dim of the entry that serves these in halves, up to 256: what tuned tiles are kept by."""
+    """The widest head dim of the entry that serves these in fp16 and bf16, up to 256: what tuned tiles are kept by."""
     widest = max(head_dim, head_dim_v)
     if arch == "interpreter":
         return widest
@@ -164,7 +165,7 @@ def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
     return next((width for width in sorted(widths) if widest <= width), widest)
 
 
-# dK, dV and by atomics dQ in one kernel, plain attention in halves; targets and widths that are not here keep to two kernels.
+# dK, dV and by atomics dQ in one kernel, plain attention in fp16 and bf16; targets and widths that are not here have two.
 _FUSED: dict[str, dict[int, T]] = {
     "sm_80": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True),
               256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
@@ -186,7 +187,7 @@ def choose_fused(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) 
     return next((table[width] for width in sorted(table) if max(head_dim, head_dim_v) <= width), None)
 
 
-# The forward's rungs on sm_90 beside the table above. 240 or 160 registers a thread for two or three consumers.
+# The forward's schedules on sm_90 beside the table above. 240 or 160 registers a thread for two or three consumers.
 _SPECIALIZED = {64: T(128, 128, 4, 2), 128: T(128, 128, 4, 2), 256: T(128, 64, 4, 2)}
 _GLUON_OPTIONS = (("maxnreg", 168), ("enable_fp_fusion", True))
 _GLUON = {64: T(128, 128, 4, 4, options=_GLUON_OPTIONS), 128: T(128, 128, 4, 2, options=_GLUON_OPTIONS),
@@ -201,37 +202,37 @@ _GLUON_BACKWARD = {64: T(128, 128, 4, 2, options=_GLUON_OPTIONS), 128: T(64, 128
 
 @functools.cache
 def choose_gluon_backward(head_dim: int, head_dim_v: int) -> T:
-    """The configuration of the Gluon backward on sm_90, in halves up to head dim 128."""
+    """The configuration of the Gluon backward on sm_90, in fp16 and bf16 up to head dim 128."""
     return _GLUON_BACKWARD[64 if max(head_dim, head_dim_v) <= 64 else 128]
 
 
 @functools.cache
-def choose_rung(rung: str, head_dim: int, head_dim_v: int, heavy: bool = False) -> T:
-    """The forward's configuration on sm_90 for "descriptors", "specialized" or "gluon", in halves up to head dim 256."""
+def choose_hopper(schedule: str, head_dim: int, head_dim_v: int, heavy: bool = False) -> T:
+    """The forward's configuration on sm_90 for "descriptors", "specialized" or "gluon", in fp16 and bf16 up to head dim 256."""
     widest = max(head_dim, head_dim_v)
-    if rung == "descriptors" and heavy:
+    if schedule == "descriptors" and heavy:
         return dataclasses.replace(choose("forward", head_dim, head_dim_v, torch.bfloat16, "sm_90", heavy), descriptors=True)
     tables = {"descriptors": _DESCRIPTORS, "specialized": _SPECIALIZED, "gluon": _GLUON}
-    config = next(config for width, config in tables[rung].items() if widest <= width)
-    return dataclasses.replace(config, descriptors=rung != "gluon", specialize=rung == "specialized")
+    config = next(config for width, config in tables[schedule].items() if widest <= width)
+    return dataclasses.replace(config, descriptors=schedule != "gluon", specialize=schedule == "specialized")
 
 
-# Few queries over many keys, as in decoding: the keys in shares, for programs enough to fill a GPU.
+# Few queries over many keys, as in decoding: the keys in splits, for programs enough to fill a GPU.
 FEW_QUERIES, MANY_KEYS = 64, 1024
-MAX_SHARES = 128
-SHARE = 256  # keys at least
-SHARE_A_ROW = 8  # and for each row of queries that meets them: what shares write and read again stays below a quarter
+MAX_SPLITS = 128
+SPLIT = 256  # keys at least
+SPLIT_A_ROW = 8  # and for each row of queries that meets them: what splits write and read again stays below a quarter
 
 
-def n_shares(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int) -> int:
-    """Into how many shares the keys go: by lengths alone, so that a batch entry's result is the same in any batch.
+def n_splits(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int) -> int:
+    """Into how many splits the keys go: by lengths alone, so that a batch entry's result is the same in any batch.
 
     ``n_queries`` and ``n_keys`` are those of the tensors, ``longest_q`` and ``longest_k`` of the longest sequence in them.
     """
     if longest_q > FEW_QUERIES or longest_k < MANY_KEYS:
         return 1
-    share = max(SHARE, 1 << (-(-longest_k // MAX_SHARES) - 1).bit_length())
-    return max(1, min(-(-longest_k // share), n_keys // (SHARE_A_ROW * max(1, n_queries) * group)))
+    split = max(SPLIT, 1 << (-(-longest_k // MAX_SPLITS) - 1).bit_length())
+    return max(1, min(-(-longest_k // split), n_keys // (SPLIT_A_ROW * max(1, n_queries) * group)))
 
 
 def unseen_keys(spec: AttentionSpec, others: OtherTensors, n_queries: int, n_keys: int) -> int:
@@ -241,8 +242,8 @@ def unseen_keys(spec: AttentionSpec, others: OtherTensors, n_queries: int, n_key
 
 
 @functools.cache
-def choose_shares(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> T:
-    """The configuration of the forward over shares of the keys, with as few rows of queries as there are."""
+def choose_splits(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) -> T:
+    """The configuration of the forward over splits of the keys, with as few rows of queries as there are."""
     widest = max(head_dim, head_dim_v)
     if arch == "interpreter":
         return T(16, 32, 1, 1)
@@ -258,8 +259,8 @@ def choose_shares(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype,
 
 @functools.cache
 def choose_combine(head_dim_v: int) -> T:
-    """The configuration that joins shares: some at a time, and how many there may be."""
-    return T(16 if head_dim_v <= 256 else 4, MAX_SHARES, 4, 1)
+    """The configuration that joins splits: some at a time, and how many there may be."""
+    return T(16 if head_dim_v <= 256 else 4, MAX_SPLITS, 4, 1)
 
 
 MAX_ADDITIVE = 256  # head dim: a tile of tanh is [rows, rows, head dim] in registers
@@ -274,7 +275,7 @@ def choose_additive(kernel: Kernel, head_dim: int, arch: str) -> T:
     if arch == "interpreter":
         return T(16, 16, 1, 1) if kernel == "operand_grad" else T(32, 16, 1, 1)  # square, for the sums along diagonals
     warps = 4 if head_dim <= 64 else 8 if head_dim <= 128 else 16
-    return T(16, 16, warps if arch.startswith("gfx9") else 2 * warps, 1, split=head_dim > 64)
+    return T(16, 16, warps if arch.startswith("gfx9") else 2 * warps, 1, separate=head_dim > 64)
 
 
 @functools.cache

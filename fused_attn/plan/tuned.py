@@ -96,7 +96,7 @@ def shipped(kernel: Kernel, head_dim: int, dtype: torch.dtype, arch: str) -> Til
 def fits(config: TileConfig, kernel: Kernel, head_dim: int, arch: str) -> bool:
     """Whether a configuration may run at all: by shared memory, and by registers for the sums that every thread holds."""
     rows, walked = (config.block_m, config.block_n) if kernel in ("forward", "dq") else (config.block_n, config.block_m)
-    n_sums = 1 if kernel in ("forward", "dq") or config.split else 2
+    n_sums = 1 if kernel in ("forward", "dq") or config.separate else 2
     sums = rows * (n_sums * head_dim + walked)
     shared = 2 * head_dim * (rows + config.num_stages * walked)
     registers = 512 * 64 if target_of(arch).lanes == 64 else 255 * 32  # of a warp

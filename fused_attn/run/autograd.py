@@ -187,11 +187,11 @@ def _rotary(*arguments: Any) -> torch.Tensor:
 
 
 class Recomputed(torch.autograd.Function):
-    """``run(*tensors)``, with the gradients of ``twin(*tensors)``: the same in plain PyTorch, computed in the backward."""
+    """``run(*tensors)``, with the gradients of ``plain(*tensors)``: the same in plain PyTorch, computed in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., torch.Tensor], twin: Callable[..., torch.Tensor], *tensors: Any) -> torch.Tensor:
-        ctx.twin = twin
+    def forward(ctx: Any, run: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor], *tensors: Any) -> torch.Tensor:
+        ctx.plain = plain
         ctx.save_for_backward(*tensors)
         return run(*tensors)
 
@@ -202,7 +202,7 @@ class Recomputed(torch.autograd.Function):
             # Views, so that one tensor passed twice receives each of its gradients once.
             tensors = [x.view_as(x) if need else x for x, need in zip(ctx.saved_tensors, needs, strict=True)]
             wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
-            grads = iter(torch.autograd.grad(ctx.twin(*tensors), wanted, grad, create_graph=again, allow_unused=True))
+            grads = iter(torch.autograd.grad(ctx.plain(*tensors), wanted, grad, create_graph=again, allow_unused=True))
         return None, None, *(next(grads) if need else None for need in needs)
 
 

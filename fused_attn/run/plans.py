@@ -35,11 +35,11 @@ def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: A
         return None
     if q.device.type not in ("cpu", "cuda", "xpu") or torch.is_autocast_enabled(q.device.type):
         return None
-    rung = settings.rung()
-    # Kernels of the other rungs ask where a tensor begins.
-    aligned = rung == "pointers" or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
+    hopper = settings.hopper_schedule()
+    # Kernels of the other schedules ask where a tensor begins.
+    aligned = hopper == "pointers" or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
     return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
-            v.device, causal, window, scale, softcap, backend, settings.BACKEND, settings.emulated_target(), rung, aligned)
+            v.device, causal, window, scale, softcap, backend, settings.BACKEND, settings.emulated_target(), hopper, aligned)
 
 
 def _kind(key: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from fused_attn.tools.bench import command as bench  # imports no Triton: what i
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
             "packed", "additive", "rotary", "decode", "fused")
 TUNED = tuned.KERNELS
-OF_ONE_TARGET = ("head_dim", "dtype", "causal", "feature", "rung", "which", "json", "gate")  # options of compile
+OF_ONE_TARGET = ("head_dim", "dtype", "causal", "feature", "hopper", "which", "json", "gate")  # options of compile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                        help=f"compile for a card that is not here and execute what comes: {', '.join(emulator.TARGETS)}")
     check.add_argument("--counts", action="store_true", help="what the emulated kernels did, by kind and by line")
     check.add_argument("--seed", type=options.whole(*options.SEEDS), default=0, help="of the emulator's schedule")
-    check.add_argument("--rung", choices=settings.RUNGS, default=settings.rung(), help="kernels of sm_90 (fused_attn.hopper)")
+    check.add_argument("--hopper", choices=settings.HOPPER_SCHEDULES, default=settings.hopper_schedule(),
+                       help="kernels of sm_90 (fused_attn.hopper)")
     check.set_defaults(run=partial(_check, check))
 
     explain = commands.add_parser("explain", help="which backend answers a call here, and every reason against the others")
@@ -77,7 +78,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "tf32", "tf32x3", "fp64"), nargs="+", default=["bf16"])
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--feature", choices=FEATURES, default="plain", help="what the kernels do beside plain attention")
-    parser.add_argument("--rung", choices=settings.RUNGS, default="pointers",
+    parser.add_argument("--hopper", choices=settings.HOPPER_SCHEDULES, default="pointers",
                         help="kernels of sm_90, forward (fused_attn.hopper)")
     parser.add_argument("--pass", dest="which", choices=("forward", "backward", "all"), default="all")
     parser.add_argument("--json", action="store_true", help="print one JSON object a kernel")
@@ -131,7 +132,8 @@ def _info(arguments: argparse.Namespace) -> int:
         found["devices"][str(device)] = {"default_backend": default, "against_kernels": list(reasons)}
         if device.type != "cpu":
             found["devices"][str(device)]["tiles"] = str(tuned.path(device) or "as shipped")
-    found["environment"] = {"backend": settings.BACKEND, "strict": settings.is_strict(None), "hopper": settings.rung(),
+    found["environment"] = {"backend": settings.BACKEND, "strict": settings.is_strict(None),
+                            "hopper": settings.hopper_schedule(),
                             "interpreter": settings.interpreted(), "deterministic": settings.DETERMINISTIC}
     if arguments.json:
         print(json.dumps(found, indent=1))
@@ -148,7 +150,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    given = [name for name in ("counts", "seed", "rung") if getattr(arguments, name) != parser.get_default(name)]
+    given = [name for name in ("counts", "seed", "hopper") if getattr(arguments, name) != parser.get_default(name)]
     if arguments.emulate is None and given:
         parser.error(f"--{given[0]} goes with --emulate")
     if arguments.emulate is None:
@@ -159,7 +161,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     from fused_attn.tools import check
 
     try:
-        with fused_attn.hopper(arguments.rung):
+        with fused_attn.hopper(arguments.hopper):
             result = check.run(arguments.emulate, emulator.Schedule(seed=arguments.seed))
     except RuntimeError as error:
         if arguments.emulate is None:

@@ -1,4 +1,4 @@
-"""Backward for Hopper (sm_90) in Gluon: dK, dV, and by atomics dQ, in halves up to head dim 128, without mods.
+"""Backward for Hopper (sm_90) in Gluon: dK, dV, and by atomics dQ, in fp16 and bf16 up to head dim 128, without mods.
 
     S^T = K Q^T    P^T = exp2(S^T * scale * log2(e) - LSE)    dV += P^T dO
     dP^T = V dO^T  dS^T = P^T * (dP^T - delta)                dK += dS^T Q    dQ += dS K
@@ -157,7 +157,7 @@ def consumer(which: gl.constexpr, shared, dq_ptr, dk_desc, dv_desc, work, TILE: 
     """dK and dV of 64 keys, and half of what the program adds to dQ."""
     BLOCK_M: gl.constexpr = TILE.block_m
     D: gl.constexpr = shared.k.shape[-1]
-    TWO: gl.constexpr = BLOCK_M == 2 * ROWS  # two halves of 64 queries a step, or one
+    TWO: gl.constexpr = BLOCK_M == 2 * ROWS  # two blocks of 64 queries a step, or one
     COLS: gl.constexpr = D if TWO else D // 2  # of this consumer's part of dQ: 64 of 128 rows, or half of the columns
     dtype: gl.constexpr = shared.q.dtype
     no_scores = gl.zeros([ROWS, ROWS], gl.float32, accumulator_layout(ROWS))

@@ -1,4 +1,4 @@
-"""Forward for Hopper (sm_90) in Gluon: what ``kernels.forward`` computes, in halves, with softcap and sinks but no other mods.
+"""Forward for Hopper (sm_90) in Gluon: what ``kernels.forward`` computes, for fp16 and bf16, with softcap and sinks but no mod.
 
 One warp, the producer, streams tiles of K and V through shared memory by TMA; two or three warpgroups, the consumers, own 64
 queries each. A consumer issues Q K^T of its next tile, then P V of its last one, and computes the softmax of the next tile
@@ -260,7 +260,7 @@ def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch
     packed = bool(call.extras.sequences.cu_q)
     heads = q.shape[1]
     group = heads // k.shape[1]
-    kept = max(1, L2_BYTES // (4 * call.n_keys * tile_width(k.shape[3])))  # key heads whose K and V, in halves, stay in L2
+    kept = max(1, L2_BYTES // (4 * call.n_keys * tile_width(k.shape[3])))  # key heads whose K and V, of 2 bytes, stay in L2
     boxes = [descriptor(x, rows, packed) for x, rows in ((q, 64), (k, config.block_n), (v, config.block_n), (out, 64))]
     args = (
         lse, *boxes, () if sinks is None else (sinks,), call.extras.sequences, 0 if packed else lse.stride(0), lse.stride(1),

@@ -1,6 +1,6 @@
 """Calls whose compiled kernels run in the emulator, in a process of their own: the tests' own has Triton's interpreter.
 
-    python -m tests.support.emulation "Emulation(('causal',), 'sm_90', rung='gluon')" ...    # from the checkout
+    python -m tests.support.emulation "Emulation(('causal',), 'sm_90', hopper='gluon')" ...    # from the checkout
 
 A call is made, forward and backward, held against fp64 by the gates E, and searched for races.
 """
@@ -36,7 +36,7 @@ SEVERAL = Shape(1, 2, 1, 257, 300, 64, 64)  # tiles of every kind: whole, on edg
 
 @dataclass(frozen=True)
 class Emulation:
-    """One call: features, target, dtype, rung of sm_90, shape; fields of the schedule; a fault planted in a kernel's PTX.
+    """One call: features, target, dtype, schedule of sm_90, shape; fields of the emulator's schedule; a fault in the PTX.
 
     ``what``: "attention", "rotary" positions, or "weights" and statistics of them, of the features;
     ``fenced``: with the proxy fences that Triton leaves out;
@@ -46,7 +46,7 @@ class Emulation:
     features: tuple[str, ...] = ()
     target: str = "sm_80"
     dtype: str = "bf16"
-    rung: str = "pointers"
+    hopper: str = "pointers"
     shape: Shape = dataclasses.field(default_factory=Shape)
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -63,7 +63,7 @@ class Emulation:
     def __str__(self) -> str:
         shape = "" if self.shape == Shape() else f" {self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
         what = "" if self.what == "attention" else f" {self.what}"
-        return f"{self.target} {self.rung} {self.dtype} {'+'.join(self.features) or 'plain'}{what}{shape}"
+        return f"{self.target} {self.schedule} {self.dtype} {'+'.join(self.features) or 'plain'}{what}{shape}"
 
     def planted(self, name: str, text: str) -> str:
         if self.fault is None or name != self.fault[0]:
@@ -80,12 +80,12 @@ class Emulation:
         import fused_attn
         from fused_attn import emulator, targets
         from fused_attn.kernels import fences
-        from fused_attn.plan import rungs
+        from fused_attn.plan import proven
 
-        proven = mock.patch.object(rungs, "PROVEN_ON", (targets.triton_version(),))  # what is not is run here to be
+        proven = mock.patch.object(proven, "PROVEN_ON", (targets.triton_version(),))  # what is not is run here to be
         lacking = mock.patch.object(fences, "lacking", fences.lacking if self.fenced else lambda arch, descriptors: False)
         with proven, lacking, emulator.emulated(self.target, emulator.Schedule(**self.schedule), self.planted) as launches, \
-                fused_attn.hopper(self.rung):
+                fused_attn.hopper(self.hopper):
             yield launches
 
     def launches(self) -> list[tuple[str, Any]]:

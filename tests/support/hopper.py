@@ -46,7 +46,7 @@ def gluon(config: TileConfig | None = None, seed: int = 0, modules: dict[str, Mo
             source = (modules or {}).get(module.__name__, module)
             stack.enter_context(mock.patch.object(module, name, getattr(source, name)))
             own += [getattr(source, kernel)] if kernel else []
-        for name, chosen in (("choose_rung", config), ("choose_gluon_backward", backward_config)):
+        for name, chosen in (("choose_hopper", config), ("choose_gluon_backward", backward_config)):
             if chosen is not None:
                 stack.enter_context(mock.patch.object(problem, name, return_value=chosen))
         yield launches

@@ -1,6 +1,6 @@
 """Calls whose launches go Triton's own way, specialised, compiled and passed on by its C launcher, to a stub of the driver.
 
-    python -m tests.support.launching "Launching(('causal',), 'sm_90', rung='gluon')" ...    # from the checkout
+    python -m tests.support.launching "Launching(('causal',), 'sm_90', hopper='gluon')" ...    # from the checkout
 
 They are made in a process of their own, whose CUDA driver is tests/support/stub: what arrives there is held against the
 arguments that the kernels were given. Nothing runs: results are whatever memory held.
@@ -54,14 +54,14 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Launching:
-    """One call: features, target, rung of sm_90, dtype, shape, layout of q, k and v; what it asks for; a fault planted in it.
+    """One call: features, target, schedule of sm_90, dtype, shape, layout of q, k and v; what it asks for; a planted fault.
 
     ``asks``: gradients, output (alone), weights, stats or rotary.
     """
 
     features: tuple[str, ...] = ()
     target: str = "sm_80"
-    rung: str = "pointers"
+    hopper: str = "pointers"
     dtype: str = "bf16"
     shape: Shape = dataclasses.field(default_factory=Shape)
     layout: str = "bhnd"
@@ -73,7 +73,7 @@ class Launching:
         more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "fault")
                 if getattr(self, name) != getattr(Launching(), name)]
         shape = "" if self.shape == Shape() else f"{self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
-        return " ".join(filter(None, (self.target, self.rung, self.dtype, "+".join(self.features) or "plain", shape, *more)))
+        return " ".join(filter(None, (self.target, self.hopper, self.dtype, "+".join(self.features) or "plain", shape, *more)))
 
     def _make(self, inputs: Inputs) -> None:
         import fused_attn
@@ -112,7 +112,7 @@ class Launching:
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             stack.enter_context(settings.emulating(self.target))
-            stack.enter_context(fused_attn.hopper(self.rung))
+            stack.enter_context(fused_attn.hopper(self.hopper))
             if self.fault == "specialised":
                 stack.enter_context(mock.patch.object(forward, "forward_kernel", triton.jit(forward.forward_kernel.fn)))
             watch = stack.enter_context(watched("" if self.fault == "specialised" else self.fault))

@@ -143,8 +143,8 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
     operands = {name: x for name, x in leaves.items() if name not in ("sinks", "score_weight")}
     slopes = torch.autograd.grad((w * scores).sum(), (products, *operands.values()), retain_graph=True,
                                  allow_unused=True, materialize_grads=True)
-    reach = slopes[0].abs()
-    reach = torch.where(reach == 0, reach, reach.clamp(min=torch.finfo(dtype).smallest_normal))  # as dS is rounded
+    dmod = slopes[0].abs()
+    dmod = torch.where(dmod == 0, dmod, dmod.clamp(min=torch.finfo(dtype).smallest_normal))  # as dS is rounded
     # Slopes of one sign: the sum of their products with W is the sum of the absolute values.
     result = {f"d{name}": slope.abs() for name, slope in zip(operands, slopes[1:], strict=True)}
     if "sinks" in leaves:
@@ -156,13 +156,13 @@ def _amplitudes(call: Described, dout: torch.Tensor, dlse: torch.Tensor | None, 
 
     raw = (reference._products(q, k, others.score_weight) * spec.scale).detach()[keep]
     if others.score_weight is None:
-        by_q, by_k = reach @ k.abs(), reach.mT @ q.detach().abs()
+        by_q, by_k = dmod @ k.abs(), dmod.mT @ q.detach().abs()
     else:
         sums = q[:, :, :, None].detach() + k[:, :, None]
         tanh, e = sums.tanh(), torch.exp(-2 * sums.abs())
-        slope = reach.unsqueeze(-1) * (4 * e / (1 + e) ** 2) * others.score_weight.detach().abs()[:, None, None]
+        slope = dmod.unsqueeze(-1) * (4 * e / (1 + e) ** 2) * others.score_weight.detach().abs()[:, None, None]
         by_q, by_k = slope.sum(3), slope.sum(2)
-        result["dscore_weight"] = (reach.unsqueeze(-1) * tanh.abs()).sum((0, 2, 3))
+        result["dscore_weight"] = (dmod.unsqueeze(-1) * tanh.abs()).sum((0, 2, 3))
     largest = max((float(x.detach().abs().max()) for x in (raw, scores[keep]) if x.numel()), default=0.0)
     return result | {
         "out": (p * stays) @ v.abs(), "dv": per_kv_head((p * stays).mT @ grad.abs()),

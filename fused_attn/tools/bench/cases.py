@@ -50,7 +50,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Case:
     """One call of attention(). ``family`` groups cases in tables and plots; ``amplitude`` multiplies unit-normal queries.
 
-    ``backend`` is named in the call; it is not part of the name, as conditions tell what answers. ``rung``: the kernels asked
+    ``backend`` is named in the call; it is not part of the name, as conditions tell what answers. ``hopper``: the kernels asked
     for on a Hopper (``fused_attn.hopper``).
     """
 
@@ -72,7 +72,7 @@ class Case:
     family: str = "grid"
     deterministic: bool | None = None
     backend: str | None = None
-    rung: str = "pointers"
+    hopper: str = "pointers"
 
     @property
     def name(self) -> str:
@@ -86,7 +86,7 @@ class Case:
         parts += [f"scale{self.scale:g}"] if self.scale is not None else []
         parts += [f"qx{self.amplitude:g}"] if self.amplitude != 1 else []
         parts += [] if self.deterministic is None else ["deterministic"] if self.deterministic else ["by atomics"]
-        parts += [f"on {self.rung}"] if self.rung != "pointers" else []
+        parts += [f"on {self.hopper}"] if self.hopper != "pointers" else []
         return " ".join(parts + ([self.layout] if self.layout != "bhnd" else []))
 
     @property
@@ -134,21 +134,21 @@ class Case:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: Any) -> Any:
         """The call as a user makes it."""
-        with fused_attn.hopper(self.rung):
+        with fused_attn.hopper(self.hopper):
             return fused_attn.attention(q, k, v, **self.arguments, backend=self.backend, **extra)
 
     def answered_by(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """The backend that answers ``attend``."""
         return fused_attn.explain(q, k, v, **self.arguments, backend=self.backend).backend
 
-    def off_rung(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, tuple[str, ...]]:
-        """Passes that do not run on the rung asked for though it has kernels for them, with the reasons."""
-        if self.rung == "pointers":
+    def not_as_asked(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, tuple[str, ...]]:
+        """Passes that do not run on the schedule asked for though it has kernels for them, with the reasons."""
+        if self.hopper == "pointers":
             return {}
-        with fused_attn.hopper(self.rung):
+        with fused_attn.hopper(self.hopper):
             told = fused_attn.explain(q, k, v, **self.arguments, backend=self.backend)
-        has_backward = self.rung == "gluon" and self.head_dim <= 128 and self.softcap is None
-        return {which: reasons for which, reasons in told.against_rung.items()
+        has_backward = self.hopper == "gluon" and self.head_dim <= 128 and self.softcap is None
+        return {which: reasons for which, reasons in told.against_asked.items()
                 if reasons and (which == "forward" or has_backward)}
 
     def compiles_as(self) -> tuple[Any, ...]:
@@ -157,14 +157,14 @@ class Case:
         rows = ((self.n_queries * self.head_dim) % 16, (self.n_keys * self.head_dim) % 16, (self.n_keys * self.head_dim_v) % 16)
         mod = (self.softcap, self.scale is not None and self.scale <= 0)
         return (self.dtype, self.head_dim, self.head_dim_v, self.heads // self.kv_heads, left is None, right is None, mod,
-                self.layout, rows, self.deterministic, self._shared and self.n_queries, self.rung)
+                self.layout, rows, self.deterministic, self._shared and self.n_queries, self.hopper)
 
     @property
     def _shared(self) -> bool:
-        """Whether the forward takes the keys in shares: other binaries."""
-        from fused_attn.plan.tiles import n_shares  # here, so that a machine without Triton can measure
+        """Whether the forward takes the keys in splits: other binaries."""
+        from fused_attn.plan.tiles import n_splits  # here, so that a machine without Triton can measure
 
-        return n_shares(self.n_queries, self.n_keys, self.n_queries, self.n_keys, self.heads // self.kv_heads) > 1
+        return n_splits(self.n_queries, self.n_keys, self.n_queries, self.n_keys, self.heads // self.kv_heads) > 1
 
     def shrunk(self) -> "Case":
         """The smallest case that compiles the same binaries."""

@@ -21,8 +21,8 @@ GATES = {
     torch.float64: (64.0, 2.0**-51),
 }
 MAX_E_ROW = 4.0  # E of a single row
-R_OF_LARGE_QUERIES = 4.0  # of a gradient of halves, at q x 8
-MAX_BIAS = 0.05  # |mean| / standard deviation of the errors of halves
+R_OF_LARGE_QUERIES = 4.0  # of a gradient of fp16 and bf16, at q x 8
+MAX_BIAS = 0.05  # |mean| / standard deviation of the errors of fp16 and bf16
 BIAS_ELEMENTS = 10_000
 SCORES_AT_ONCE = 2**25
 

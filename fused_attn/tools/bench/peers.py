@@ -103,7 +103,7 @@ def _flex(case: Case, device: str) -> Attend:
 def _against_flex(case: Case) -> str | None:
     if case.family == "grid" and case.n_keys not in FLEX_LENGTHS:
         return f"compiles anew for every length; timed at {' and '.join(map(str, FLEX_LENGTHS))}"
-    if case.deterministic is not None or case.rung != "pointers":
+    if case.deterministic is not None or case.hopper != "pointers":
         return "timed beside the default kernels"
     return None
 
@@ -160,7 +160,7 @@ def _flash_attn(module: str) -> Callable[[Case, str], Attend]:
 
 
 def _against_flash_attn(case: Case) -> str | None:
-    return None if case.dtype in ("bf16", "fp16") else "halves only"
+    return None if case.dtype in ("bf16", "fp16") else "fp16 and bf16 only"
 
 
 def _importable(module: str) -> bool:

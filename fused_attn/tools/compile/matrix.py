@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_attn import files
-from fused_attn.settings import RUNGS
+from fused_attn.settings import HOPPER_SCHEDULES
 from fused_attn.targets import COMPILED
 from fused_attn.tools import options
 from fused_attn.tools.compile import offline, profile
 from fused_attn.tools.report import print_table, track
 
-# Configurations that a change must not make worse than the rules of Report.problems: halves at these head dims.
+# Configurations that a change must not make worse than the rules of Report.problems: fp16 and bf16 at these head dims.
 GATED_TARGETS = {"plain": ("sm_80", "sm_90", "sm_100", "gfx942"),
                  "fused": ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"),
                  "decode": ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"),
                  **dict.fromkeys(("softcap", "bias", "alibi", "mask"), ("sm_80", "sm_90"))}
 GATED_HEAD_DIMS = (32, 64, 128)
-ATTENTION = ("forward", "shares", "combine", "delta", "dq", "dkv", "dk", "dv", "backward", "statistics", "ordered")
+ATTENTION = ("forward", "splits", "combine", "delta", "dq", "dkv", "dk", "dv", "backward", "statistics", "ordered")
 
 
 class Job(NamedTuple):
@@ -39,15 +39,15 @@ class Job(NamedTuple):
     head_dims: tuple[int, ...]
     causal: bool
     feature: str = "plain"
-    rung: str = "pointers"
+    hopper: str = "pointers"
 
     def __str__(self) -> str:
         return (f"{self.target} {' '.join(self.dtypes)} D{self.head_dims} causal={self.causal} {self.feature}"
-                + f" {self.rung}" * (self.rung != "pointers"))
+                + f" {self.hopper}" * (self.hopper != "pointers"))
 
     def arguments(self) -> list[str]:
         """Of ``fused-attn compile``."""
-        return ["--target", self.target, "--dtype", *self.dtypes, "--feature", self.feature, "--rung", self.rung,
+        return ["--target", self.target, "--dtype", *self.dtypes, "--feature", self.feature, "--hopper", self.hopper,
                 "--head-dim", *map(str, self.head_dims), *["--causal"] * self.causal]
 
 
@@ -71,16 +71,16 @@ def compile_one(arguments: argparse.Namespace) -> int:
     _check_page(arguments.out, arguments.profile)
     passes = ("forward", "backward") if arguments.which == "all" else (arguments.which,)
     for dtype, head_dim in product(arguments.dtype, arguments.head_dim):
-        if reason := offline.refusal(arguments.target, head_dim, dtype, arguments.feature, arguments.rung):
+        if reason := offline.refusal(arguments.target, head_dim, dtype, arguments.feature, arguments.hopper):
             raise options.BadInputError(reason)
     work = [(*shape, kernel) for *shape, which in product(arguments.dtype, arguments.head_dim, passes)
-            for kernel in offline.kernels(which, arguments.feature, arguments.rung)]
+            for kernel in offline.kernels(which, arguments.feature, arguments.hopper)]
     reports, rows, failed = [], [], []
     with options.until_interrupted() as interrupted:
         for dtype, head_dim, kernel in work:
             try:
                 found = offline.compile_kernel(arguments.target, kernel, head_dim, dtype, arguments.causal,
-                                               feature=arguments.feature, rung=arguments.rung)
+                                               feature=arguments.feature, hopper=arguments.hopper)
             except Exception as error:  # whatever the compiler or ptxas has against it
                 failed.append(f"{kernel} {dtype} D{head_dim}: {type(error).__name__}: {' '.join(str(error).split())[-300:]}")
                 continue
@@ -98,7 +98,7 @@ def compile_one(arguments: argparse.Namespace) -> int:
         print(f"{arguments.target} {line}", file=sys.stderr)
     complete = not interrupted.is_set()
     if complete and not rows and not failed:
-        raise options.BadInputError(f"{arguments.target} has no kernel of this pass, feature and rung at these sizes")
+        raise options.BadInputError(f"{arguments.target} has no kernel of this pass, feature and schedule at these sizes")
     return options.status(complete, not failed and not (arguments.gate and any(broken.values())))
 
 
@@ -143,8 +143,8 @@ def _keep(rows: list[dict[str, Any]], out: Path, static_profile: bool) -> None:
 def jobs() -> Iterator[Job]:
     """Of the whole matrix.
 
-    Plain attention: halves everywhere, fp32 by TF32 on NVIDIA's two. Every feature: in every type on every target at head dim
-    64, causal; in bf16 at 128 as well on sm_80, sm_90 and gfx942. The other rungs of sm_90 with what they take.
+    Plain attention: fp16 and bf16 everywhere, fp32 by TF32 on NVIDIA's two. Every feature: in every type on every target at
+    head dim 64, causal; in bf16 at 128 as well on sm_80, sm_90 and gfx942. The other schedules of sm_90 with what they take.
     """
     halves, exact, wide = ("bf16", "fp16"), ("fp32", "fp64"), (64, 128, 256)
     for causal, target in product((False, True), COMPILED):
@@ -165,20 +165,20 @@ def jobs() -> Iterator[Job]:
         yield Job(target, ("bf16",), (192, 576), True)
     for target in ("sm_86", "sm_120"):  # whose shared memory is the smallest of NVIDIA's
         yield Job(target, ("bf16",), (128, 256), True, "bias fp32, mask")
-    yield from rungs()
-    for rung, feature in product(RUNGS[1:], ("softcap", "sinks", "packed")):
-        if (rung, feature) != ("specialized", "packed"):
-            yield Job("sm_90", ("bf16",), (64, 128, 256), True, feature, rung)
+    yield from on_hopper()
+    for hopper, feature in product(HOPPER_SCHEDULES[1:], ("softcap", "sinks", "packed")):
+        if (hopper, feature) != ("specialized", "packed"):
+            yield Job("sm_90", ("bf16",), (64, 128, 256), True, feature, hopper)
 
 
-def rungs() -> Iterator[Job]:
-    """Plain attention on the other rungs of sm_90."""
-    for rung, causal in product(RUNGS[1:], (False, True)):
-        yield Job("sm_90", ("bf16",), (64, 128, 256), causal, "plain", rung)
+def on_hopper() -> Iterator[Job]:
+    """Plain attention on the other schedules of sm_90."""
+    for hopper, causal in product(HOPPER_SCHEDULES[1:], (False, True)):
+        yield Job("sm_90", ("bf16",), (64, 128, 256), causal, "plain", hopper)
 
 
 def profiled() -> Iterator[Job]:
-    """Of the static profile: plain attention, decoding, the fused backward and the rungs of sm_90 in bf16 on four targets."""
+    """Of the static profile: plain attention, decoding, the fused backward and every schedule of sm_90; bf16, four targets."""
     targets, wide = ("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128, 256)
     for target, causal in product(targets, (False, True)):
         yield Job(target, ("bf16",), wide, causal)
@@ -186,7 +186,7 @@ def profiled() -> Iterator[Job]:
         yield Job(target, ("bf16",), wide, False, "decode")
     for target, causal in product(targets, (False, True)):
         yield Job(target, ("bf16",), wide, causal, "fused")
-    yield from rungs()
+    yield from on_hopper()
 
 
 def run(out: Path | None, static_profile: bool) -> int:
@@ -206,12 +206,12 @@ def run(out: Path | None, static_profile: bool) -> int:
             if error:
                 failures.append(f"{job}: {error}")
     rows += [row for future in futures if not future.cancelled() for row in future.result()[0]]  # of jobs that were interrupted
-    rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["feature"], row["rung"], row["causal"],
+    rows.sort(key=lambda row: (row["target"], row["dtype"], row["head_dim"], row["feature"], row["hopper"], row["causal"],
                                row["kernel"]))
     for row in () if static_profile else rows:
         if found := problems(row):
             failures.append(f"{row['target']} {row['kernel']} {row['dtype']} D{row['head_dim']} causal={row['causal']} "
-                            f"{row['feature']} {row['rung']}: " + "; ".join(found))
+                            f"{row['feature']} {row['schedule']}: " + "; ".join(found))
     if rows and out is not None:
         _keep(rows, out, static_profile)
     for failure in failures:

@@ -36,14 +36,15 @@ FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi",
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
 
-# What the rungs of sm_90 beside pointers take of FEATURES.
-RUNG_FEATURES = {"descriptors": ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "packed"),
-                 "specialized": ("plain", "softcap", "sinks"), "gluon": ("plain", "softcap", "sinks", "packed")}
+# What the schedules of sm_90 beside pointers take of FEATURES.
+HOPPER_FEATURES = {
+    "descriptors": ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "packed"),
+    "specialized": ("plain", "softcap", "sinks"), "gluon": ("plain", "softcap", "sinks", "packed")}
 
 _NO_PRODUCTS = ("delta", "list", "rotary", "combine", "statistics", "ordered")
 
 
-def refusal(target: str, head_dim: int, dtype: str, feature: str = "plain", rung: str = "pointers") -> str | None:
+def refusal(target: str, head_dim: int, dtype: str, feature: str = "plain", hopper: str = "pointers") -> str | None:
     """Why no kernel is compiled for this, or None: what comes out could not run, or no call would launch it."""
     if target not in KNOWN:
         return f"target: expected one of {', '.join(KNOWN)}; got {target!r}"
@@ -53,28 +54,28 @@ def refusal(target: str, head_dim: int, dtype: str, feature: str = "plain", rung
         return reason
     if feature == "additive" and head_dim > MAX_ADDITIVE:
         return f"head dim {head_dim}: the kernels carry additive scores up to {MAX_ADDITIVE}"
-    if rung == "pointers":
+    if hopper == "pointers":
         return None
     if target != "sm_90":
-        return f"rung {rung} is of sm_90; got target {target}"
-    if feature not in RUNG_FEATURES[rung]:
-        return f"rung {rung} takes {', '.join(RUNG_FEATURES[rung])}; got {feature}"
+        return f"schedule {hopper} is of sm_90; got target {target}"
+    if feature not in HOPPER_FEATURES[hopper]:
+        return f"schedule {hopper} takes {', '.join(HOPPER_FEATURES[hopper])}; got {feature}"
     if dtype not in ("fp16", "bf16") or head_dim > 256 or head_dim % 8:
-        return f"rung {rung} takes fp16 and bf16, and head dims to 256 in steps of 8; got {dtype} and {head_dim}"
+        return f"schedule {hopper} takes fp16 and bf16, and head dims to 256 in steps of 8; got {dtype} and {head_dim}"
     return None
 
 
-def kernels(which: str, feature: str, rung: str = "pointers") -> tuple[Kernel, ...]:
+def kernels(which: str, feature: str, hopper: str = "pointers") -> tuple[Kernel, ...]:
     """The kernels of a pass, "forward" or "backward"; rotary positions have one for both, decoding two of its own, the fused
-    backward one that gives dQ as well. Of the other rungs of sm_90 only Gluon's has a backward, of three kernels."""
-    if rung != "pointers":
-        taken = rung == "gluon" and feature in ("plain", "sinks")
+    backward one that gives dQ as well. Of the other schedules of sm_90 only Gluon's has a backward, of three kernels."""
+    if hopper != "pointers":
+        taken = hopper == "gluon" and feature in ("plain", "sinks")
         backward: tuple[Kernel, ...] = ("statistics", "backward", "ordered") if taken else ()
         return ("forward",) if which == "forward" else backward
     if feature == "rotary":
         return ("rotary",) if which == "forward" else ()
     if feature == "decode":
-        return ("shares", "combine") if which == "forward" else ()
+        return ("splits", "combine") if which == "forward" else ()
     if feature == "fused":
         return () if which == "forward" else ("dkv",)
     if which == "forward":
@@ -110,7 +111,7 @@ class Report:
     tensor_memory: int
     compile_seconds: float
     triton: str
-    rung: str = "pointers"
+    hopper: str = "pointers"
     code: sass.Binary | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def row(self) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
 
 
 def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, group: int, feature: str, head_dim_v: int,
-             config: TileConfig | None, rung: str) -> list[Launch]:
+             config: TileConfig | None, hopper: str) -> list[Launch]:
     """The launches of a kernel that a call on long sequences makes, taken from its schedules, on tensors without storage."""
     element = DTYPES[dtype]
     batch, heads, length = (1 if feature == "packed" else 2), 8, 4096
@@ -224,18 +225,18 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
     whose = {"statistics": "backward", "ordered": "backward", "list": "forward"}.get(kernel, kernel)
     whose = "fused" if feature == "fused" else whose
     problem = Problem.of(q, k, v, spec, others, target, {} if config is None else {whose: config})
-    first = rung if rung != "pointers" else "splits" if feature == "decode" else "pointers"
+    first = hopper if hopper != "pointers" else "splits" if feature == "decode" else "pointers"
     steps = schedules.named(schedules.FORWARD, first).steps(problem)
     found, (out, lse, residual) = collect(steps)
-    if kernel not in ("list", "forward", "shares", "combine"):
-        second = "gluon" if rung == "gluon" else "fused" if feature == "fused" else "separate"
+    if kernel not in ("list", "forward", "splits", "combine"):
+        second = "gluon" if hopper == "gluon" else "fused" if feature == "fused" else "separate"
         if (second == "gluon" and max(head_dim, head_dim_v) > 128) or (second == "fused" and not problem.fused_config()):
             return []
         needs = Needs(True, True, True, others.sinks is not None, others.score_weight is not None,
                       tuple(x.is_floating_point() for x in others.operands))
         saved = Saved(out, None, q, k, v, out, residual, lse)
         found, _ = collect(schedules.named(schedules.BACKWARD, second).steps(problem, saved, needs))
-    name = {"shares": "forward"}.get(kernel, kernel) + "_kernel"
+    name = {"splits": "forward"}.get(kernel, kernel) + "_kernel"
     of_kernel = [launch for launch in found if launch.name == name]
     return of_kernel if kernel == "dkv" else of_kernel[:1]
 
@@ -255,11 +256,11 @@ def _compile(launch: Launch, target: str) -> tuple[Any, str, float]:
 
 def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, *, group: int = 4,
                    feature: str = "plain", head_dim_v: int | None = None, config: TileConfig | None = None,
-                   rung: str = "pointers") -> list[Report]:
+                   hopper: str = "pointers") -> list[Report]:
     """Compiles one kernel for ``target`` as ``attention`` would launch it on long sequences, and reads the binary.
 
     One report, or two, "dk" and "dv", where the configuration gives each a launch of its own. ``feature``: of ``FEATURES``;
-    ``rung``: of ``settings.RUNGS``, for a forward on sm_90; ``config`` stands in for the tiles of the kernel.
+    ``hopper``: of ``settings.HOPPER_SCHEDULES``, for a forward on sm_90; ``config`` stands in for the tiles of the kernel.
     """
     driver.set_active(_NoDriver(gpu_target(target)))
     compiled: list[tuple[Launch, Any, str, float]] = []
@@ -268,12 +269,12 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        for launch in launches(target, kernel, head_dim, dtype, causal, group, feature, head_dim_v or head_dim, config, rung):
+        for launch in launches(target, kernel, head_dim, dtype, causal, group, feature, head_dim_v or head_dim, config, hopper):
             compiled.append((launch, *_compile(launch, target)))
     names = ("dk", "dv") if len(compiled) == 2 else (kernel,) * len(compiled)
     return [
         Report(
-            target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature, rung=rung,
+            target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature, hopper=hopper,
             config=describe(launch.config),
             shared_bytes=binary.metadata.shared, shared_limit=target_of(target).shared,
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
@@ -289,7 +290,7 @@ def describe(config: TileConfig) -> str:
     words = [f"{config.block_m}x{config.block_n}", f"w{config.num_warps}", f"s{config.num_stages}"]
     if config.edge_stages is not None:
         words.append(f"edge{config.edge_stages}")
-    words += ["wide"] * config.wide + ["nolicm"] * config.disable_licm + ["split"] * config.split
+    words += ["wide"] * config.wide + ["nolicm"] * config.disable_licm + ["separate"] * config.separate
     words += ["descriptors"] * config.descriptors + ["specialized"] * config.specialize
     return " ".join([*words, *(f"{name}={value}" for name, value in config.options)])
 

@@ -66,7 +66,7 @@ class Profile:
     head_dim: int
     causal: bool
     feature: str
-    rung: str
+    hopper: str
     config: str
     triton: str
     registers: int
@@ -92,7 +92,7 @@ def profile(report: Report) -> Profile:
     specialised = any(x.op.startswith("USETMAXREG") for x in report.code.listing.instructions)
     rates = machine.rates if machine and report.dtype in ("fp16", "bf16") else None
     return Profile(
-        report.target, report.kernel, report.dtype, report.head_dim, report.causal, report.feature, report.rung,
+        report.target, report.kernel, report.dtype, report.head_dim, report.causal, report.feature, report.hopper,
         report.config, report.triton, report.registers, report.spill_bytes, report.shared_bytes, warps, programs, limited_by,
         waves, report.warnings, [profile_loop(loop, 4 if specialised else warps, report.code.threads, rates)
                           for loop in report.code.listing.main_loops()])
@@ -256,7 +256,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 loop = steady(row["loops"])
                 lines.append({
                     "kernel": ", ".join([row["kernel"], *[row["feature"]] * (row["feature"] == "fused"),
-                                         *[row["rung"]] * (row["rung"] != "pointers")]), "D": row["head_dim"],
+                                         *[row["hopper"]] * (row["hopper"] != "pointers")]), "D": row["head_dim"],
                     "window": "causal" if row["causal"] else "full", "config": row["config"], "registers": row["registers"],
                     "spill bytes": row["spill_bytes"], "programs": f"{row['programs']} ({row['limited_by']})",
                     "instructions": loop["instructions"], "other per matrix": _shown(loop["other_per_matrix"]),

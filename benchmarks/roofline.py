@@ -21,7 +21,7 @@ def copy(device: str, rounds: int | None = None, size: int = COPY_BYTES) -> Row:
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     row = spread(measure({"copy": lambda: target.copy_(source)}, device, rounds)["copy"])
-    return {"pass": "forward", "family": "roofs", "default": True, **row, "tflops": 0.0, "flops": 0, "bytes": 2 * size,
+    return {"pass": "forward", "family": "roofline", "default": True, **row, "tflops": 0.0, "flops": 0, "bytes": 2 * size,
             "gbytes_per_s": float(f"{2 * size / row['ms'] / 1e6:.4g}"), "peers": {}}
 
 
@@ -36,7 +36,7 @@ def matmul(dtype: str, device: str, rounds: int | None = None,
         found.append({**row, "tflops": float(f"{flops / row['ms'] / 1e9:.4g}"), "flops": flops, "bytes": moved,
                       "shape": [m, n, k], "gbytes_per_s": float(f"{moved / row['ms'] / 1e6:.4g}")})
     best = max(found, key=lambda row: row["tflops"])
-    return {"pass": "forward", "family": "roofs", "dtype": dtype, "default": True, **best, "peers": {}}
+    return {"pass": "forward", "family": "roofline", "dtype": dtype, "default": True, **best, "peers": {}}
 
 
 def jobs(device: str, smoke: bool) -> dict[str, Callable[[], Row]]:

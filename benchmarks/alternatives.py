@@ -22,7 +22,7 @@ Attend = Callable[[Tensors], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Detour:
+class Alternative:
     """``added`` and ``kept`` make SDPA's tensors, ``score`` and ``keep`` FlexAttention's functions; all of a call's tensors."""
 
     added: Callable[[Tensors], torch.Tensor] | None = None
@@ -57,37 +57,37 @@ def _relative(t: Tensors, values: torch.Tensor) -> Score:
     return lambda s, b, h, q, k: s + values[h, k - q + middle]
 
 
-DETOURS = {
-    "plain": Detour(),
-    "softcap": Detour(score=lambda t: lambda s, b, h, q, k: 30.0 * torch.tanh(s / 30.0)),
-    "bias": Detour(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][0, h, q, k]),
-    "bias per key": Detour(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][b, 0, 0, k]),
-    "relative bias": Detour(lambda t: _spread(t, t["values"]), score=lambda t: _relative(t, t["values"])),
-    "t5 bias": Detour(lambda t: _spread(t, _t5(t)), score=lambda t: _relative(t, _t5(t))),
-    "alibi": Detour(_alibi, score=lambda t: lambda s, b, h, q, k: s - t["slopes"][h] * (q - k).abs()),
-    "mask": Detour(kept=lambda t: t["mask"], keep=lambda t: lambda b, h, q, k: t["mask"][b, 0, q, k]),
-    "key lengths": Detour(kept=lambda t: (torch.arange(int(t["n"]), device=t["lengths"].device)
-                                          < t["lengths"][:, None])[:, None, None, :],
-                          keep=lambda t: lambda b, h, q, k: k < t["lengths"][b]),
-    "document mask": Detour(kept=lambda t: (t["ids"][:, :, None] == t["ids"][:, None, :])[:, None],
-                            keep=lambda t: lambda b, h, q, k: t["ids"][b, q] == t["ids"][b, k]),
-    "prefix LM": Detour(kept=lambda t: (_distance(t, t["lengths"]) <= 0)
-                        | (torch.arange(int(t["n"]), device=t["lengths"].device) < t["lengths"][:, None, None])[:, None],
-                        keep=lambda t: lambda b, h, q, k: (k <= q) | (k < t["lengths"][b])),
+ALTERNATIVES = {
+    "plain": Alternative(),
+    "softcap": Alternative(score=lambda t: lambda s, b, h, q, k: 30.0 * torch.tanh(s / 30.0)),
+    "bias": Alternative(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][0, h, q, k]),
+    "bias per key": Alternative(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][b, 0, 0, k]),
+    "relative bias": Alternative(lambda t: _spread(t, t["values"]), score=lambda t: _relative(t, t["values"])),
+    "t5 bias": Alternative(lambda t: _spread(t, _t5(t)), score=lambda t: _relative(t, _t5(t))),
+    "alibi": Alternative(_alibi, score=lambda t: lambda s, b, h, q, k: s - t["slopes"][h] * (q - k).abs()),
+    "mask": Alternative(kept=lambda t: t["mask"], keep=lambda t: lambda b, h, q, k: t["mask"][b, 0, q, k]),
+    "key lengths": Alternative(kept=lambda t: (torch.arange(int(t["n"]), device=t["lengths"].device)
+                                               < t["lengths"][:, None])[:, None, None, :],
+                               keep=lambda t: lambda b, h, q, k: k < t["lengths"][b]),
+    "document mask": Alternative(kept=lambda t: (t["ids"][:, :, None] == t["ids"][:, None, :])[:, None],
+                                 keep=lambda t: lambda b, h, q, k: t["ids"][b, q] == t["ids"][b, k]),
+    "prefix LM": Alternative(kept=lambda t: (_distance(t, t["lengths"]) <= 0)
+                             | (torch.arange(int(t["n"]), device=t["lengths"].device) < t["lengths"][:, None, None])[:, None],
+                             keep=lambda t: lambda b, h, q, k: (k <= q) | (k < t["lengths"][b])),
 }
 
 
-def sdpa(detour: Detour, tensors: Tensors, causal: bool, device: str, grouped: bool) -> Attend:
+def sdpa(alternative: Alternative, tensors: Tensors, causal: bool, device: str, grouped: bool) -> Attend:
     """torch's SDPA with whatever mask the feature and causality make together."""
-    kept = None if detour.kept is None else detour.kept(tensors)
+    kept = None if alternative.kept is None else alternative.kept(tensors)
     future = _distance(tensors, tensors["n"]).to(device) > 0 if causal else None
     if kept is not None and future is not None:
         kept = kept & ~future
 
     def attend(leaves: Tensors) -> torch.Tensor:
         mask = kept
-        if detour.added is not None:
-            mask = detour.added({**tensors, **leaves}).to(leaves["q"].dtype)
+        if alternative.added is not None:
+            mask = alternative.added({**tensors, **leaves}).to(leaves["q"].dtype)
             mask = mask if future is None else mask.masked_fill(future, float("-inf"))
         return F.scaled_dot_product_attention(leaves["q"], leaves["k"], leaves["v"], mask, is_causal=causal and mask is None,
                                               enable_gqa=grouped)
@@ -95,11 +95,11 @@ def sdpa(detour: Detour, tensors: Tensors, causal: bool, device: str, grouped: b
     return attend
 
 
-def flex(detour: Detour, tensors: Tensors, causal: bool, device: str, grouped: bool) -> Attend:
+def flex(alternative: Alternative, tensors: Tensors, causal: bool, device: str, grouped: bool) -> Attend:
     """FlexAttention, compiled for this feature."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    own = None if detour.keep is None else detour.keep(tensors)
+    own = None if alternative.keep is None else alternative.keep(tensors)
 
     def keep(b: Any, h: Any, q: Any, k: Any) -> Any:
         if own is None:
@@ -113,7 +113,7 @@ def flex(detour: Detour, tensors: Tensors, causal: bool, device: str, grouped: b
     compiled = compiled_flex()
 
     def attend(leaves: Tensors) -> torch.Tensor:
-        score = None if detour.score is None else detour.score({**tensors, **leaves})
+        score = None if alternative.score is None else alternative.score({**tensors, **leaves})
         out: torch.Tensor = compiled(leaves["q"], leaves["k"], leaves["v"], score_mod=score, block_mask=mask,
                                      enable_gqa=grouped)
         return out
@@ -123,11 +123,11 @@ def flex(detour: Detour, tensors: Tensors, causal: bool, device: str, grouped: b
 
 def peers(feature: str, device: str) -> dict[str, Callable[..., Attend]]:
     """name -> what makes the peer's call for a feature, of (tensors, causal, device, grouped)."""
-    detour, found = DETOURS.get(feature), dict[str, Callable[..., Attend]]()
-    if detour is None:
+    alternative, found = ALTERNATIVES.get(feature), dict[str, Callable[..., Attend]]()
+    if alternative is None:
         return found
-    if detour.score is None or detour.added is not None:
-        found["sdpa"] = partial(sdpa, detour)
+    if alternative.score is None or alternative.added is not None:
+        found["sdpa"] = partial(sdpa, alternative)
     if device in FLEX_DEVICES:
-        found["flex"] = partial(flex, detour)
+        found["flex"] = partial(flex, alternative)
     return found

@@ -1,10 +1,10 @@
-"""What this Triton may run of the ladder of sm_90 (``settings.hopper``): what was tried on it, and found right."""
+"""Which schedules of sm_90 alone (``settings.hopper``) this Triton may run: those that were tried on it and found right."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from fused_attn.settings import RUNGS
+from fused_attn.settings import HOPPER_SCHEDULES
 from fused_attn.targets import triton_version
 
 # Young parts of Triton: a version that cannot compile them would fail in the middle of a program, so one on which nobody has
@@ -13,13 +13,13 @@ YOUNG = ("specialized", "gluon")
 VERSIONS = Path(__file__).parents[1] / "versions.json"  # what was tried on which versions; `python -m tests.versions` writes it
 
 
-def passed_on(rows: list[dict[str, Any]], trial: str, rungs: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Major and minor of the Tritons on which rungs passed a trial, "compiled" or "emulated", whatever torch lay over them."""
+def passed_on(rows: list[dict[str, Any]], trial: str, schedules: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """Major and minor of the Tritons on which schedules passed a trial, "compiled" or "emulated", under any torch."""
     found: dict[tuple[int, int], bool] = {}
     for row in rows:
         major, minor, *_ = row["triton"].split(".")
         version = int(major), int(minor)
-        found[version] = found.get(version, True) and all(row.get(trial, {}).get(rung, False) for rung in rungs)
+        found[version] = found.get(version, True) and all(row.get(trial, {}).get(name, False) for name in schedules)
     return tuple(sorted(version for version, passed in found.items() if passed))
 
 
@@ -31,15 +31,15 @@ PROVEN_ON = passed_on(_ROWS, "emulated", ("specialized",))
 
 
 def offered() -> tuple[str, ...]:
-    """The rungs above pointers that this Triton may run, from the top."""
-    return tuple(name for name in RUNGS[:0:-1] if name != "specialized" or triton_version() in PROVEN_ON)
+    """The schedules above pointers that this Triton may run, from the top."""
+    return tuple(name for name in HOPPER_SCHEDULES[:0:-1] if name != "specialized" or triton_version() in PROVEN_ON)
 
 
-def against(rung: str) -> tuple[str, ...]:
-    """Reasons why this Triton may not run a rung above pointers."""
+def against(schedule: str) -> tuple[str, ...]:
+    """Reasons why this Triton may not run a schedule above pointers."""
     here = ".".join(map(str, triton_version()))
-    if rung not in offered():
+    if schedule not in offered():
         return (f"what Triton {here} compiles of it has not been emulated and found right",)
-    if rung != "descriptors" and triton_version() not in COMPILED_ON:
+    if schedule != "descriptors" and triton_version() not in COMPILED_ON:
         return (f"it has not been compiled on Triton {here}",)
     return ()

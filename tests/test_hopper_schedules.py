@@ -1,4 +1,4 @@
-"""The rungs of Hopper's forward that are Triton: the same answers with tiles loaded through descriptors, in one loop or two."""
+"""Hopper's schedules that are Triton: the same answers with tiles loaded through descriptors, in one loop or two."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from support.guard import is_poison
 import fused_attn
 from fused_attn import attention, settings
 from fused_attn.call.spec import TileConfig
-from fused_attn.plan import problem, rungs, schedules
+from fused_attn.plan import problem, proven, schedules
 from fused_attn.targets import triton_name
 
 ROOT = Path(__file__).parents[1]
@@ -24,21 +24,21 @@ ONE_LOOP = {"plain", "causal", "window", "scale", "softcap", "gqa", "lengths", "
 OTHER_KERNELS = {"additive", "precise"}
 
 
-def climb(monkeypatch, rung):
-    """Has every forward run on ``rung``, in the interpreter's tiles; returns how often it did."""
+def climb(monkeypatch, hopper):
+    """Has every forward run on ``hopper``, in the interpreter's tiles; returns how often it did."""
     times = []
-    alone = schedules.named(schedules.FORWARD, rung)._replace(against=lambda _: (), asked=False)
+    alone = schedules.named(schedules.FORWARD, hopper)._replace(against=lambda _: (), asked=False)
     monkeypatch.setattr(schedules, "FORWARD", (alone,))
-    monkeypatch.setattr(problem, "choose_rung", lambda *_: times.append(1) or TILES[rung])
+    monkeypatch.setattr(problem, "choose_hopper", lambda *_: times.append(1) or TILES[hopper])
     return times
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize(("rung", "name"), [
-    (rung, feature.name) for rung in TILES for feature in FEATURES
-    if feature.name not in OTHER_KERNELS and (rung == "descriptors" or feature.name in ONE_LOOP)])
-def test_every_feature_has_the_same_answer(monkeypatch, rung, name):
-    times = climb(monkeypatch, rung)
+@pytest.mark.parametrize(("hopper", "name"), [
+    (hopper, feature.name) for hopper in TILES for feature in FEATURES
+    if feature.name not in OTHER_KERNELS and (hopper == "descriptors" or feature.name in ONE_LOOP)])
+def test_every_feature_has_the_same_answer(monkeypatch, hopper, name):
+    times = climb(monkeypatch, hopper)
     inputs = Call((name,), Shape(n_queries=70, n_keys=93 if name == "lengths" else 70)).draw(torch.float64)
     got, want = inputs.run("triton"), inputs.run("reference")
     assert times
@@ -57,7 +57,7 @@ def halves(dim=64, length=96, heads=2, dtype=torch.bfloat16):
     return [torch.randn(1, heads, length, dim).to(dtype) for _ in range(3)]
 
 
-# (rung, forward is its, backward is its, head dim, arguments of the call)
+# (schedule, forward is its, backward is its, head dim, arguments of the call)
 TAKEN = [
     ("gluon", True, True, 64, {"deterministic": False}),
     ("gluon", True, True, 128, {"deterministic": False, "causal": True, "window": (9, None), "sinks": torch.zeros(2)}),
@@ -77,28 +77,28 @@ TAKEN = [
 ]
 
 
-@pytest.mark.parametrize(("rung", "forward", "backward", "dim", "arguments"), TAKEN)
-def test_explain_names_the_kernels_of_a_pass(card, rung, forward, backward, dim, arguments):
-    with fused_attn.hopper(rung):
+@pytest.mark.parametrize(("hopper", "forward", "backward", "dim", "arguments"), TAKEN)
+def test_explain_names_the_kernels_of_a_pass(card, hopper, forward, backward, dim, arguments):
+    with fused_attn.hopper(hopper):
         told = fused_attn.explain(*halves(dim), backend="triton", **arguments)
-    assert told.rung == rung
-    assert {which: not reasons for which, reasons in told.against_rung.items()} == {"forward": forward, "backward": backward}
-    assert f"forward: {rung}" in str(told).splitlines() or not forward
-    assert forward or f"forward: pointers; {rung}: " in str(told)
+    assert told.asked == hopper
+    assert {which: not reasons for which, reasons in told.against_asked.items()} == {"forward": forward, "backward": backward}
+    assert f"forward: {hopper}" in str(told).splitlines() or not forward
+    assert forward or f"forward: pointers; {hopper}: " in str(told)
 
 
-def test_a_rung_that_gave_wrong_rows_stays_out_until_its_code_has_been_emulated(card, monkeypatch):
-    monkeypatch.setattr(rungs, "PROVEN_ON", ())
+def test_a_schedule_that_gave_wrong_rows_stays_out_until_its_code_has_been_emulated(card, monkeypatch):
+    monkeypatch.setattr(proven, "PROVEN_ON", ())
     with fused_attn.hopper("specialized"):
         told = fused_attn.explain(*halves(), causal=True, backend="triton")
-        (reason,) = told.against_rung["forward"]
+        (reason,) = told.against_asked["forward"]
         assert reason == f"what Triton {triton_name()} compiles of it has not been emulated and found right"
         assert f"forward: pointers; specialized: {reason}" in str(told)
         assert attention(*halves(), backend="triton").isfinite().all()
-        assert "specialized" not in rungs.offered()
-        monkeypatch.setattr(rungs, "PROVEN_ON", (rungs.triton_version(),))
-        assert fused_attn.explain(*halves(256), causal=True, softcap=3.0, backend="triton").against_rung["forward"] == ()
-        assert rungs.offered() == ("gluon", "specialized", "descriptors")
+        assert "specialized" not in proven.offered()
+        monkeypatch.setattr(proven, "PROVEN_ON", (proven.triton_version(),))
+        assert fused_attn.explain(*halves(256), causal=True, softcap=3.0, backend="triton").against_asked["forward"] == ()
+        assert proven.offered() == ("gluon", "specialized", "descriptors")
 
 
 @pytest.mark.parametrize("tensors", [
@@ -111,27 +111,27 @@ def test_a_rung_that_gave_wrong_rows_stays_out_until_its_code_has_been_emulated(
 def test_tensors_that_boxes_cannot_hold_stay_with_pointers(card, tensors):
     with fused_attn.hopper("gluon"):
         told = fused_attn.explain(*tensors, backend="triton")
-    assert told.against_rung["forward"]
+    assert told.against_asked["forward"]
 
 
 def test_pointers_are_the_default_and_another_card_keeps_them():
     tensors = halves()
-    assert fused_attn.explain(*tensors, backend="triton").against_rung == {}
+    assert fused_attn.explain(*tensors, backend="triton").against_asked == {}
     with fused_attn.hopper("gluon"):
         told = fused_attn.explain(*tensors, backend="triton")
-        assert told.against_rung["forward"] == ("the card is no Hopper",)
+        assert told.against_asked["forward"] == ("the card is no Hopper",)
         assert attention(*tensors, backend="triton").isfinite().all()
-    assert settings.rung() == "pointers"
+    assert settings.hopper_schedule() == "pointers"
 
 
-def test_an_unknown_rung_is_an_error():
+def test_an_unknown_schedule_is_an_error():
     with pytest.raises(ValueError, match=r"kernels: expected one of pointers, descriptors, specialized, gluon; got 'cuda'"), \
             fused_attn.hopper("cuda"):
         pass
 
 
-def test_the_environment_chooses_a_rung():
-    command = [sys.executable, "-c", "import fused_attn.settings as s; print(s.rung())"]
+def test_the_environment_chooses_a_schedule():
+    command = [sys.executable, "-c", "import fused_attn.settings as s; print(s.hopper_schedule())"]
     for value, expected in (("gluon", "gluon"), ("", "pointers")):
         done = subprocess.run(command, env={**os.environ, "FUSED_ATTN_HOPPER": value}, capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == expected, done.stderr
@@ -139,8 +139,8 @@ def test_the_environment_chooses_a_rung():
     assert "FUSED_ATTN_HOPPER: expected one of pointers" in done.stderr
 
 
-def test_a_call_on_another_rung_is_not_repeated_from_this_one(monkeypatch):
-    """What a plain call leaves behind is for calls on its own rung."""
+def test_a_call_on_another_schedule_is_not_repeated_from_this_one(monkeypatch):
+    """What a plain call leaves behind is for calls on its own schedule."""
     tensors = halves()
     attention(*tensors, backend="triton")
     times = climb(monkeypatch, "descriptors")
@@ -149,11 +149,11 @@ def test_a_call_on_another_rung_is_not_repeated_from_this_one(monkeypatch):
     assert times
 
 
-@pytest.mark.parametrize("rung", list(TILES))
-def test_a_kept_call_is_not_made_again_with_tensors_that_boxes_cannot_hold(card, monkeypatch, rung):
+@pytest.mark.parametrize("hopper", list(TILES))
+def test_a_kept_call_is_not_made_again_with_tensors_that_boxes_cannot_hold(card, monkeypatch, hopper):
     """Shapes and strides agree; the second address is no multiple of 16 bytes."""
-    monkeypatch.setattr(problem, "choose_rung", lambda *_: TILES[rung])
-    with fused_attn.hopper(rung):
+    monkeypatch.setattr(problem, "choose_hopper", lambda *_: TILES[hopper])
+    with fused_attn.hopper(hopper):
         for first in (0, 0, 0, 1, 1, 1):  # the third time from a plan
             tensors = [torch.randn(1281).bfloat16()[first : first + 1280].view(1, 2, 40, 16) for _ in range(3)]
             assert tensors[0].data_ptr() % 16 == 2 * first, "else the allocator has changed"
@@ -167,36 +167,36 @@ def test_decoding_is_told_as_what_it_is(card):
         tensors = torch.randn(1, 2, 1, 64).bfloat16(), *halves(length=8192)[1:]
         told = fused_attn.explain(*tensors, backend="triton")
         near = fused_attn.explain(*tensors, window=(100, 0), backend="triton")
-    assert told.against_rung["forward"] == ("splits comes first",)
-    assert near.against_rung["forward"] == ()
+    assert told.against_asked["forward"] == ("splits comes first",)
+    assert near.against_asked["forward"] == ()
 
 
-@pytest.mark.parametrize("rung", ["specialized", "gluon"])
+@pytest.mark.parametrize("hopper", ["specialized", "gluon"])
 @pytest.mark.parametrize("version", [(3, 5), (3, 99), (4, 0)])
-def test_a_compiler_that_nobody_has_tried_keeps_to_pointers(card, monkeypatch, rung, version):
-    monkeypatch.setattr(rungs, "triton_version", lambda: version)
-    monkeypatch.setattr(rungs, "PROVEN_ON", (version,))
-    with fused_attn.hopper(rung):
+def test_a_compiler_that_nobody_has_tried_keeps_to_pointers(card, monkeypatch, hopper, version):
+    monkeypatch.setattr(proven, "triton_version", lambda: version)
+    monkeypatch.setattr(proven, "PROVEN_ON", (version,))
+    with fused_attn.hopper(hopper):
         told = fused_attn.explain(*halves(), backend="triton")
-        assert told.against_rung["forward"] == (f"it has not been compiled on Triton {version[0]}.{version[1]}",)
+        assert told.against_asked["forward"] == (f"it has not been compiled on Triton {version[0]}.{version[1]}",)
         assert attention(*halves(), backend="triton").isfinite().all()
     with fused_attn.hopper("descriptors"):
-        assert fused_attn.explain(*halves(), backend="triton").against_rung["forward"] == ()
+        assert fused_attn.explain(*halves(), backend="triton").against_asked["forward"] == ()
 
 
 def tried(triton, specialized=True, gluon=True):
     return {"triton": triton, "torch": "2.13.0", "compiled": {"specialized": specialized, "gluon": gluon}}
 
 
-def test_a_triton_runs_the_young_rungs_if_they_compiled_wherever_they_were_tried():
+def test_a_triton_runs_the_young_schedules_if_they_compiled_wherever_they_were_tried():
     rows = [tried("3.10.2"), tried("3.9.0"), tried("3.6.0", gluon=False), tried("3.7.1"), tried("3.7.0", specialized=False),
             tried("3.8.0+git12ab")]
-    assert rungs.passed_on(rows, "compiled", rungs.YOUNG) == ((3, 8), (3, 9), (3, 10))
-    assert rungs.passed_on([], "compiled", rungs.YOUNG) == ()
+    assert proven.passed_on(rows, "compiled", proven.YOUNG) == ((3, 8), (3, 9), (3, 10))
+    assert proven.passed_on([], "compiled", proven.YOUNG) == ()
 
 
 def test_a_trial_that_a_row_does_not_tell_of_was_not_passed():
     rows = [tried("3.7.1"), {**tried("3.8.0"), "emulated": {"specialized": True, "gluon": False}},
             {**tried("3.9.0"), "emulated": {"specialized": False, "gluon": True}}]
-    assert rungs.passed_on(rows, "emulated", ("specialized",)) == ((3, 8),)
-    assert rungs.passed_on(rows, "emulated", rungs.YOUNG) == ()
+    assert proven.passed_on(rows, "emulated", ("specialized",)) == ((3, 8),)
+    assert proven.passed_on(rows, "emulated", proven.YOUNG) == ()

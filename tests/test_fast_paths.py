@@ -52,12 +52,12 @@ STOCK = {  # torch's own code, or code that ends in it, around modules of ours; 
 
 
 def refuse(*args, **kwargs):
-    raise RuntimeError("a detour")
+    raise RuntimeError("a fast path")
 
 
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
 @pytest.mark.parametrize("case", STOCK)
-def test_no_detour_around_our_modules(case, padding, monkeypatch):
+def test_no_fast_path_around_our_modules(case, padding, monkeypatch):
     ours, theirs = (make().double().eval() for make in STOCK[case])
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -68,7 +68,7 @@ def test_no_detour_around_our_modules(case, padding, monkeypatch):
     for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
         monkeypatch.setattr(torch, name, refuse)
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match="a detour"):
+        with pytest.raises(RuntimeError, match="a fast path"):
             theirs(x, src_key_padding_mask=padding)
         out = ours(x, src_key_padding_mask=padding)
     counts = torch.ones(3, LENGTH, dtype=torch.bool) if padding is None else ~padding
