@@ -27,7 +27,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.hopper.problem import NEG_INF, ROWS, accumulator_layout, descriptor
-from fused_attn.kernels.hopper.ring import tma_load, tma_store
+from fused_attn.kernels.hopper.ring import (
+    allocate_barriers,
+    await_step,
+    await_step_before,
+    barrier_at,
+    tma_load,
+    tma_store,
+)
 from fused_attn.kernels.launch import Call, Launch, programs
 from fused_attn.kernels.softmax import LOG2E
 
@@ -105,8 +112,8 @@ def producer(shared, q_desc, k_desc, v_desc, dout_desc, stats_desc, work, TILE: 
         row_of_tiles = (batch * work.kv_heads * work.group + head) * gl.cdiv(work.n_queries, BLOCK_M)
         for i in range(first, stop):
             slot = step % TILE.num_stages
-            mbarrier.wait(shared.free.index(slot), (step // TILE.num_stages + 1) & 1)
-            loaded = shared.loaded.index(slot)
+            await_step_before(shared.free, step)
+            loaded = barrier_at(shared.loaded, step)
             mbarrier.expect(loaded, 2 * q_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
             tma_load(q_desc, [batch, head, i * BLOCK_M, 0], loaded, shared.q.index(slot))
             tma_load(stats_desc, [0, row_of_tiles + i, 0], loaded, shared.stats.index(2 * slot))
@@ -179,7 +186,6 @@ def consumer(which: gl.constexpr, shared, dq_ptr, dk_desc, dv_desc, work, TILE: 
     mbarrier.wait(shared.kv_loaded, 0)
     for step in range(n_steps):
         slot = step % TILE.num_stages
-        parity = (step // TILE.num_stages) & 1
         masked = (i < inner_first) | (i >= inner_stop)
         # [64, D], [128, BLOCK_M]
         q0 = shared.q.index(slot).slice(0, ROWS)
@@ -188,7 +194,7 @@ def consumer(which: gl.constexpr, shared, dq_ptr, dk_desc, dv_desc, work, TILE: 
         own_ds = ds.slice(which * ROWS, ROWS)
 
         # The tensor cores always have the next product queued while exp2 and dS are computed.
-        mbarrier.wait(shared.loaded.index(slot), parity)
+        await_step(shared.loaded, step)
         s0 = warpgroup_mma(k, q0.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         dp0 = warpgroup_mma(v, dout0.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         if TWO:
@@ -212,8 +218,8 @@ def consumer(which: gl.constexpr, shared, dq_ptr, dk_desc, dv_desc, work, TILE: 
 
         # dQ needs the dS of both consumers; dK runs while dQ is added to global memory.
         fence_async_shared()
-        mbarrier.arrive(shared.stored.index(slot), count=1)
-        mbarrier.wait(shared.stored.index(slot), parity)
+        mbarrier.arrive(barrier_at(shared.stored, step), count=1)
+        await_step(shared.stored, step)
         if TWO:
             own_rows = ds.slice(which * ROWS, ROWS, dim=1).permute((1, 0))
             dq = warpgroup_mma(own_rows, shared.k, no_dq, use_acc=False, is_async=True)
@@ -226,7 +232,7 @@ def consumer(which: gl.constexpr, shared, dq_ptr, dk_desc, dv_desc, work, TILE: 
         dv, dq = warpgroup_mma_wait(2 if TWO else 1, deps=(dv, dq))
         gl.atomic_add(dq_ptr + tile.to(gl.int64) * (BLOCK_M * D) + own_part, fragment_order(dq, COLS), sem="relaxed")
         dk = warpgroup_mma_wait(0, deps=(dk,))
-        mbarrier.arrive(shared.free.index(slot), count=1)
+        mbarrier.arrive(barrier_at(shared.free, step), count=1)
 
         i += 1
         tile += 1
@@ -235,8 +241,7 @@ def consumer(which: gl.constexpr, shared, dq_ptr, dk_desc, dv_desc, work, TILE: 
             tile += tiles - stop + first
 
     # K and V make room for dK and dV once both consumers have read them for the last time.
-    last = gl.maximum(n_steps - 1, 0)
-    mbarrier.wait(shared.free.index(last % TILE.num_stages), (last // TILE.num_stages) & 1, pred=n_steps > 0)
+    await_step(shared.free, gl.maximum(n_steps - 1, 0), pred=n_steps > 0)
     k.store((dk * work.scale).to(dtype))
     v.store(dv.to(dtype))
     fence_async_shared()
@@ -275,15 +280,11 @@ def backward_kernel(dq_ptr, q_desc, k_desc, v_desc, dout_desc, stats_desc, dk_de
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, 1, BLOCK_M], stats_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_M], scores),
         gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        allocate_barriers(STAGES, 1),
+        allocate_barriers(STAGES, CONSUMERS),
+        allocate_barriers(STAGES, CONSUMERS),
     )
     mbarrier.init(shared.kv_loaded, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(shared.loaded.index(i), count=1)
-        mbarrier.init(shared.stored.index(i), count=CONSUMERS)
-        mbarrier.init(shared.free.index(i), count=CONSUMERS)
     gl.warp_specialize([(consumer, (gl.constexpr(0), shared, dq_ptr, dk_desc, dv_desc, work, TILE)),
                         (consumer, (gl.constexpr(1), shared, dq_ptr, dk_desc, dv_desc, work, TILE)),
                         (producer, (shared, q_desc, k_desc, v_desc, dout_desc, stats_desc, work, TILE))], [4, 1], [240, 24])

@@ -2,7 +2,7 @@
 
 A *step* counts the tiles that a ring has carried: step s lies in slot ``s % stages``, and the parity that its barriers are
 awaited with is that of ``s // stages``. Each slot has two barriers: ``full`` is passed once the tile's bytes have landed,
-``empty`` once every consumer has handed the slot back.
+``empty`` once every consumer has handed the slot back. Kernels whose slots hold several tiles keep barriers alone.
 """
 
 from typing import Any, NamedTuple
@@ -25,14 +25,38 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
+def allocate_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A barrier [STAGES, 1] for each slot, passed at the ``ARRIVALS``th arrival of a step."""
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def barrier_at(barriers, step):
+    """The barrier of a step's slot."""
+    return barriers.index(step % barriers.shape[0])
+
+
+@gluon.jit
+def await_step(barriers, step, pred=True):
+    """Waits until the barrier of a step's slot is passed in that step."""
+    mbarrier.wait(barrier_at(barriers, step), (step // barriers.shape[0]) & 1, pred=pred)
+
+
+@gluon.jit
+def await_step_before(barriers, step):
+    """Waits until the step that used the slot before this one has passed its barrier; the first steps do not wait."""
+    mbarrier.wait(barrier_at(barriers, step), (step // barriers.shape[0] + 1) & 1)
+
+
+@gluon.jit
 def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     """A ring for the boxes of a tensor descriptor."""
     tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
+    full = allocate_barriers(STAGES, 1)
+    empty = allocate_barriers(STAGES, CONSUMERS)
     fence_async_shared()  # a barrier that no warp waits at may share its bytes with a tile
     return Ring(tiles, full, empty)
 
@@ -40,16 +64,16 @@ def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 @gluon.jit
 def fill(ring, step, desc, coordinates):
     """Producer: starts to load the box at ``coordinates``, as soon as its slot is empty."""
-    slot = step % ring.tiles.shape[0]
-    mbarrier.wait(ring.empty.index(slot), (step // ring.tiles.shape[0] + 1) & 1)
-    mbarrier.expect(ring.full.index(slot), desc.block_type.nbytes)
-    tma_load(desc, coordinates, ring.full.index(slot), ring.tiles.index(slot))
+    await_step_before(ring.empty, step)
+    full = barrier_at(ring.full, step)
+    mbarrier.expect(full, desc.block_type.nbytes)
+    tma_load(desc, coordinates, full, ring.tiles.index(step % ring.tiles.shape[0]))
 
 
 @gluon.jit
 def await_tile(ring, step, pred=True):
     """Consumer: waits until the tile has landed."""
-    mbarrier.wait(ring.full.index(step % ring.tiles.shape[0]), (step // ring.tiles.shape[0]) & 1, pred=pred)
+    await_step(ring.full, step, pred)
 
 
 @gluon.jit
@@ -62,4 +86,4 @@ def tile_at(ring, step):
 @gluon.jit
 def release(ring, step):
     """Consumer: hands the slot back; nothing of its own may read it any more."""
-    mbarrier.arrive(ring.empty.index(step % ring.tiles.shape[0]), count=1)
+    mbarrier.arrive(barrier_at(ring.empty, step), count=1)

@@ -155,6 +155,10 @@ class Barriers:
     def __init__(self, barriers: list[Barrier]) -> None:
         self.barriers = barriers
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.barriers), 1
+
     def index(self, index: Any) -> Barrier:
         i = int(index)
         if not 0 <= i < len(self.barriers):
