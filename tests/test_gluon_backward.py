@@ -132,19 +132,19 @@ def test_gradients_under_all_schedules(name):
     check(CASES[name], range(SCHEDULES))
 
 
-BACKWARD, WORKSPACE = (f"fused_attn.kernels.hopper.{name}" for name in ("backward", "workspace"))
+BACKWARD, RING, WORKSPACE = (f"fused_attn.kernels.hopper.{name}" for name in ("backward", "ring", "workspace"))
 FULL, CAUSAL, WIDE = CASES["head dim 64"], CASES["head dim 64, causal"], CASES["head dim 128"]
 GROUPS, WINDOW = CASES["head dim 64, causal, grouped heads, tails"], CASES["head dim 64, window"]
 BUGS: dict[str, tuple[str, str, str, Case]] = {  # a module, what stands there, what is put in its place, and a call
     "slot freed before dK has read it": (
-        BACKWARD, "        dk = warpgroup_mma_wait(0, deps=(dk,))\n        mbarrier.arrive(shared.free.index(slot), count=1)\n",
-        "        mbarrier.arrive(shared.free.index(slot), count=1)\n        dk = warpgroup_mma_wait(0, deps=(dk,))\n",
+        BACKWARD,
+        "        dk = warpgroup_mma_wait(0, deps=(dk,))\n        mbarrier.arrive(barrier_at(shared.free, step), count=1)\n",
+        "        mbarrier.arrive(barrier_at(shared.free, step), count=1)\n        dk = warpgroup_mma_wait(0, deps=(dk,))\n",
         Case(512, 128)),
     "dS read before the other consumer has stored it": (
-        BACKWARD, "        mbarrier.wait(shared.stored.index(slot), parity)\n", "", FULL),
+        BACKWARD, "        await_step(shared.stored, step)\n", "", FULL),
     "no fence after dS is stored": (
-        BACKWARD, "        fence_async_shared()\n        mbarrier.arrive(shared.stored",
-        "        mbarrier.arrive(shared.stored", FULL),
+        BACKWARD, "        fence_async_shared()\n        mbarrier.arrive(", "        mbarrier.arrive(", FULL),
     "one dS for all slots": (BACKWARD, "ds = shared.ds.index(slot)", "ds = shared.ds.index(0)", Case(512, 128)),
     "dQ added before its product is done": (
         BACKWARD, "dv, dq = warpgroup_mma_wait(2 if TWO else 1", "dv, dq = warpgroup_mma_wait(3 if TWO else 2", WIDE),
@@ -152,24 +152,23 @@ BUGS: dict[str, tuple[str, str, str, Case]] = {  # a module, what stands there, 
         BACKWARD, "dp0 = warpgroup_mma_wait(2 if TWO else 1", "dp0 = warpgroup_mma_wait(3 if TWO else 2", FULL),
     "the second dP used too early": (BACKWARD, "dp1 = warpgroup_mma_wait(1,", "dp1 = warpgroup_mma_wait(2,", FULL),
     "the second scores used too early": (BACKWARD, "s1 = warpgroup_mma_wait(2,", "s1 = warpgroup_mma_wait(3,", FULL),
-    "the producer waits with the wrong parity": (BACKWARD, "TILE.num_stages + 1) & 1)", "TILE.num_stages) & 1)", FULL),
+    "the producer waits with the wrong parity": (RING, "shape[0] + 1) & 1)", "shape[0]) & 1)", FULL),
     "the producer does not wait": (
-        BACKWARD, "            mbarrier.wait(shared.free.index(slot), (step // TILE.num_stages + 1) & 1)\n", "",
-        Case(512, 128)),
+        BACKWARD, "            await_step_before(shared.free, step)\n", "", Case(512, 128)),
     "free counts one consumer": (
-        BACKWARD, "shared.free.index(i), count=CONSUMERS)", "shared.free.index(i), count=1)", CAUSAL),
+        BACKWARD, "allocate_barriers(STAGES, CONSUMERS),\n    )", "allocate_barriers(STAGES, 1),\n    )", CAUSAL),
     "stored counts one consumer": (
-        BACKWARD, "shared.stored.index(i), count=CONSUMERS)", "shared.stored.index(i), count=1)", FULL),
+        BACKWARD, "allocate_barriers(STAGES, CONSUMERS)", "allocate_barriers(STAGES, 1)", FULL),
     "a statistic's bytes not expected": (BACKWARD, "2 * stats_desc.block_type", "stats_desc.block_type", FULL),
     "the values' bytes not expected": (
         BACKWARD, "k_desc.block_type.nbytes + v_desc.block_type.nbytes", "k_desc.block_type.nbytes", FULL),
     "keys and values not awaited": (BACKWARD, "    mbarrier.wait(shared.kv_loaded, 0)\n", "", FULL),
-    "queries not awaited": (BACKWARD, "        mbarrier.wait(shared.loaded.index(slot), parity)\n", "", FULL),
+    "queries not awaited": (BACKWARD, "        await_step(shared.loaded, step)\n", "", FULL),
     "dK stored over keys still in use": (
-        BACKWARD, "& 1, pred=n_steps > 0)", "& 1, pred=n_steps < 0)", CAUSAL),
+        BACKWARD, "pred=n_steps > 0)", "pred=n_steps < 0)", CAUSAL),
     "no fence before the last stores": (BACKWARD, "    fence_async_shared()\n    tma_store", "    tma_store", FULL),
     "the last stores not awaited": (BACKWARD, "    tma.store_wait(0)\n", "", FULL),
-    "parity never turns": (BACKWARD, "parity = (step // TILE.num_stages) & 1", "parity = step * 0", Case(600, 128)),
+    "parity never turns": (RING, "(step // barriers.shape[0]) & 1, pred", "step * 0, pred", Case(600, 128)),
     "diagonal off by one": (BACKWARD, "distance <= work.right[0]", "distance < work.right[0]", CAUSAL),
     "window off by one": (BACKWARD, "distance >= -work.left[0]", "distance > -work.left[0]", WINDOW),
     "one tile too few masked on the diagonal": (

@@ -189,9 +189,9 @@ BUGS: dict[str, tuple[str, str, str, Case]] = {  # a module, what stands there, 
     "no wait for the queries": (FORWARD, "        mbarrier.wait(q.full.index(which), 0)\n", "", CAUSAL),
     "scores read one product too early": (FORWARD, "s = warpgroup_mma_wait(1,", "s = warpgroup_mma_wait(2,", CAUSAL),
     "the producer does not wait for empty slots": (
-        RING, "    mbarrier.wait(ring.empty.index(slot), (step // ring.tiles.shape[0] + 1) & 1)\n", "", CAUSAL),
+        RING, "    await_step_before(ring.empty, step)\n", "", CAUSAL),
     "the producer waits with the wrong parity": (RING, "shape[0] + 1) & 1)", "shape[0]) & 1)", CAUSAL),
-    "the empty barrier counts one consumer": (RING, "count=CONSUMERS", "count=1", CAUSAL),
+    "the empty barrier counts one consumer": (RING, "(STAGES, CONSUMERS)\n", "(STAGES, 1)\n", CAUSAL),
     "twice the bytes expected": (RING, "desc.block_type.nbytes)", "desc.block_type.nbytes * 2)", CAUSAL),
     "tiles unseen on the right not handed back": (
         FORWARD, "            discard(k, v, 0, base)\n", "            pass\n", CAUSAL),
