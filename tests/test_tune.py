@@ -47,7 +47,8 @@ def landscape(best: TileConfig):
 def unlimited(monkeypatch):
     """Every tile may be tried, and none is run: the search alone is looked at."""
     monkeypatch.setattr(tune.Subject, "fits", lambda self, config: True)
-    monkeypatch.setattr(tune.Subject, "run", lambda self, config: [torch.ones(1)])
+    monkeypatch.setattr(tune.Subject, "results", lambda self, config: [torch.ones(1)])
+    monkeypatch.setattr(tune.Subject, "launches", lambda self, config: config)
 
 
 @pytest.mark.parametrize("best", [TileConfig(128, 128, 8, 3), TileConfig(16, 16, 4, 1, edge_stages=1),
@@ -86,12 +87,12 @@ def test_what_fails_or_is_wrong_is_not_taken(unlimited, monkeypatch):
     one = subject()
     one.shipped = TileConfig(64, 32, 4, 2)
 
-    def run(self, config):
+    def results(self, config):
         if config.block_m == 128:
             raise RuntimeError("out of resource: shared memory")
         return [torch.full((1,), float("nan"))] if config.block_m == 32 else [torch.ones(1)]
 
-    monkeypatch.setattr(tune.Subject, "run", run)
+    monkeypatch.setattr(tune.Subject, "results", results)
     said = {}
     search = tune.Search(one, lambda calls: {name: 1.0 if call.args[0] == one.shipped else 0.5 for name, call in calls.items()},
                          told=lambda config, verdict: said.setdefault(config, verdict))
@@ -105,13 +106,16 @@ def test_what_fails_or_is_wrong_is_not_taken(unlimited, monkeypatch):
 def test_every_kernel_gives_the_results_of_attention(kernel):
     """What is timed is what calls run: outputs and gradients, full and causal."""
     one = subject(kernel)
-    results = one.run(dataclasses.replace(one.shipped, block_n=32))
+    config = dataclasses.replace(one.shipped, block_n=32)
+    results = one.results(config)
+    own = one.launches(config)
+    assert [launch.config for launch in own] == [config] * 2, "one launch for the full pass and one for the causal one"
     leaves = [x.clone().requires_grad_() for x in (one.q, one.k, one.v)]
     want = []
     for causal in (False, True):
         out, lse = fused_attn.attention(*leaves, causal=causal, return_lse=True, backend="triton")
         dq, dk, dv = torch.autograd.grad(out, leaves, one.dout)
-        want += {"forward": [out, lse], "dq": [dq], "dkv": [dk, dv], "fused": [dk, dv, dq / one.head_dim**-0.5]}[kernel]
+        want += {"forward": [out, lse], "dq": [dq], "dkv": [dk, dv], "fused": [dq, dk, dv]}[kernel]
     for got, expected in zip(results, want, strict=True):
         torch.testing.assert_close(got.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
@@ -276,7 +280,7 @@ def test_the_command_searches_writes_and_goes_on(tmp_path, monkeypatch, capsys, 
     """In the interpreter, with its real kernels and few candidates; a second run finds everything there."""
     monkeypatch.setattr(tune, "STEPS", {"block_m": (32, 64), "block_n": (32,)})
     monkeypatch.setattr(tune.Subject, "fits", lambda self, config: True)
-    monkeypatch.setattr(tune, "choose", lambda kernel, *_: TileConfig(64, 32, 1, 1))
+    monkeypatch.setattr(tuned, "choose", lambda kernel, *_: TileConfig(64, 32, 1, 1))
     file = tmp_path / "tiles.json"
     asked = ["tune", "--kernel", "forward", "dq", "--head-dim", "16", "--length", "64", "--out", str(file)]
     assert cli.main(asked) == 0

@@ -9,22 +9,21 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_attn import settings
-from fused_attn.call.layout import like
+from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, TileConfig, Window
-from fused_attn.kernels import launch
-from fused_attn.kernels.backward import delta_launch, dq_launch
-from fused_attn.kernels.forward import forward_launch
-from fused_attn.plan import tuned
-from fused_attn.plan.backward import dkv_launches
-from fused_attn.plan.lower import lower
-from fused_attn.plan.tiles import Kernel, choose, served
+from fused_attn.kernels.launch import Launch
+from fused_attn.kernels.launch import run as run_launch
+from fused_attn.plan import schedules, tuned
+from fused_attn.plan.plan import collect, finish
+from fused_attn.plan.problem import Problem
+from fused_attn.plan.tiles import Kernel, served
 from fused_attn.plan.tuned import STEPS
 from fused_attn.targets import arch_of, triton_name
 from fused_attn.tools import options, report
@@ -47,47 +46,48 @@ class Subject:
         generator = torch.Generator(device).manual_seed(0)
         self.q, self.k, self.v, self.dout = (
             torch.randn(batch, heads, length, head_dim, device=device, generator=generator).to(dtype) for _ in range(4))
-        arch = arch_of(device)
-        self.calls = [lower(self.q, self.k, AttentionSpec(head_dim**-0.5, Window(None, right)), NO_OTHERS, arch).call
-                      for right in (None, 0)]
-        shipped = tuned.shipped(kernel, head_dim, dtype, arch)
-        assert shipped is not None, f"{arch} has no fused backward at head dim {head_dim}"
+        shipped = tuned.shipped(kernel, head_dim, dtype, arch_of(device))
+        assert shipped is not None, f"{arch_of(device)} has no fused backward at head dim {head_dim}"
         self.shipped: TileConfig = shipped
-        self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # LSE and delta of each call
-        if kernel != "forward":
-            for call in self.calls:
-                out, lse = torch.empty_like(self.q), self._rows()
-                launch.run(forward_launch(self.q, self.k, self.v, out, lse, None, (), call,
-                                   config=choose("forward", head_dim, head_dim, dtype, arch)))
-                delta = self._rows()
-                launch.run(delta_launch(out, self.dout, lse, None, delta, call,
-                                 config=choose("delta", head_dim, head_dim, dtype, arch)))
-                self.saved.append((lse, delta))
+        self.specs = [AttentionSpec(head_dim**-0.5, Window(None, right), deterministic=kernel != "fused")
+                      for right in (None, 0)]
+        self.saved: list[Saved] = []  # of each spec's forward, for the kernels of the backward
+        for spec in self.specs if kernel != "forward" else ():
+            out, lse, _ = finish(schedules.named(schedules.FORWARD, "pointers").steps(self._problem(spec)))
+            self.saved.append(Saved(self.dout, None, self.q, self.k, self.v, out, None, lse))
 
-    def _rows(self) -> torch.Tensor:
-        return self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
+    def _problem(self, spec: AttentionSpec, config: TileConfig | None = None) -> Problem:
+        """A call whose kernels have the tiles that are shipped, and the one that is searched ``config``."""
+        tiles: dict[str, TileConfig] = {}
+        for kernel in tuned.KERNELS:
+            shipped = tuned.shipped(kernel, self.head_dim, self.q.dtype, arch_of(self.device))
+            tiles |= {} if shipped is None else {kernel: shipped}
+        tiles |= {} if config is None else {self.kernel: config}
+        return Problem.of(self.q, self.k, self.v, spec, NO_OTHERS, tiles=tiles)
 
-    def run(self, config: TileConfig) -> list[torch.Tensor]:
-        """The results of the full and of the causal pass, as this configuration gives them."""
-        q, k, v, dout = self.q, self.k, self.v, self.dout
-        results: list[torch.Tensor] = []
-        for i, call in enumerate(self.calls):
+    def _steps(self, config: TileConfig) -> Iterator[Generator[Launch, None, Any]]:
+        """The steps of the full and of the causal pass in which this configuration is used."""
+        for i, spec in enumerate(self.specs):
+            problem = self._problem(spec, config)
             if self.kernel == "forward":
-                out, lse = torch.empty_like(q), self._rows()
-                launch.run(forward_launch(q, k, v, out, lse, None, (), call, config=config))
-                results += [out, lse]
-                continue
-            lse, delta = self.saved[i]
-            if self.kernel == "dq":
-                results.append(torch.empty_like(q))
-                launch.run(dq_launch(q, k, v, dout, lse, delta, results[-1], (), call, config=config))
-                continue
-            dk, dv = torch.empty_like(k), torch.empty_like(v)
-            sums = like(q, self.head_dim, torch.float32).zero_() if self.kernel == "fused" else None
-            for each in dkv_launches(q, k, v, dout, lse, delta, dk, dv, (), call, config, sums):
-                launch.run(each)
-            results += [dk, dv] if sums is None else [dk, dv, sums]
-        return results
+                yield schedules.named(schedules.FORWARD, "pointers").steps(problem)
+            else:
+                dq, dkv = self.kernel != "dkv", self.kernel != "dq"
+                name = "fused" if self.kernel == "fused" else "separate"
+                needs = Needs(dq, dkv, dkv, False, False, ())
+                yield schedules.named(schedules.BACKWARD, name).steps(problem, self.saved[i], needs)
+
+    def results(self, config: TileConfig) -> list[torch.Tensor]:
+        """The results of both passes, as this configuration gives them."""
+        return [x for steps in self._steps(config) for x in finish(steps) if isinstance(x, torch.Tensor)]
+
+    def launches(self, config: TileConfig) -> list[Launch]:
+        """The kernel's own launches in both passes, all that comes before them done."""
+        own = {"forward": "forward_kernel", "dq": "dq_kernel"}.get(self.kernel, "dkv_kernel")
+        found = [launch for steps in self._steps(config) for launch in collect(steps)[0]]
+        for launch in found:
+            run_launch(launch)
+        return [launch for launch in found if launch.name == own]
 
     def fits(self, config: TileConfig) -> bool:
         """Whether a configuration may run at all."""
@@ -114,7 +114,7 @@ class Search:
         self.subject, self.timer, self.deadline, self.told = subject, timer, deadline, told
         self.tried: set[TileConfig] = {subject.shipped}
         self.interrupted = False
-        self.expected = subject.run(subject.shipped)
+        self.expected = subject.results(subject.shipped)
         self.best = subject.shipped if start is None or self._wrong(start) else start
 
     def run(self) -> dict[str, Any]:
@@ -148,13 +148,14 @@ class Search:
 
     def _times(self, *configs: TileConfig) -> tuple[float, ...]:
         """Milliseconds of each configuration, measured in turns."""
-        times = self.timer({str(i): functools.partial(self.subject.run, config) for i, config in enumerate(configs)})
+        launches = [self.subject.launches(config) for config in configs]
+        times = self.timer({str(i): functools.partial(_run, found) for i, found in enumerate(launches)})
         return tuple(times.values())
 
     def _wrong(self, config: TileConfig) -> str | None:
         """What is wrong with a configuration, if anything."""
         try:
-            results = self.subject.run(config)
+            results = self.subject.results(config)
             if self.subject.device.type != "cpu":
                 torch.cuda.synchronize(self.subject.device)
         except Exception as error:  # too much shared memory, or whatever the compiler has against it
@@ -164,6 +165,11 @@ class Search:
             if not difference <= MAX_DIFFERENCE:
                 return f"differs from the shipped one's results by {difference:.2g}"
         return None
+
+
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        run_launch(launch)
 
 
 def _timer(device: torch.device) -> Timer:
