@@ -14,12 +14,18 @@ for library in ("OMP", "OPENBLAS", "MKL"):
 import pytest
 import torch
 from support import guard
+from support.selection import keep_few
 
 MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
 
 
 def pytest_configure():
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks which are slow
+def pytest_collection_modifyitems(items):
+    keep_few(items)
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ def by_hand(q, k, v, weight, keep=None, scale=1.0):
     return torch.stack(outs, 1)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kv_heads", "dim", "shared", "scale"), [
     (4, 24, False, None), (2, 16, True, None), (1, 1, False, 2.5), pytest.param(4, 200, True, -0.5, marks=pytest.mark.slow)])
@@ -113,6 +114,7 @@ def test_packed_sequences_are_those_alone():
         torch.testing.assert_close(out[q0:q1].transpose(0, 1)[None], by_hand(*one, weight))
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_compiles_whole_and_is_checkpointed():
     leaves = draw(2)

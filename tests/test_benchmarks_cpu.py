@@ -78,6 +78,7 @@ def test_a_layer_that_is_wrong_is_the_exit_status(monkeypatch, capsys):
     assert "gate" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_imports_are_timed_in_fresh_processes():
     row, = fresh.imports(1)
     assert row["ms"] > 0
@@ -97,6 +98,7 @@ def test_memory_is_that_of_the_call():
         assert row["peers"]["sdpa"]["peak_mib"] < scores
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_compile_times_are_of_every_kernel():
     pytest.importorskip("triton")

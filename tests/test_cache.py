@@ -69,6 +69,7 @@ def generated(model, x, splits, cache, *memory, **arguments):
 # --- sequences of one length ---
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("splits", SPLITS)
 @CASES
 def test_even_sequences(backend, option, capacity, splits):

@@ -134,6 +134,7 @@ def python(*command, **environment):
                           env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_bad_environment_is_one_line_of_a_program(program):
     done = python(*PROGRAMS[program], FUSED_ATTN_STRICT="2")
@@ -142,6 +143,7 @@ def test_a_bad_environment_is_one_line_of_a_program(program):
     assert told.startswith(f"{program.strip()}: FUSED_ATTN_STRICT: expected 1, ")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", [
     ("-c", "import fused_attn", "-m", "fused_attn"), ("-c", "import fused_attn", "-mfused_attn"),
     ("-m", "timeit", "-n1", "-r1", "import fused_attn")], ids=" ".join)
@@ -298,6 +300,7 @@ def test_interrupted_benchmarks_keep_their_rows(monkeypatch, capsys, tmp_path):
     assert json.loads(out.read_text())["rows"][0]["case"] == "a"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("redirected", "told"), [
     ("info --json | head -c 1", (0, "{", "")), ("info >&-", (0, "", "")), ("nonsense 2>&-", (2, "", "")),
     ("info >/dev/full", (2, "", "fused-attn info: [Errno 28] No space left on device\n"))])

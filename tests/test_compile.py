@@ -32,6 +32,7 @@ MOST = [("sm_86", "128", "fp16"), *((target, dim, dtype) for target in ("sm_80",
         for dim in ("32", "64", "128") for dtype in ("bf16", "fp16") if (target, dim, dtype) not in SOME)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.kernels
 @pytest.mark.parametrize(("target", "dim", "dtype"), [*SOME, *(pytest.param(*job, marks=pytest.mark.slow) for job in MOST)])
 def test_default_kernels_neither_spill_nor_miss_the_matrix_units(target, dim, dtype):
@@ -54,6 +55,7 @@ def test_full_precision_compiles():
         assert any(name.startswith("DMMA") for name in row["matrix"])
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.parametrize(("target", "dtype", "feature"), [
     ("sm_80", "fp64", "mask"), *(pytest.param(*job, marks=pytest.mark.slow) for job in (
@@ -88,6 +90,7 @@ def test_fp32_by_tf32():
     assert products[1] == 3 * products[0] > 0
 
 
+@pytest.mark.slow
 def test_a_kernel_that_was_compiled_before_is_compiled_again():
     """The list of tiles is one kernel whatever the type, and a process may ask for one target after another."""
     rows = compiled("--target", "sm_80", "--head-dim", "16", "--dtype", "bf16", "fp16", "--feature", "mask", "--pass",
@@ -184,6 +187,7 @@ def test_every_target_has_a_configuration_for_every_call():
                     assert dataclasses.astuple(config)[:2] == (config.block_m, config.block_n)
 
 
+@pytest.mark.few(1)
 @pytest.mark.kernels
 @pytest.mark.parametrize("hopper", ["descriptors", "specialized", pytest.param("gluon", marks=pytest.mark.slow)])
 def test_schedules_of_hopper_compile_without_spills(hopper):

@@ -63,6 +63,7 @@ def check_same(results, expected):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("call", [pytest.param(name, marks=() if name in ("t5", "dropout", "score mod", "document") else
                                                pytest.mark.slow) for name in CALLS])
 def test_compiles_whole(call):
@@ -98,6 +99,7 @@ def test_packed_sequences_compile_whole():
     check_same(run(torch.compile(function, fullgraph=True, backend="aot_eager"), leaves), run(function, leaves))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("budget", [0.1, 0.5, 1.0])
 def test_a_backward_that_computes_again_drops_the_same(budget):
     x, w = torch.randn(2, N, 32, requires_grad=True), (torch.randn(32, 96) * 0.2).requires_grad_()
@@ -118,6 +120,7 @@ def test_a_backward_that_computes_again_drops_the_same(budget):
     torch.testing.assert_close(got, run(function), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("which", ["q is k is v", "q is k", "k is v", "none"])
 def test_compiled_jagged_tensors(which):
     x = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5, 4)], layout=torch.jagged).requires_grad_()

@@ -10,6 +10,7 @@ from fused_attn.plan import backends
 pytestmark = pytest.mark.kernels
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("backend", [None, "triton", "reference"])
 @pytest.mark.parametrize("budget", [0.01, 0.5])
 def test_the_output_and_its_gradient_are_of_one_mask(backend, budget):
@@ -66,6 +67,7 @@ def test_a_window_over_ten_lengths_is_two_graphs(window):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "shape", "backend"), [
     pytest.param(name, shape, backend, marks=() if (backend is None) == (name == "alibi_slopes") else pytest.mark.slow)
     for name, shape in (("alibi_slopes", (4,)), ("alibi_slopes", (2, 4)), ("score_weight", (16,)), ("score_weight", (4, 16)),

@@ -78,6 +78,7 @@ ways = pytest.mark.parametrize("way", [KERNELS, CPU], ids=["kernels", "CPU"])
 dynamics = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("call", "dynamic", "way"), [
     pytest.param(call, dynamic, way, marks=() if (dynamic, way == CPU) == (i % 2 == 1, i // 2 % 2 == 1) else pytest.mark.slow)
     for i, call in enumerate(FAST) for dynamic in (False, True) for way in (KERNELS, CPU)], ids=str)
@@ -94,6 +95,7 @@ def test_every_pair_of_features_compiles_whole(call, dynamic, way):
     check_same(call, way, dynamic)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", ALONE)
 def test_what_torchs_kernel_answers_compiles_whole(name, dynamic):
@@ -120,6 +122,7 @@ SDPA = {  # heads of q, k and v, a mask, and arguments
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("case", "dynamic", "backend"), [
     pytest.param(case, dynamic, backend, marks=() if dynamic == (backend is None) else pytest.mark.slow)
     for case in SDPA for dynamic in (False, True) for backend in ("triton", None)])
@@ -147,6 +150,7 @@ FROM_THE_DEVICE = {  # arguments made of the longest lengths
 }
 
 
+@pytest.mark.few(3)
 @ways
 @pytest.mark.parametrize("case", FROM_THE_DEVICE)
 def test_longest_lengths_from_the_device(case, way):

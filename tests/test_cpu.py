@@ -224,6 +224,7 @@ def test_a_mask_that_torch_needs_is_shared_by_batch_and_heads(arguments):
     assert all(s[:-2].count(1) == len(s) - 2 for s in recorder.shapes if s[-2:] == (33, 67))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": (4, 1)}, {"softcap": 2.0}, {"scale": -1.0}], ids=str)
 def test_compile_without_graph_breaks_at_every_length(arguments):
     torch._dynamo.reset()

@@ -46,6 +46,7 @@ FEW = [
 MANY = [pytest.param(emulation, id=str(emulation), marks=pytest.mark.slow) for emulation in every()]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("emulation", [*FEW, *MANY])
 def test_compiled_kernels_are_right_and_race_nowhere(worker, emulation):
     told = worker(emulation)
@@ -67,6 +68,7 @@ DROPPED = [  # (fault, what it is called for)
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("target", "hopper", "fault", "called"), DROPPED,
                          ids=lambda value: value[1] if isinstance(value, tuple) else None)
 def test_planted_faults_are_found(worker, target, hopper, fault, called):
@@ -78,6 +80,7 @@ LACKING = [(Emulation(("causal",), "sm_90", shape=SEVERAL), (3, 7)), (Emulation(
            (Emulation(("causal",), "sm_90", hopper="specialized"), (3, 8)), (Emulation(("gqa",), "sm_100"), (3, 9))]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("emulation", "complete"), [
     pytest.param(emulation, complete, id=str(emulation), marks=[pytest.mark.slow] * (triton_version() >= complete))
     for emulation, complete in LACKING])
@@ -100,6 +103,7 @@ def test_the_smallest_kernels_show_what_docs_say_of_triton(target):
     assert lacking == LEFT_OUT.get(triton_version(), {}).get(target, set()), told
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("schedule", [{"landing": emulator.EAGER, "turn": 0}, {"landing": emulator.LATE},
                                       {"seed": 5, "resident": 4}, {"perturb": True, "truncate": True}], ids=str)
 @pytest.mark.parametrize("hopper", ["pointers", "gluon"])

@@ -32,6 +32,7 @@ def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_gpt_learns_and_pre_training_helps(tmp_path):
     summary, printed = run("gpt", tmp_path / "out")
     losses = summary["losses"]

@@ -75,6 +75,7 @@ def test_rows_whose_keys_all_carry_one_large_number(dtype, value, arithmetic):
         check({**leaves, "bias": rows_of(value, 20, 35, 3, 4, 19)}, dout, dtype)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("arithmetic", [pytest.param("as it is", marks=pytest.mark.slow), "contracted"])
 @pytest.mark.parametrize(("shape", "arguments"), [
     ({"heads": 4, "kv_heads": 2}, {"causal": True}),
@@ -233,6 +234,7 @@ def test_a_mod_that_padding_makes_nan_leaves_no_trace(additive, arguments):
 SINKS = {torch.float32: (1e30, 2.3e38, 3e38, LARGEST, -LARGEST), torch.float64: (1e300, 1.7e308, -1.7e308)}
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize(("dtype", "value"), [(dtype, value) for dtype, values in SINKS.items() for value in values], ids=str)
 @pytest.mark.parametrize("shape", [{}, {"n_queries": 1, "n_keys": 1100}, {"causal": True, "precise": True}, {"bias": True}],
                          ids=["plain", "splits", "precise", "bias"])

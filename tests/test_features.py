@@ -43,6 +43,7 @@ def check_exact(inputs: Inputs) -> None:
         assert error.max() <= 1e-12 * largest, f"{name}: off by {float(error.max()):.1e} of {largest:.1e}"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("call", SINGLES, ids=str)
 def test_every_feature_alone_is_exact(call):
     inputs = call.draw(torch.float64)
@@ -57,6 +58,7 @@ WITH_COSTLY_SLOW = [pytest.param(call, id=str(call), marks=pytest.mark.slow if C
                     for call in COMBINATIONS]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("call", WITH_COSTLY_SLOW)
 def test_features_together_are_exact(call):
     check_exact(call.draw(torch.float64))
@@ -90,6 +92,7 @@ ALONE = [pytest.param(Call((feature.name,)), dtype, id=f"{feature.name}-{short(d
          for feature in FEATURES for dtype in (*HALVES, torch.float32)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("call", "dtype"), ALONE)
 def test_the_error_of_every_feature_is_bounded(call, dtype):
     check_within(call.draw(dtype), dtype)
@@ -110,6 +113,7 @@ RATIOS = [pytest.param(Call((feature.name,), Shape(1, 1, 1, 320, 320, 32, 32)), 
           for feature in FEATURES if feature.name != "lse"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("call", RATIOS)
 def test_the_error_ratio_of_every_feature(call):
     call = Call(call.features, call.base) if not packs(call) else Call(call.features, Shape(1, 1, 1, 520, 520, 32, 32))

@@ -23,6 +23,7 @@ FUSED = {"plain", "causal", "window", "scale", "gqa", "lengths", "dims", "dims_1
          "precise", "packed", "seqused", "nested", "lse", "dims_576"}  # the last one in the interpreter alone
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", [feature.name for feature in FEATURES])
 def test_every_feature_keeps_its_gradients(name):
     """Fused where nothing takes registers beside the scores, and by the two kernels elsewhere."""

@@ -119,6 +119,7 @@ def test_what_is_drawn_covers_every_axis():
     assert sum(shape.dim % 2 for shape in shapes) > 50
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("trial", [
     Trial(shape=Shape(1, 1, 1, 1, 18, 1, 1), arguments={"precise": True, "scale": 0.0}, dtype="bf16", backend="triton"),
     Trial(arguments={"causal": True}, shape=Shape(n_queries=260, n_keys=256, dim=32, dim_v=32), dtype="bf16", backend="triton"),

@@ -141,6 +141,7 @@ def test_a_cache_that_grows_on_the_way(model, lengths):
     assert own[0].k.shape[1] > rows
 
 
+@pytest.mark.few(2)
 @pytest.mark.kernels
 @pytest.mark.parametrize(("model", "lengths", "capacity"), [
     ("rope, grouped", None, None), ("alibi, window", LENGTHS, 16), ("encoder-decoder", LENGTHS, None)])

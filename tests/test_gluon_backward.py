@@ -200,6 +200,7 @@ BUGS: dict[str, tuple[str, str, str, Case]] = {  # a module, what stands there, 
 }
 
 
+@pytest.mark.few(21)
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_caught(name):
     """Each within 60 schedules, by a wrong value, a fault or a deadlock."""

@@ -154,6 +154,7 @@ def check(case: Case, schedules: range, modules: dict[str, Any] | None = None) -
                 assert torch.equal(case.counted(x), case.counted(y)), f"seed {seed} differs"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", FAST)
 def test_values_under_adversarial_schedules(name):
     check(CASES[name], range(SCHEDULES))

@@ -33,6 +33,7 @@ def climb(monkeypatch, hopper):
     return times
 
 
+@pytest.mark.few(5)
 @pytest.mark.kernels
 @pytest.mark.parametrize(("hopper", "name"), [
     (hopper, feature.name) for hopper in TILES for feature in FEATURES

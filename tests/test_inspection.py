@@ -37,6 +37,7 @@ CALLS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.kernels
 @pytest.mark.parametrize("call", CALLS)
 def test_kernels_equal_the_reference(call):

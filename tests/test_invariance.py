@@ -32,6 +32,7 @@ def entry(results, i):
 DENSE = [feature.name for feature in FEATURES if feature.shape.get("layout", "dense") == "dense" and feature.name != "dims_576"]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", DENSE)
 def test_a_batch_entry_does_not_depend_on_its_neighbours(name):
     inputs = Call((name,), Shape(2, 1, 1, 40, 40)).draw(torch.bfloat16)
@@ -45,6 +46,7 @@ def test_a_batch_entry_does_not_depend_on_its_neighbours(name):
         assert_same(again.values(), first.values(), again.keys())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["causal", "window", "gqa", "lengths", "relative", "score_mod", "sinks", "precise"])
 def test_a_batch_entry_alone_gives_the_same(name):
     inputs = Call((name,), Shape(n_queries=40, n_keys=40)).draw(torch.bfloat16)
@@ -58,6 +60,7 @@ ALONE = [{}, {"causal": True}, {"window": (9, 3), "softcap": 2.0}, {"alibi_slope
          {"sinks": torch.tensor([0.5, -1.0])}, {"precise": True}]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("arguments", ALONE, ids=lambda a: "+".join(a) or "plain")
 def test_packed_sequences_equal_each_alone(arguments):
     """Empty sequences stand first, last and between; a sequence neither sees nor feels the others."""
@@ -112,6 +115,7 @@ def test_every_gradient_can_be_asked_for_alone():
         assert torch.equal(gradient, everything[f"d{name}"]), name
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("arguments", [{}, {"precise": True}, {"causal": True, "sinks": torch.tensor([0.3, -0.2, 0.1])}],
                          ids=str)
 @pytest.mark.parametrize(("cu", "longest", "used"), [([0, 21], 21, None), ([0, 11], 20, None), ([0, 21], 40, None),

@@ -70,6 +70,7 @@ MANY = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("launching", [*FEW, *MANY])
 def test_parameters_are_the_arguments(worker, launching):
     told = worker(launching)

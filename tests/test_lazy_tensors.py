@@ -43,6 +43,7 @@ CALLS = {
 }
 
 
+@pytest.mark.few(28)
 @pytest.mark.parametrize("make", [negative, zero])
 @pytest.mark.parametrize("which", SHAPES)
 @pytest.mark.parametrize("call", CALLS)

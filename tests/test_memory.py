@@ -123,6 +123,7 @@ def name_of(shape):
     return f"B{batch}-H{heads}:{kv_heads}-N{n_queries}:{n_keys}-D{dim}:{dim_v}{more}".replace(" ", "")
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_shapes(shape):
     *sizes, arguments = shape
@@ -135,6 +136,7 @@ def test_element_types(dtype):
     check(*draw(1, 2, 1, 67, 70, 24, 40, dtype), causal=True)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("tile", [
     TileConfig(16, 16, 1, 1), TileConfig(128, 32, 1, 1), TileConfig(16, 128, 1, 1), TileConfig(64, 32, 1, 1, wide=True),
 ], ids=lambda tile: f"{tile.block_m}x{tile.block_n}{'-wide' * tile.wide}")
@@ -178,6 +180,7 @@ def _layouts(x):
 LAYOUTS = list(_layouts(torch.zeros(1, 1, 1, 1)))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, which):
@@ -187,6 +190,7 @@ def test_layouts(layout, which):
     check(**tensors, causal=True)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_whole_tiles(layout):
     """All four tensors at once, without columns to mask: inner tiles load with no mask at all."""
@@ -240,6 +244,7 @@ def far_strides(shape, dimension, stride):
     return tuple(strides)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("dimension", "stride", "length", "which"), FAR, ids=str)
 def test_offsets_beyond_32_bits(dimension, stride, length, which, address_space, monkeypatch):
     """Tensors whose elements lie far apart give, bit for bit, what compact ones give."""
@@ -265,6 +270,7 @@ def test_offsets_beyond_32_bits(dimension, stride, length, which, address_space,
     assert len(made) == (4 if which in ("all", "outputs") else 0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("shape", "strides"), [
     ((1, 1, 70, 70), (0, 0, WIDEST_STRIDE - 1, 1)), ((1, 1, 70, 70), (0, 0, 2**27, 1)), ((1, 1, 70, 70), (0, 0, 2**31 + 16, 1)),
     ((1, 1, 70, 70), (0, 0, 1, 2**27)), ((1, 1, 1, 70), (0, 0, 0, 2**31 + 16)), ((1, 1, 70, 1), (0, 0, 2**27, 0)),
@@ -333,6 +339,7 @@ def test_long_sequences(some_programs):
 # --- NaN stays where it is ---
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
 def test_nan_stays_in_its_batch_and_head(which):
     tensors = dict(zip(("q", "k", "v", "dout"), draw(2, 4, 2, 35, 37, 12, 16), strict=True))

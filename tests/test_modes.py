@@ -113,6 +113,7 @@ def test_nothing_is_kept(name):
         assert kept(module) == []
 
 
+@pytest.mark.few(2)
 @EVERY
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_export_of_a_dynamic_length(name, strict):
@@ -183,6 +184,7 @@ def test_rounding_moves_no_position(name):
     assert torch.equal(module.bfloat16().float()(x), before)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", [name for name in MODULES if "stack" not in name and name != "buckets"])
 @pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=pytest.mark.kernels)])
 @pytest.mark.filterwarnings("ignore")
@@ -195,6 +197,7 @@ def test_a_trace_of_one_length_serves_every_other(name, backend, monkeypatch):
         close(traced(x), module(x))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ("stack, rope", "stack, both") else ())
                                   for name in MODULES])
 def test_ten_lengths_are_two_graphs(name):
@@ -208,6 +211,7 @@ def test_ten_lengths_are_two_graphs(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"rope": RotaryEmbedding(8)}, {"alibi": True}], ids=["plain", "rope", "alibi"])
 def test_cached_steps_are_few_graphs(options):
     torch._dynamo.reset()

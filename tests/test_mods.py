@@ -71,6 +71,7 @@ def head_slope(score, modded, q_pos, k_idx, head, batch, args):
 HONEST = ScoreMod("curved", curved, curved_slope, (curved_gain, head_slope, None), reference=CURVED.reference)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("shape", "more"), [
     ((), {}), ((1, 2, 70, 90), {}), ((1, 1, 70, 1), {"causal": True, "softcap": 2.0}),
     ((2, 1, 1), {"mask_mod": COMB(torch.ones(1, 1, 1, 90, dtype=torch.int32), 3)}),
@@ -89,6 +90,7 @@ def test_a_wrong_slope_shows():
         check(gain, shift, score_mod=CURVED(gain, shift, 3))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("number", [1, -3, 0.1, -0.25, 1e-9, 2.0**70, 2**40, True])
 def test_numbers_as_arguments(number):
     weight = torch.rand(2, 1, 1, dtype=torch.float64)
@@ -186,6 +188,7 @@ def scaled_by(factor, *, captured=None):
     return ScoreMod("scaled", *functions, reference=lambda s, q, k, h, b, args: s * (factor + 0 * captured.sum()))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_mod_made_for_a_call_goes_with_it(grad, backend):

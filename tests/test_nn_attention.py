@@ -101,6 +101,7 @@ def on_both(*fast):
         pytest.param("triton", option, marks=(KERNELS, *slow[option not in fast])) for option in OPTIONS], indirect=["backend"])
 
 
+@pytest.mark.few(2)
 @on_both("together", "groups, own sizes")
 def test_options(backend, option):
     options = OPTIONS[option]
@@ -226,6 +227,7 @@ def nested(lengths, size=EMBED):
     return torch.nested.nested_tensor([normal(n, size) for n in lengths], layout=torch.jagged, requires_grad=True)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("across", [False, True], ids=["self", "cross"])
 @on_both("together", "groups, own sizes")
 def test_jagged_tensors_are_their_sequences_alone(backend, across, option):
@@ -303,6 +305,7 @@ COMPILED = {  # options, call
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("backend", "case"), [*((None, case) for case in COMPILED), *(
     pytest.param("triton", case, marks=(KERNELS, pytest.mark.slow)) for case in COMPILED)], indirect=["backend"])
 def test_compile_without_graph_breaks(backend, case):

@@ -67,12 +67,14 @@ HURTING = [
 THOROUGH = [torch.bfloat16, torch.float64, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float16, torch.float32))]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", THOROUGH, ids=short)
 @pytest.mark.parametrize("case", HURTING, ids=str)
 def test_error_is_bounded_on_shapes_that_hurt(case, dtype):
     check_e(case, dtype)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=short)
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_error_is_bounded_for_every_head_dim(dim, dtype):
@@ -99,6 +101,7 @@ def check_r(case: Case, dtype: torch.dtype, backend: str = "triton") -> None:
         assert abs(float(error.mean() / error.std())) <= 0.05, "rounding is biased"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=short)
 @pytest.mark.parametrize("case", ORDINARY, ids=str)
 def test_error_ratio_on_ordinary_shapes(case, dtype):
@@ -194,6 +197,7 @@ def test_rows_without_a_key_give_zero_and_minus_infinity():
         assert torch.isfinite(got[name]).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("block", [(16, 16), (16, 64), (64, 16), (128, 32)], ids=lambda b: f"{b[0]}x{b[1]}")
 def test_tiles_do_not_change_the_answer(monkeypatch, block):
     """Other tile shapes walk other interior and edge tiles: the answer is the same up to rounding."""

@@ -73,6 +73,7 @@ OP_CASES = [  # layout, dtype, spec, which of dQ, dK, dV
     *(pytest.param(layout, torch.float32, CAUSAL, NEEDS[0], marks=pytest.mark.slow) for layout in LAYOUTS)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("layout", "dtype", "spec", "needs"), OP_CASES)
 def test_ops_keep_torchs_rules(layout, dtype, spec, needs):
     batch, n_queries, n_keys = (1, 10, 14) if spec == PACKED else (2, 5, 7)
@@ -231,6 +232,7 @@ def flops_of(run):
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", MANY)
 @pytest.mark.parametrize(("arguments", "dense", "packed"),
                          [({}, 60, 68), ({"causal": True}, 45, 52), ({"window": (2, 1)}, 23, 30)], ids=str)

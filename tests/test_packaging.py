@@ -146,6 +146,7 @@ def test_the_sdist_holds_what_its_tests_need_and_runs_them(sdist, source, tmp_pa
     assert "1 passed" in shown
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("left", ["text", "nothing"])
 def test_a_checkout_without_symlinks_runs_its_kernels(source, stand_in, tmp_path, left):
     """Git on Windows leaves a text file in the place of the link, some archives leave nothing."""
@@ -182,6 +183,7 @@ def test_installed_wheel_lives_beside_another_kernels_package(wheel, stand_in, t
     assert all(Path(file).is_relative_to(site) for file in files), files
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("inside", [False, True], ids=["from-elsewhere", "from-the-checkout"])
 def test_checkout_lives_beside_another_kernels_package(stand_in, tmp_path, inside):
     """``kernels/`` of the checkout is first on the path and still loses, because it has no __init__.py."""

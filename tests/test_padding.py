@@ -54,6 +54,8 @@ def gradients(inputs, dout, backend, deterministic, arguments):
     return torch.autograd.grad(out, leaves, dout)
 
 
+@pytest.mark.few(10)
+@pytest.mark.few(11)
 @pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fused", "separate"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)],
                          ids=lambda t: str(t).removeprefix("torch."))

@@ -150,7 +150,7 @@ SOME = [Job("sm_90", ("bf16",), (128,), True), Job("sm_80", ("bf16",), (128,), F
 
 def name(job: Job) -> str:
     dims = "-".join(map(str, job.head_dims))
-    return f"{job.target}-D{dims}-{'causal' if job.causal else 'full'}-{job.feature}-{job.schedule}"
+    return f"{job.target}-D{dims}-{'causal' if job.causal else 'full'}-{job.feature}-{job.hopper}"
 
 
 def of_job(rows: list[dict], job: Job) -> list[dict]:
@@ -158,6 +158,7 @@ def of_job(rows: list[dict], job: Job) -> list[dict]:
             and all(row[name] == getattr(job, name) for name in ("target", "causal", "feature", "hopper"))]
 
 
+@pytest.mark.few(2)
 @pytest.mark.kernels
 @pytest.mark.parametrize("job", [*(pytest.param(job, id=name(job)) for job in SOME),
                                  *(pytest.param(job, id=f"all-{name(job)}", marks=pytest.mark.slow) for job in profiled())])

@@ -351,6 +351,7 @@ def test_same_arguments_as_attention():
     close(reference_attention(q, q, q, backend="triton"), reference_attention(q, q, q), 1e-6)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("watcher", ["nobody", "functorch", "forward mode", "compiler"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("product", ["softcap", "additive"])

@@ -263,6 +263,7 @@ def test_the_lse_of_packed_sequences_may_lose_its_strides():
         assert all(torch.equal(x, y) for x, y in zip(gradients(), plain, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_compiled_gradients_of_a_relative_bias(heads):
     torch._dynamo.reset()

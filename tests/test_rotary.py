@@ -104,6 +104,7 @@ def test_kernel_compiles_once_for_all_lengths():
     torch._dynamo.reset()
 
 
+@pytest.mark.few(3)
 @pytest.mark.kernels
 @pytest.mark.parametrize(("layout", "dtype"), [("contiguous", torch.float64), ("length before heads", torch.bfloat16),
                                                ("expanded heads", torch.float32), ("every second column", torch.float32)])

@@ -42,6 +42,7 @@ def position(n_queries, n_keys):
 # --- bias ---
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("dims", ["".join(c) for n in range(5) for c in itertools.combinations("bhqk", n)])
 def test_biases_of_every_broadcast_shape(dims):
     size = [full if name in dims else 1 for name, full in zip("bhqk", (2, 2, NQ, NK), strict=True)]
@@ -138,6 +139,7 @@ def test_t5_buckets_are_hugging_faces(n_queries, n_keys, bidirectional, buckets,
     assert torch.equal(values[..., index].reshape(want.shape).long(), want)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(45, 70), (70, 45)])
 @pytest.mark.parametrize("by_batch", [False, True])
 def test_alibi_equals_the_bias_it_stands_for(n_queries, n_keys, by_batch):
@@ -284,6 +286,7 @@ def test_packed_dropout_is_that_of_the_batch():
         torch.testing.assert_close(out[cu[s] : cu[s + 1]], dense[s, :, :n].transpose(0, 1))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("names", [("alibi", "bias", "causal", "mask", "sinks", "softcap"),
                                    ("dropout", "packed", "relative", "score_mod", "sinks", "window")], ids="+".join)
 def test_multi_query_attention_with_everything(names):

@@ -124,6 +124,7 @@ BROADCAST = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("case", BROADCAST)
 def test_ranks_and_broadcasting(case, is_causal, path, ran):
@@ -151,6 +152,7 @@ MASKS = [  # shapes of q, k and v, of the mask
 ]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("lead", "shape"), MASKS, ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float with gradient", "float32 with -inf", "float32 for fp64"])
 def test_masks(kind, lead, shape, path, ran):
@@ -231,6 +233,7 @@ DROPPED = {
 }
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("p", [0.3, 1.0])
 @pytest.mark.parametrize("case", DROPPED)
 def test_dropout(case, p, path, ran):
@@ -344,6 +347,7 @@ def test_errors_are_torchs(case):
         scaled_dot_product_attention(*positional, **named)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_torchs_own_samples(dtype, path, ran):
     pytest.importorskip("expecttest", reason="torch's test database needs it")

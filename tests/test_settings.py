@@ -273,6 +273,7 @@ def broken_off(enter, x):
         raise KeyError
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("leave", [unfinished, unleft, broken_off])
 @switches
 def test_a_context_of_a_compiled_function_ends_with_it(enter, now, off, on, leave):

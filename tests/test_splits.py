@@ -34,6 +34,7 @@ def shared(inputs):
     return got
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("n_queries", [1, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SHARED)
 def test_every_feature_over_splits_is_exact(name, n_queries, small_splits):
@@ -44,6 +45,7 @@ def test_every_feature_over_splits_is_exact(name, n_queries, small_splits):
         torch.testing.assert_close(got[key], expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("arguments", [{"causal": True}, {"window": (1100, 3)}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize(("heads", "n_queries"), [
     ((8, 1), 1), ((2, 2), 64), pytest.param((6, 2), 3, marks=pytest.mark.slow)], ids=str)

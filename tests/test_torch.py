@@ -95,6 +95,7 @@ def test_compile_once_for_all_lengths(mark):
     assert compiles == ([1] * 5 if mark else [1] + [2] * 4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize(("name", "values"), [("scale", (0.1, 0.2, 0.35, -1.0)), ("softcap", (1.0, 2.0, 3.5, 9.0)),
                                               ("window", ((1, 0), (2, 0), (3, 1), (6, 2)))])

@@ -254,6 +254,7 @@ def test_weights_on_request(family):
         close(ours.transpose(1, 2)[RIGHT.bool()], theirs.transpose(1, 2)[RIGHT.bool()])
 
 
+@pytest.mark.few(2)
 @pytest.mark.kernels
 @pytest.mark.parametrize("padding", ["left-padded", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "gpt-oss"])
@@ -314,6 +315,7 @@ def test_caches_called_directly(family, cache):
 # --- torch.compile ---
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "given"), [
     ("Llama", {"attention_mask": RIGHT}), ("Mistral", {"use_cache": False}), *(
         pytest.param(family, given, marks=pytest.mark.slow) for family in ("Llama", "Mistral", "GPT-2", "Gemma2")

@@ -134,6 +134,7 @@ LEARNED = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", ["triton", None])
 @pytest.mark.parametrize("name", LEARNED)

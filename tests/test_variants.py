@@ -62,6 +62,7 @@ def no_key(way):
     return {"mask_mod": document_mask(torch.zeros(70, dtype=torch.long), (torch.arange(70) == 7).long())}, rows
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("more", "dtype"), [({}, torch.float64), ({"dropout_p": 0.3}, torch.float64),
                                              ({"precise": True, "softcap": 3.0}, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("way", ["mask", "bias", "key_lengths", "document"])
@@ -93,6 +94,7 @@ def test_a_row_without_a_key_has_its_sink():
 # --- NaN beyond the end ---
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("more", [{}, {"precise": True}, {"causal": True, "softcap": 3.0}, {"bias": True}], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_nan_beyond_key_lengths_does_not_leak(backend, more):
@@ -218,6 +220,7 @@ def test_a_million_keys_cost_memory_linear_in_them(n_queries, arguments, monkeyp
 # --- lengths, head dims and places that hurt ---
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", [feature.name for feature in FEATURES if feature.name not in ("lengths", *WIDE)])
 def test_lengths_of_nothing_and_of_one(name):
     square = "lengths" in BY_NAME[name].without
@@ -249,6 +252,7 @@ def test_biases_of_ten_thousand(level):
         torch.testing.assert_close(x.double(), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dimension", range(4))
 def test_biases_and_masks_whose_elements_lie_far_apart(dimension, address_space):
     """Offsets beyond 32 bits in any dimension."""
@@ -306,6 +310,7 @@ def test_the_mean_of_v_costs_no_digits_when_precise():
         assert (max(dq, dk) <= 2) is precise, f"precise={precise}: R of dQ and dK {dq:.2f}, {dk:.2f}"
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", [
     feature.name if feature.gradients or feature.shape.get("layout") else pytest.param(feature.name, marks=pytest.mark.slow)
     for feature in FEATURES if feature.name not in WIDE])

@@ -5,6 +5,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from support.selection import keep_few, spread
 
 from tests import whole
 from tests.whole import Record
@@ -94,3 +95,34 @@ def test_a_file_that_is_none_ends_the_command(out, capsys):
     assert whole.main(["tests/test_whole.py", "tests/nonsense.py"]) == 2
     assert capsys.readouterr().err == "tests.whole: expected files of tests/; got nonsense.py\n"
     assert not out.exists()
+
+
+# --- which parameter sets the fast part runs ---
+
+
+@pytest.mark.parametrize(("n", "count", "kept"), [
+    (1, 5, {0}), (2, 5, {0, 4}), (3, 5, {0, 2, 4}), (4, 33, {0, 11, 21, 32}), (5, 5, {0, 1, 2, 3, 4}), (9, 2, {0, 1})])
+def test_parameter_sets_are_evenly_spread(n, count, kept):
+    assert spread(n, count) == kept
+
+
+class Item:
+    """A collected test, as far as the selection looks at it."""
+
+    def __init__(self, nodeid, **marks):
+        self.nodeid, self.marks = nodeid, {name: SimpleNamespace(args=args) for name, args in marks.items()}
+
+    def get_closest_marker(self, name):
+        return self.marks.get(name)
+
+    def add_marker(self, mark):
+        self.marks[mark.name] = mark.mark
+
+
+def test_a_few_parameter_sets_stay_fast():
+    """Of those of one test that are not slow by themselves; tests without the mark are left alone."""
+    items = [Item("a.py::test_x[0]", few=(2,), slow=()), *(Item(f"a.py::test_x[{i}]", few=(2,)) for i in (1, 2, 3)),
+             Item("a.py::test_y[0]"), Item("b.py::test_x[0]", few=(1,)), Item("b.py::test_x[1]", few=(1,))]
+    keep_few(items)
+    assert [item.nodeid for item in items if "slow" not in item.marks] == [
+        "a.py::test_x[1]", "a.py::test_x[3]", "a.py::test_y[0]", "b.py::test_x[0]"]

@@ -63,7 +63,7 @@ class Emulation:
     def __str__(self) -> str:
         shape = "" if self.shape == Shape() else f" {self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
         what = "" if self.what == "attention" else f" {self.what}"
-        return f"{self.target} {self.schedule} {self.dtype} {'+'.join(self.features) or 'plain'}{what}{shape}"
+        return f"{self.target} {self.hopper} {self.dtype} {'+'.join(self.features) or 'plain'}{what}{shape}"
 
     def planted(self, name: str, text: str) -> str:
         if self.fault is None or name != self.fault[0]:
