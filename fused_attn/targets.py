@@ -89,6 +89,7 @@ TARGETS = {target.name: target for target in (
     _amd("gfx1100", 64, "", Machine(16, 32, 128 * _KIB, 0, 512, 1536, 24)),
     _amd("gfx1101", 64, "gfx1100"),
     _amd("gfx1102", 64, "gfx1100"),
+    *(_amd(name, 64, "gfx1100") for name in ("gfx1150", "gfx1151", "gfx1200", "gfx1201")),  # RDNA 3.5 and 4
 )}
 KNOWN = tuple(sorted(TARGETS))
 # Those that the compile matrix, the static profile and the emulator have.

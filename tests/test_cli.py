@@ -44,7 +44,7 @@ BAD = [
     "explain --with magic", "explain --head-dim 64 --length 2147483647 --batch 2147483647 --heads 2147483647",
     *(f"{name} --out={path}" for name in ("bench", "tune", "compile --target sm_80") for path in UNWRITABLE),
     *(f"demo --out={path}" for path in UNWRITABLE[:3]), "demo --seed x", "demo --seed -1", "demo --seed " + "9" * 30,
-    *(f"compile --target {name}" for name in ("foo", "sm_10", "sm_75", "sm_8", "sm_1000", "gfx906", "gfx1201", "cuda")),
+    *(f"compile --target {name}" for name in ("foo", "sm_10", "sm_75", "sm_8", "sm_1000", "gfx906", "gfx1301", "cuda")),
     "compile", "compile --matrix --target sm_80", "compile --target sm_80 --head-dim 0",
     "compile --target SM_90", "compile --target sm_80 --head-dim 577",
     "compile --target sm_80 --head-dim", "compile --target sm_80 --dtype fp8", "compile --target sm_80 --feature magic",

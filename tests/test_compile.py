@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_attn import targets
 from fused_attn.call.spec import TileConfig
 from fused_attn.plan.tiles import choose
 
@@ -48,6 +49,14 @@ def test_default_kernels_neither_spill_nor_miss_the_matrix_units(target, dim, dt
         if row["kernel"] != "delta":
             assert any(name.startswith(instruction) for name in row["matrix"]), row["matrix"]
             assert row["loop_instructions"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [name for name in targets.KNOWN if name not in targets.COMPILED])
+def test_cards_that_take_anothers_tiles_compile_them(target):
+    """Those that the compile matrix does not have."""
+    for row in compiled("--target", target, "--head-dim", "64", "--dtype", "bf16", "--causal"):
+        assert row["matrix"] or row["kernel"] == "delta", row
 
 
 def test_full_precision_compiles():
@@ -113,7 +122,8 @@ def test_a_kernel_that_was_compiled_before_is_compiled_again():
 def test_the_gate_sees_a_kernel_that_spills():
     script = """if True:
         from fused_attn.tools.compile import offline
-        from fused_attn.call.spec import TileConfig
+        from fused_attn import targets
+from fused_attn.call.spec import TileConfig
         report, = offline.compile_kernel("sm_80", "forward", 128, "bf16", True, config=TileConfig(128, 64, 4, 3))
         print(report.problems())
     """
@@ -178,7 +188,8 @@ def test_tiles_are_no_smaller_than_their_floor(target, dim):
 
 
 def test_every_target_has_a_configuration_for_every_call():
-    for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_999", "gfx90a", "gfx950", "gfx1201", "xpu"):
+    for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_999", "gfx90a", "gfx950", "gfx1201", "gfx1301",
+                   "xpu"):
         for kernel in ("forward", "delta", "dq", "dkv"):
             for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 for dim in (1, 16, 33, 64, 128, 129, 256):
@@ -208,7 +219,8 @@ def test_what_gluon_may_be_given_compiles():
     code = """if True:
         import dataclasses, torch
         from fused_attn.tools.compile import offline
-        from fused_attn.call.spec import TileConfig
+        from fused_attn import targets
+from fused_attn.call.spec import TileConfig
         feature = offline._feature
         def wide(*given):
             fields, others = feature(*given)
