@@ -44,7 +44,8 @@ def _calls(batch: int, heads: int, kv_heads: int, n_queries: int, n_keys: int) -
     k, v = (torch.randn(batch, kv_heads, n_keys, 64, dtype=torch.bfloat16) for _ in range(2))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     dout = torch.randn_like(q)
-    trained = fused_attn.attention(*leaves, causal=True, backend="triton")
+    for _ in range(3):  # the third call of a kind has all that is kept of it
+        trained = fused_attn.attention(*leaves, causal=True, backend="triton")
 
     def attend(*tensors: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = fused_attn.attention(*tensors, causal=True, backend="triton")

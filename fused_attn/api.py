@@ -126,8 +126,8 @@ def attention(
         and score_weight is None and score_mod is None and mask_mod is None and type(mod_args) is tuple and not mod_args
         and type(dropout_p) is float and dropout_p == 0 and precise is False and fp32_precision is None
     )
-    key = plans.key(q, k, v, causal, window, scale, softcap, backend) if plain else None
-    if key is not None and (found := plans.attend(key, q, k, v)) is not None:
+    key = plans.key(q, k, v, causal, window, scale, softcap, backend, deterministic) if plain else None
+    if key is not None and (found := autograd.repeated(key, q, k, v)) is not None:
         return found if return_lse else found[0]
     call = describe.describe(
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, fp32_precision=fp32_precision, precise=precise,

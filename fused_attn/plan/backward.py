@@ -13,6 +13,7 @@ from fused_attn.kernels.launch import Call, Launch, with_lse
 from fused_attn.kernels.operand_grad import operand_gradient
 from fused_attn.kernels.tile_list import list_launch
 from fused_attn.plan import hopper
+from fused_attn.plan.plan import Made, Operation
 from fused_attn.plan.problem import Problem
 
 
@@ -27,7 +28,7 @@ class Gradients(NamedTuple):
     doperands: list[torch.Tensor | None]
 
 
-Backward: TypeAlias = Generator[Launch, None, Gradients]
+Backward: TypeAlias = Generator[Made, None, Gradients]
 
 
 def gluon(problem: Problem, saved: Saved, needs: Needs) -> Backward:
@@ -58,10 +59,11 @@ def fused(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     dq, dk, dv = _empty(problem, needs)
     lse = as_rows(saved.lse, q, problem.packed)
     delta = yield from _delta(problem, saved, lse)
-    total = like(q, q.shape[3], accumulates(q)).zero_()
+    total = like(q, q.shape[3], accumulates(q))
+    yield Operation(torch.Tensor.zero_, (total,))
     if k.numel():
         yield from dkv_launches(q, k, v, saved.dout, lse, delta, dk, dv, (), call, config, total)
-    torch.mul(total, call.scale, out=dq)
+    yield Operation(_scaled, (total, dq, call.scale))
     dsinks = _sinks_gradient(lse, delta, problem.others.sinks) if needs.dsinks else None
     return Gradients(dq, dk, dv, dsinks, None, [None] * len(problem.others.operands))
 
@@ -113,6 +115,10 @@ def dkv_launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.
     apart = config.separate and dk is not None and dv is not None
     for one, other in ((dk, None), (None, dv)) if apart else ((dk, dv),):
         yield dkv_launch(q, k, v, dout, lse, delta, one, other, tiles, call, config=config, dq=dq)
+
+
+def _scaled(x: torch.Tensor, out: torch.Tensor, factor: float) -> None:
+    torch.mul(x, factor, out=out)
 
 
 def _empty(problem: Problem, needs: Needs) -> tuple[Any, Any, Any]:

@@ -9,6 +9,7 @@ from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Launch
 from fused_attn.plan import proven
+from fused_attn.plan.plan import Made, Operation
 from fused_attn.plan.problem import Problem
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -84,7 +85,7 @@ def gluon_forward(problem: Problem) -> Generator[Launch, None, tuple[torch.Tenso
 
 
 def gluon_backward(problem: Problem, saved: Saved, lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor,
-                   dv: torch.Tensor) -> Generator[Launch, None, torch.Tensor]:
+                   dv: torch.Tensor) -> Generator[Made, None, torch.Tensor]:
     """Fills dq, dk and dv; returns delta [B, H, Nq]."""
     from fused_attn.kernels.hopper.backward import backward_launch
     from fused_attn.kernels.hopper.problem import describable, tile_width
@@ -99,7 +100,8 @@ def gluon_backward(problem: Problem, saved: Saved, lse: torch.Tensor, dq: torch.
     tiles = -(-call.n_queries // config.block_m)
     rows = call.batch * q.shape[1] * tiles
     stats = lse.new_empty(2, rows, config.block_m)
-    sums = lse.new_zeros(rows, config.block_m * tile_width(q.shape[3]))
+    sums = lse.new_empty(rows, config.block_m * tile_width(q.shape[3]))
+    yield Operation(torch.Tensor.zero_, (sums,))
     dlse = None if dlse is None else as_rows(dlse, q, False)
     yield statistics_launch(saved.out, dout, lse, dlse, stats, call, config=around)
     yield backward_launch(q, k, v, dout, stats, sums, dk, dv, call, config=config)

@@ -1,14 +1,25 @@
-"""A plan: the launches of a call with places in the stead of tensors, to be made again and again with other tensors."""
+"""A plan: the steps of a call with places in the stead of tensors, to be made again and again with other tensors."""
 
 import dataclasses
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn.kernels.launch import Launch, run
 
 Result = TypeVar("Result")
+
+
+class Operation(NamedTuple):
+    """What torch does between two launches: ``function(*arguments)``, tensors first, which writes to one of them."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+Made: TypeAlias = Launch | Operation
 
 
 class Buffer(NamedTuple):
@@ -35,10 +46,10 @@ class Place(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A launch whose arguments begin with ``places`` and go on with what its own have there."""
+    """A launch or operation whose arguments begin with what is at ``places`` and go on with ``rest``."""
 
-    launch: Launch
-    places: tuple[int | Place, ...]
+    made: Made
+    places: tuple[int | Place | None, ...]
     rest: tuple[Any, ...]
 
 
@@ -50,32 +61,49 @@ class Plan(NamedTuple):
     results: tuple[int, ...]
 
     def __call__(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Runs the launches with the tensors ``given``; its results."""
+        """Performs the steps with the tensors ``given``; its results."""
         device = given[0].device
         tensors = list(given)
         for shape, stride, dtype in self.buffers:
             tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        for (kernel, programs, _, config), places, rest in self.steps:
-            begin = [tensors[place] if isinstance(place, int) else place.of(tensors) for place in places]
-            run(Launch(kernel, programs, (*begin, *rest), config))
+        for made, places, rest in self.steps:
+            begin = [tensors[x] if isinstance(x, int) else None if x is None else x.of(tensors) for x in places]
+            if isinstance(made, Operation):
+                made.function(*begin, *rest)
+            else:  # built anew: _replace takes twice as long
+                run(Launch(made.kernel, made.programs, (*begin, *rest), made.config))
         return tuple([tensors[i] for i in self.results])
 
 
-def finish(steps: Generator[Launch, None, Result], take: Callable[[Launch], None] = run) -> Result:
-    """Gives the launches that steps yield to ``take``, which runs them where nothing else is said; what the steps return."""
+def perform(made: Made) -> None:
+    """Runs a launch, or does what an operation says."""
+    if isinstance(made, Operation):
+        made.function(*made.arguments)
+    else:
+        run(made)
+
+
+def finish(steps: Generator[Made, None, Result], take: Callable[[Made], None] = perform) -> Result:
+    """Gives what steps yield to ``take``, which performs it where nothing else is said; what the steps return."""
     while True:
         try:
-            launch = next(steps)
+            made = next(steps)
         except StopIteration as end:
             return end.value
-        take(launch)
+        take(made)
 
 
-def collect(steps: Generator[Launch, None, Result]) -> tuple[list[Launch], Result]:
-    """(the launches of steps, none of which is run; what the steps return)."""
-    found: list[Launch] = []
+def collect(steps: Generator[Made, None, Result]) -> tuple[list[Made], Result]:
+    """(what steps yield, none of which is performed; what the steps return)."""
+    found: list[Made] = []
     result = finish(steps, found.append)
     return found, result
+
+
+def launches_of(steps: Generator[Made, None, Result]) -> tuple[list[Launch], Result]:
+    """(the launches among what steps yield, none of which is run; what the steps return)."""
+    found, result = collect(steps)
+    return [made for made in found if isinstance(made, Launch)], result
 
 
 def unstored(x: torch.Tensor) -> torch.Tensor:
@@ -83,12 +111,27 @@ def unstored(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def plan(steps: Generator[Launch, None, Any], given: tuple[torch.Tensor, ...]) -> Plan | None:
-    """The plan of steps over ``given``, tensors without storage, that do nothing but launch; their results may be None.
+class _Watch(TorchDispatchMode):
+    """Notes whether torch does more than to allocate and to view: a plan would lose it."""
 
-    None where the tensors of a launch are not its first arguments, or a result is a part of a tensor.
+    done = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        allocates = func.__name__.partition(".")[0] in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty")
+        self.done |= not (allocates or func.is_view)
+        return func(*args, **(kwargs or {}))
+
+
+def plan(steps: Generator[Made, None, Any], given: tuple[torch.Tensor, ...]) -> Plan | None:
+    """The plan of steps over ``given``, tensors without storage; their results may be None.
+
+    None where torch computes something that the steps do not yield, where the tensors of a step, and None in the place of
+    one, are not its first arguments, or where a result or what is allocated is a part of a tensor.
     """
-    launches, results = collect(steps)
+    with _Watch() as watch:
+        found, results = collect(steps)
+    if watch.done:
+        return None
     tensors: list[torch.Tensor] = []
     storages: list[Any] = []  # of these tensors; a tensor and its views have one object for it
 
@@ -104,15 +147,21 @@ def plan(steps: Generator[Launch, None, Any], given: tuple[torch.Tensor, ...]) -
 
     if [place(x) for x in given] != list(range(len(given))):
         return None
-    made = tuple([place(x) for x in results if x is not None])
+    results = [x for x in results if x is not None]
+    indices = tuple([i for i in map(place, results) if isinstance(i, int)])
+    if [(x.shape, x.stride()) for x in results] != [(tensors[i].shape, tensors[i].stride()) for i in indices]:
+        return None
     planned = []
-    for launch in filter(lambda launch: launch.programs, launches):
-        are_tensors = [isinstance(x, torch.Tensor) or hasattr(x, "block_shape") for x in launch.arguments]
-        count = are_tensors.index(False)
-        if any(are_tensors[count:]):
+    for made in found:
+        if isinstance(made, Launch) and not made.programs:
+            continue
+        are_tensors = [isinstance(x, torch.Tensor) or hasattr(x, "block_shape") for x in made.arguments]
+        count = len(are_tensors) - are_tensors[::-1].index(True)
+        if not all(is_tensor or x is None for is_tensor, x in zip(are_tensors, made.arguments[:count], strict=False)):
             return None
-        places = tuple(map(place, launch.arguments[:count]))
-        planned.append(Step(launch._replace(arguments=()), places, launch.arguments[count:]))
-    buffers = tuple(Buffer(x.shape, x.stride(), x.dtype) for x in tensors[len(given) :])
-    indices = tuple([i for i in made if isinstance(i, int)])
-    return Plan(tuple(planned), buffers, indices) if len(indices) == len(made) else None
+        places = tuple([None if x is None else place(x) for x in made.arguments[:count]])
+        planned.append(Step(made._replace(arguments=()), places, made.arguments[count:]))
+    made_anew = tensors[len(given) :]
+    whole = all(x.numel() * x.element_size() == x.untyped_storage().nbytes() for x in made_anew)
+    buffers = tuple(Buffer(x.shape, x.stride(), x.dtype) for x in made_anew)
+    return Plan(tuple(planned), buffers, indices) if whole else None

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from fused_attn import torch_private
 from fused_attn.call.schema import FORWARD, Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
-from fused_attn.run import ops
+from fused_attn.run import ops, plans
 
 
 class Attention(torch.autograd.Function):
@@ -29,6 +29,33 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return _gradients(ctx, dout, dlse)
+
+
+class RepeatedAttention(torch.autograd.Function):
+    """``Attention`` of a plain call that was made before, by the plans that are kept of it and of its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: AttentionSpec, key: plans.Key, q: torch.Tensor, k: torch.Tensor,
+                v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = plans.forward(key, q, k, v, spec)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.spec, ctx.key = spec, key
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = out.new_zeros(()).expand_as(out)
+        _, _, of_q, of_k, of_v = ctx.needs_input_grad
+        needs = Needs(of_q, of_k, of_v, False, False, ())
+        saved = Saved(dout, dlse, q, k, v, out, None, lse)
+        grads = plans.backward(ctx.key, saved, ctx.spec, needs)
+        if grads is None:
+            made = _differentiated(ctx.spec, needs, saved, *NO_OTHERS.flat())
+            grads = [grad if need else None for grad, need in zip(made, needs[:3], strict=False)]
+        return None, None, *grads
 
 
 def _rounded(lse: torch.Tensor) -> torch.Tensor:
@@ -74,13 +101,18 @@ def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -
     _, of_q, of_k, of_v, *of_others = ctx.needs_input_grad
     of: Any = OtherTensors.of(of_others)
     needs = Needs(of_q, of_k, of_v, of.sinks, of.score_weight, of.operands)
-    # With create_graph=True the gradients must not pass for constants: a second derivative raises.
-    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    backward = AttentionBackward.apply if differentiable else run_backward
-    dq, dk, dv, dsinks, dscore_weight, *doperands = backward(
-        ctx.spec, needs, *Saved(dout, dlse, q, k, v, out, residual, lse), *others)
+    dq, dk, dv, dsinks, dscore_weight, *doperands = _differentiated(
+        ctx.spec, needs, Saved(dout, dlse, q, k, v, out, residual, lse), *others)
     grads = OtherTensors(sinks=dsinks, score_weight=dscore_weight, operands=tuple(doperands)).flat()
     return tuple(grad if need else None for grad, need in zip((None, dq, dk, dv, *grads), ctx.needs_input_grad, strict=True))
+
+
+def _differentiated(spec: AttentionSpec, needs: Needs, saved: Saved, *others: Any) -> tuple[torch.Tensor, ...]:
+    """``run_backward``. With create_graph=True the gradients must not pass for constants: a second derivative raises."""
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    backward = AttentionBackward.apply if differentiable else run_backward
+    grads: tuple[torch.Tensor, ...] = backward(spec, needs, *saved, *others)
+    return grads
 
 
 def run_backward(spec: AttentionSpec, needs: Needs, *tensors: Any) -> tuple[torch.Tensor, ...]:
@@ -113,6 +145,18 @@ class AttentionBackward(torch.autograd.Function):
             "fused_attn: second derivatives of backend 'triton' are not built yet; "
             "backend='reference' has them, with memory quadratic in the sequence length"
         )
+
+
+def repeated(key: plans.Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(out, lse) by what earlier calls of the kind have left (``plans.key``), or None if there were none."""
+    if not key[-1] and (found := plans.repeated(key, q, k, v)) is not None:
+        return found
+    spec = plans.description(key)
+    if spec is None:
+        return None
+    result: tuple[torch.Tensor, torch.Tensor] = (
+        RepeatedAttention.apply(spec, key, q, k, v) if key[-1] else plans.forward(key, q, k, v, spec))
+    return result
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,

@@ -1,5 +1,6 @@
 """Running the steps of a call: what ops and eager calls share."""
 
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
 from fused_attn.plan import inspection, schedules
-from fused_attn.plan.plan import Plan, finish, plan, unstored
+from fused_attn.plan.plan import Made, Plan, finish, plan, unstored
 from fused_attn.plan.problem import Problem
 
 
@@ -16,6 +17,20 @@ def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attent
     schedule = schedules.of_forward(Problem.of(q, k, v, spec, NO_OTHERS))  # which may ask where the tensors begin
     given = unstored(q), unstored(k), unstored(v)
     return plan(schedule.steps(Problem.of(*given, spec, NO_OTHERS, device=q.device)), given)
+
+
+def plan_backward(saved: Saved, spec: AttentionSpec, needs: Needs) -> Plan | None:
+    """The plan of a plain call's backward: (the tensors that ``saved`` has) -> (those of dq, dk and dv that are wanted)."""
+    tensors: list[Any] = [None if x is None else unstored(x) for x in saved]
+    places = Saved(*tensors)
+    problem = Problem.of(places.q, places.k, places.v, spec, NO_OTHERS, device=saved.q.device)
+    real = Problem.of(saved.q, saved.k, saved.v, spec, NO_OTHERS)  # which may ask where the tensors begin
+
+    def steps() -> Generator[Made, None, Any]:
+        grads = yield from schedules.of_backward(real, needs).steps(problem, places, needs)
+        return grads[:3]
+
+    return plan(steps(), tuple([x for x in places if x is not None]))
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,

@@ -1,30 +1,32 @@
-"""Plans that are kept: a plain call without gradients leaves its plan behind, for the next call of its kind.
+"""Plans that are kept: a plain call leaves its plan behind, for the next call of its kind, and its backward another one.
 
-Generation makes one call thousands of times. What is checked, described and chosen depends on shapes, types and plain arguments
-alone, so that the second call of a kind need not check and describe again. Lengths are no part of a kind: where they are new,
-as from one token to the next, schedule and tiles are chosen anew; where they were seen before, as from one layer to the next,
-the launches themselves are kept, as a plan.
+Generation makes one call thousands of times, training one a layer and step. What is checked, described and chosen depends on
+shapes, types and plain arguments alone, so that the second call of a kind need not check and describe again. Lengths are no
+part of a kind: where they are new, as from one token to the next, schedule and tiles are chosen anew; where they were seen
+before, as from one layer to the next, the steps themselves are kept, as a plan.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from fused_attn import settings
+from fused_attn import settings, torch_private
+from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec
 from fused_attn.tracing import PLAIN_CLASSES, watched
 
+Key: TypeAlias = tuple[Any, ...]
 _HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting that may change between calls
 _MOST = 4096  # plans, and kinds of calls, that are kept; past them all are forgotten
-_plans: dict[Any, Any] = {}  # by key; None for what came once, for a plan costs as much as a few calls
+_plans: dict[Any, Any] = {}  # by key; None for what came once, as a plan costs a few calls; False for what has no plan
 _specs: dict[Any, AttentionSpec] = {}  # by kind
 
 
-def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, backend: Any) -> tuple[Any, ...] | None:
-    """What calls with one plan have in common, or None for a call that neither leaves a plan nor takes one."""
+def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, backend: Any,
+        deterministic: bool | None) -> Key | None:
+    """What calls with one plan have in common, the last of it whether gradients are wanted; None for a call that neither leaves
+    a plan nor takes one."""
     if not (type(q) in PLAIN_CLASSES and type(k) in PLAIN_CLASSES and type(v) in PLAIN_CLASSES) or q.dtype not in _HALVES:
-        return None
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
         return None
     # 1, 1.0 and True are equal, and not all of them are taken.
     if not (type(causal) is bool and (scale is None or type(scale) is float) and (softcap is None or type(softcap) is float)):
@@ -38,37 +40,81 @@ def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: A
     hopper = settings.hopper_schedule()
     # Kernels of the other schedules ask where a tensor begins.
     aligned = hopper == "pointers" or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
+    wanted = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    if deterministic is None:
+        deterministic = settings.DETERMINISTIC or torch.are_deterministic_algorithms_enabled()
     return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
-            v.device, causal, window, scale, softcap, backend, settings.BACKEND, settings.emulated_target(), hopper, aligned)
+            v.device, causal, window, scale, softcap, backend, settings.BACKEND, settings.emulated_target(), hopper, aligned,
+            deterministic, wanted)
 
 
-def _kind(key: tuple[Any, ...]) -> tuple[Any, ...]:
+def _kind(key: Key) -> tuple[Any, ...]:
     """A key without lengths and strides."""
     q, _, k, _, v, _, *others = key
     return (*q[:2], q[3], *k[:2], k[3], *v[:2], v[3], k[2] == v[2], *others)
 
 
-def attend(key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(out, lse) by what earlier calls have left, or None if they left nothing."""
+def description(key: Key) -> AttentionSpec | None:
+    """What an earlier call of a kind was found to be, if there was one."""
     try:
-        plan = _plans.get(key)
+        return _specs.get(_kind(key))
     except TypeError:  # an argument that cannot be hashed: let the checks speak of it
         return None
-    if plan is not None:
-        return plan(q, k, v)
-    spec = _specs.get(_kind(key))
-    if spec is None:
-        return None
-    from fused_attn.run import execution  # here, so that the package imports without Triton
 
-    if len(_plans) >= _MOST:
-        _plans.clear()
-    _plans[key] = execution.plan_forward(q, k, v, spec) if key in _plans else None
+
+def repeated(key: Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(out, lse) by the plan of earlier calls, or None if they left none."""
+    try:
+        plan = _plans.get(key)
+    except TypeError:
+        return None
+    return plan(q, k, v) if plan else None
+
+
+def forward(key: Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+            spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a call that is described already, by its plan where there is one."""
+    found = repeated(key, q, k, v)
+    if found is not None:
+        return found
+    from fused_attn.run import execution  # here and below, so that the package imports without Triton
+
+    if _comes_again(key):
+        _plans[key] = execution.plan_forward(q, k, v, spec) or False
     out, lse, _ = execution.forward(q, k, v, spec, NO_OTHERS)
     return out, lse
 
 
-def keep(key: tuple[Any, ...], spec: AttentionSpec) -> None:
+def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[torch.Tensor | None] | None:
+    """[dq, dk, dv] by the plan of earlier backwards, or None if there is none. ``key``: of the forward."""
+    if watched(saved) or torch.is_grad_enabled() or any(x is not None and torch_private.is_batched(x) for x in saved[:2]):
+        return None
+    # What autograd saved may have been moved by a hook, and gradients lie as they please.
+    whole: Key = key, needs, *[x if x is None else (x.stride(), x.dtype) for x in saved]
+    if spec.hopper != "pointers":
+        whole += tuple([x.data_ptr() % 16 for x in saved if x is not None])
+    plan = _plans.get(whole)
+    if plan is None and _comes_again(whole):
+        from fused_attn.run import execution
+
+        plan = _plans[whole] = execution.plan_backward(saved, spec, needs) or False
+    if not plan:
+        return None
+    grads = iter(plan(*[x for x in saved if x is not None]))
+    return [next(grads) if need else None for need in needs[:3]]
+
+
+def _comes_again(key: Any) -> bool:
+    """Whether a plan is worth making: what has no plan yet came before. The first time it is noted."""
+    if key in _plans:
+        return _plans[key] is None
+    if len(_plans) >= _MOST:
+        _plans.clear()
+    _plans[key] = None
+    return False
+
+
+def keep(key: Key, spec: AttentionSpec) -> None:
     """Remembers the description of a call that the kernels answer."""
     if len(_specs) >= _MOST or len(_plans) >= _MOST:
         forget()

@@ -21,7 +21,7 @@ from fused_attn.call.spec import NO_OTHERS, AttentionSpec, TileConfig, Window
 from fused_attn.kernels.launch import Launch
 from fused_attn.kernels.launch import run as run_launch
 from fused_attn.plan import schedules, tuned
-from fused_attn.plan.plan import collect, finish
+from fused_attn.plan.plan import Made, collect, finish, perform
 from fused_attn.plan.problem import Problem
 from fused_attn.plan.tiles import Kernel, served
 from fused_attn.plan.tuned import STEPS
@@ -65,7 +65,7 @@ class Subject:
         tiles |= {} if config is None else {self.kernel: config}
         return Problem.of(self.q, self.k, self.v, spec, NO_OTHERS, tiles=tiles)
 
-    def _steps(self, config: TileConfig) -> Iterator[Generator[Launch, None, Any]]:
+    def _steps(self, config: TileConfig) -> Iterator[Generator[Made, None, Any]]:
         """The steps of the full and of the causal pass in which this configuration is used."""
         for i, spec in enumerate(self.specs):
             problem = self._problem(spec, config)
@@ -84,10 +84,10 @@ class Subject:
     def launches(self, config: TileConfig) -> list[Launch]:
         """The kernel's own launches in both passes, all that comes before them done."""
         own = {"forward": "forward_kernel", "dq": "dq_kernel"}.get(self.kernel, "dkv_kernel")
-        found = [launch for steps in self._steps(config) for launch in collect(steps)[0]]
-        for launch in found:
-            run_launch(launch)
-        return [launch for launch in found if launch.name == own]
+        found = [made for steps in self._steps(config) for made in collect(steps)[0]]
+        for made in found:
+            perform(made)
+        return [made for made in found if isinstance(made, Launch) and made.name == own]
 
     def fits(self, config: TileConfig) -> bool:
         """Whether a configuration may run at all."""

@@ -24,7 +24,7 @@ from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Member, OtherT
 from fused_attn.kernels import fences
 from fused_attn.kernels.launch import Launch
 from fused_attn.plan import inspection, schedules
-from fused_attn.plan.plan import collect
+from fused_attn.plan.plan import launches_of
 from fused_attn.plan.problem import Problem
 from fused_attn.plan.tiles import MAX_ADDITIVE, Kernel, against
 from fused_attn.targets import COMPILED, KNOWN, target_of
@@ -227,7 +227,7 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
     problem = Problem.of(q, k, v, spec, others, target, {} if config is None else {whose: config})
     first = hopper if hopper != "pointers" else "splits" if feature == "decode" else "pointers"
     steps = schedules.named(schedules.FORWARD, first).steps(problem)
-    found, (out, lse, residual) = collect(steps)
+    found, (out, lse, residual) = launches_of(steps)
     if kernel not in ("list", "forward", "splits", "combine"):
         second = "gluon" if hopper == "gluon" else "fused" if feature == "fused" else "separate"
         if (second == "gluon" and max(head_dim, head_dim_v) > 128) or (second == "fused" and not problem.fused_config()):
@@ -235,7 +235,7 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
         needs = Needs(True, True, True, others.sinks is not None, others.score_weight is not None,
                       tuple(x.is_floating_point() for x in others.operands))
         saved = Saved(out, None, q, k, v, out, residual, lse)
-        found, _ = collect(schedules.named(schedules.BACKWARD, second).steps(problem, saved, needs))
+        found, _ = launches_of(schedules.named(schedules.BACKWARD, second).steps(problem, saved, needs))
     name = {"splits": "forward"}.get(kernel, kernel) + "_kernel"
     of_kernel = [launch for launch in found if launch.name == name]
     return of_kernel if kernel == "dkv" else of_kernel[:1]
