@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -104,25 +103,6 @@ def counted() -> Iterator[Counter[str]]:
         _counters[:] = [other for other in _counters if other is not counter]  # remove() would compare counts
 
 
-class _Recorders(threading.local):
-    def __init__(self) -> None:
-        self.lists: tuple[list[Launch], ...] = ()
-
-
-_recorders = _Recorders()
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Keeps the launches that this thread makes within it, in their order; one within another keeps its own part."""
-    launches: list[Launch] = []
-    _recorders.lists = (*_recorders.lists, launches)
-    try:
-        yield launches
-    finally:
-        _recorders.lists = tuple([other for other in _recorders.lists if other is not launches])
-
-
 def run(launch: Launch) -> None:
     """Launches on the device of the first argument and on that device's current stream; without a program, nothing."""
     if launch.programs == 0:
@@ -131,8 +111,6 @@ def run(launch: Launch) -> None:
     here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
         counter[launch.name] += 1
-    for launches in _recorders.lists:
-        launches.append(launch)
     if here:
         _launch(launch, device)
     else:

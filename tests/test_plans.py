@@ -2,18 +2,18 @@
 
 import gc
 import itertools
-import threading
 import weakref
 
 import pytest
 import torch
 from support.guard import is_poison, memory_guard
+from support.launches import recorded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_attn
 from fused_attn import attention, settings
 from fused_attn.call.spec import TileConfig
-from fused_attn.kernels.launch import counted, recorded
+from fused_attn.kernels.launch import counted
 from fused_attn.plan import schedules, tiles, tuned
 from fused_attn.run import execution, plans
 
@@ -201,16 +201,6 @@ def test_fp32_follows_torchs_setting_at_every_call(monkeypatch):
     for _ in range(2):
         call(*tensors)
     assert len(times) == 2
-
-
-def test_a_thread_records_its_own_launches():
-    with recorded() as launches:
-        other = threading.Thread(target=call, args=qkv())
-        other.start()
-        other.join()
-        assert not launches
-        call(*[x.float() for x in qkv()])
-    assert len(launches) == 1
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):

@@ -1,11 +1,9 @@
 """Bugs that were found here, each by a test that fails without its fix."""
 
-import contextlib
 import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -88,49 +86,6 @@ def test_counting_launches_may_nest():
         fused_attn.attention(q, k, v, backend="triton")
     assert outer == {"forward_kernel": 2}
     assert inner == {"forward_kernel": 1}
-
-
-def test_recording_launches_may_nest_and_overlap():
-    """Each keeps what is launched while it is open, the replay of plain calls and its own recorder among them."""
-    q, k, v = qkv(dtype=torch.bfloat16)
-
-    def names(launches):
-        return [launch.name for launch in launches]
-
-    def attend(**arguments):
-        fused_attn.attention(q, k, v, backend="triton", **arguments)
-
-    outer, inner, later = launch.recorded(), launch.recorded(), launch.recorded()
-    with outer as whole:
-        attend()  # records for itself, to be repeated
-        attend()  # is repeated
-        part = inner.__enter__()
-        attend(causal=True)
-        with contextlib.suppress(ZeroDivisionError), launch.recorded() as failed:
-            attend(softcap=2.0)
-            attend(softcap=1 / 0)
-        end = later.__enter__()
-        attend(window=(1, 1))
-        inner.__exit__(None, None, None)  # not in the order in which they came
-        attend(window=(2, 0))
-    attend()
-    later.__exit__(None, None, None)
-    attend()
-    assert names(whole) == ["forward_kernel"] * 6
-    assert names(part) == ["forward_kernel"] * 3
-    assert names(failed) == ["forward_kernel"]
-    assert names(end) == ["forward_kernel"] * 3
-
-
-def test_launches_of_other_threads_are_not_recorded():
-    q, k, v = qkv()
-    with launch.recorded() as here:
-        thread = threading.Thread(target=lambda: fused_attn.attention(q, k, v, backend="triton"))
-        thread.start()
-        thread.join()
-        assert not here
-        fused_attn.attention(q, k, v, backend="triton")
-    assert len(here) == 1
 
 
 def test_strict_holds_for_calls_compiled_outside_it():

@@ -5,9 +5,10 @@ import torch
 from support import oracle
 from support.features import FEATURES, Call, Shape
 from support.guard import is_poison, memory_guard
+from support.launches import recorded
 
 from fused_attn import attention, attention_varlen, reference_attention
-from fused_attn.kernels.launch import counted, recorded
+from fused_attn.kernels.launch import counted
 from fused_attn.plan import tiles
 
 pytestmark = pytest.mark.kernels

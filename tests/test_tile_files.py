@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
+from support.launches import recorded
 
 import fused_attn
 from fused_attn import settings
 from fused_attn.call.spec import TileConfig
-from fused_attn.kernels import launch
 from fused_attn.plan import tuned
 from fused_attn.plan.tiles import served
 from fused_attn.targets import KNOWN, triton_name
@@ -40,7 +40,7 @@ def use(monkeypatch, tmp_path):
 
 def launched():
     q, k, v = (torch.randn(1, 2, 40, 16).bfloat16() for _ in range(3))
-    with launch.recorded() as launches:
+    with recorded() as launches:
         fused_attn.attention(q, k, v, backend="triton")
     return {launch.name: launch.config for launch in launches}
 

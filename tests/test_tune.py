@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.launches import recorded
 
 import fused_attn
 from fused_attn import settings
 from fused_attn.call.spec import TileConfig
-from fused_attn.kernels import launch
 from fused_attn.plan import tuned
 from fused_attn.plan.tiles import choose, choose_fused
 from fused_attn.targets import triton_name
@@ -210,7 +210,7 @@ def use(monkeypatch):
 def launched(**arguments):
     """The configurations of the kernels that a forward and a backward launch, by kernel."""
     q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True).bfloat16() for _ in range(3))
-    with launch.recorded() as launches:
+    with recorded() as launches:
         out = fused_attn.attention(q, k, v, backend="triton", **arguments)
         torch.autograd.grad(out.sum(), (q, k, v))
     return {launch.name: launch.config for launch in launches}

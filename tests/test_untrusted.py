@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from support.guard import memory_guard
+from support.launches import recorded
 
 import fused_attn
 from fused_attn import attention, attention_varlen
@@ -72,8 +73,6 @@ def test_key_lengths_anywhere(lengths):
 ], ids=["plain", "bias", "row", "mask", "relative", "column"])
 def test_a_careless_longest_length_costs_nothing(arguments):
     """Neither programs nor gradients of more than the tokens that there are, and the same numbers."""
-    from fused_attn.kernels.launch import recorded
-
     cu = torch.tensor([0, 9, TOKENS], dtype=torch.int32)
     leaves = [torch.randn(TOKENS, 2, 16, requires_grad=True) for _ in range(3)]
     bias = arguments.get("bias")
