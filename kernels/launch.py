@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 
 from fused_attn import interpreter, settings
 from fused_attn.call.spec import Kind, TileConfig
@@ -103,41 +104,61 @@ def counted() -> Iterator[Counter[str]]:
         _counters[:] = [other for other in _counters if other is not counter]  # remove() would compare counts
 
 
-def run(launch: Launch) -> None:
-    """Launches on the device of the first argument and on that device's current stream; without a program, nothing."""
+def run(launch: Launch, compiled: Any = None) -> Any:
+    """Launches on the device of the first argument and on that device's current stream; without a program, nothing.
+
+    Returns the compiled kernel, where a later launch whose arguments are of the same types, with the same integers and with
+    pointers that are multiples of 16 as well, may give it as ``compiled``: that spares the host Triton's search for it.
+    """
     if launch.programs == 0:
-        return
+        return None
     device = launch.arguments[0].device
     here = device.type == "cpu" or device.index == torch.accelerator.current_device_index()
     for counter in _counters:
         counter[launch.name] += 1
     if here:
-        _launch(launch, device)
-    else:
-        with torch.accelerator.device_index(device.index):
-            _launch(launch, device)
+        return _launch(launch, device, compiled)
+    with torch.accelerator.device_index(device.index):
+        return _launch(launch, device, compiled)
 
 
-def _launch(launch: Launch, device: torch.device) -> None:
+def _launch(launch: Launch, device: torch.device, compiled: Any) -> Any:
+    if compiled is not None:
+        return _launch_again(launch, compiled)
     if fences.lacking(arch_of(device), launch.config.descriptors):
         with fences.putting_in():
-            _launch_as_it_is(launch._replace(config=fences.fenced(launch.config)))
+            compiled = _launch_as_it_is(launch._replace(config=fences.fenced(launch.config)))
     else:
-        _launch_as_it_is(launch)
+        compiled = _launch_as_it_is(launch)
+    return compiled if _kept_on(device) and type(compiled) is CompiledKernel else None
 
 
-def _launch_as_it_is(launch: Launch) -> None:
+def _kept_on(device: torch.device) -> bool:
+    """Whether kernels that were compiled for a device are launched again. AMD's also differ by the sizes of tensors."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _launch_again(launch: Launch, compiled: Any) -> Any:
+    """With the arguments that the kernel was compiled for, but for pointers; fences are in it, if it lacked them."""
+    config = launch.config
+    if config.descriptors:
+        contextvars.copy_context().run(_with_scratch, compiled[(launch.programs, 1, 1)], (*launch.arguments, config), {})
+    else:
+        compiled[(launch.programs, 1, 1)](*launch.arguments, config)
+    return compiled
+
+
+def _launch_as_it_is(launch: Launch) -> Any:
     kernel, programs, arguments, config = launch
     options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
     if config.descriptors:  # which the kernel writes; a context of its own keeps the user's allocator
-        contextvars.copy_context().run(_launch_with_scratch, kernel, programs, (*arguments, config), options)
-    else:
-        kernel[(programs,)](*arguments, config, **options)
+        return contextvars.copy_context().run(_with_scratch, kernel[(programs,)], (*arguments, config), options)
+    return kernel[(programs,)](*arguments, config, **options)
 
 
-def _launch_with_scratch(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _with_scratch(launcher: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     triton.set_allocator(_scratch)
-    kernel[(programs,)](*args, **options)
+    return launcher(*arguments, **options)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Every launch as the driver gets it: its parameters are its arguments, a new length compiles nothing, and limits hold."""
 
+import dataclasses
 import itertools
 import re
 from collections import defaultdict
@@ -103,6 +104,27 @@ def test_every_kernel_goes_this_way(worker):
                       Launching(asks="rotary"), Launching(("causal",), "sm_90", "gluon", shape=SEVERAL)):
         launched |= {(launch["module"], launch["kernel"]) for launch in worker(launching)["launches"]}
     assert launched >= known, known - launched
+
+
+# --- kernels that are launched again ---
+
+REPEATED = [  # a call, and how many launches are made again: of its six turns the fourth and the last; the fifth is unaligned
+    (Launching(("causal",), "sm_80", asks="output", repeats=6), 2), (Launching(("causal",), "sm_80", repeats=6), 6),
+    (Launching(("causal",), "sm_90", "descriptors", shape=SEVERAL, asks="output", repeats=6), 2),
+    (Launching(("causal", "gqa"), "sm_90", "gluon", shape=SEVERAL, repeats=6), 8),
+    (Launching(shape=DECODE, asks="output", repeats=6), 4),
+]
+
+
+@pytest.mark.parametrize(("launching", "again"), REPEATED, ids=str)
+def test_compiled_kernels_are_launched_again(worker, launching, again):
+    """With the pointers of each time; where they are not aligned, Triton is asked."""
+    told = worker(launching)
+    assert told["verdict"] == "ok", told["verdict"]
+    assert told["again"] == again
+    unaligned = worker(dataclasses.replace(launching, repeats=5))  # the same but for its last call
+    assert told["again"] - unaligned["again"] > 0, "after an unaligned call aligned ones are launched again"
+    assert len({launch["variant"] for launch in told["launches"]}) > 1 or launching.hopper != "pointers"
 
 
 # --- faults that are planted ---

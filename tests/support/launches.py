@@ -13,9 +13,9 @@ def recorded() -> Iterator[list[launch.Launch]]:
     made: list[launch.Launch] = []
     real = launch._launch
 
-    def noted(one: launch.Launch, device: object) -> None:
+    def noted(one: launch.Launch, *more: object) -> object:
         made.append(one)
-        real(one, device)
+        return real(one, *more)
 
     with mock.patch.object(launch, "_launch", noted):
         yield made

@@ -56,7 +56,8 @@ LAYOUTS = {
 class Launching:
     """One call: features, target, schedule of sm_90, dtype, shape, layout of q, k and v; what it asks for; a planted fault.
 
-    ``asks``: gradients, output (alone), weights, stats or rotary.
+    ``asks``: gradients, output (alone), weights, stats or rotary. ``repeats``: how often it is made, each time with other
+    tensors, the last but one of which begin where nothing is aligned.
     """
 
     features: tuple[str, ...] = ()
@@ -67,10 +68,11 @@ class Launching:
     layout: str = "bhnd"
     asks: str = "gradients"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    repeats: int = 1
     fault: str = ""  # of stub/watch.py's FAULTS; or "specialised": a forward that is compiled for every length
 
     def __str__(self) -> str:
-        more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "fault")
+        more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "repeats", "fault")
                 if getattr(self, name) != getattr(Launching(), name)]
         shape = "" if self.shape == Shape() else f"{self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
         return " ".join(filter(None, (self.target, self.hopper, self.dtype, "+".join(self.features) or "plain", shape, *more)))
@@ -103,11 +105,6 @@ class Launching:
         from fused_attn.kernels import forward
         from support.stub.watch import watched
 
-        inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])
-        inputs.leaves |= {name: LAYOUTS[self.layout](inputs.leaves[name]) for name in "qkv"}
-        inputs.extra = dict(self.arguments)
-        if self.dtype.startswith("tf32"):
-            inputs.extra["fp32_precision"] = self.dtype
         card().become(self.target)
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -117,11 +114,25 @@ class Launching:
                 stack.enter_context(mock.patch.object(forward, "forward_kernel", triton.jit(forward.forward_kernel.fn)))
             watch = stack.enter_context(watched("" if self.fault == "specialised" else self.fault))
             try:
-                self._make(inputs)
+                for turn in range(self.repeats):
+                    self._make(self._drawn(unaligned=turn == self.repeats - 2))
                 verdict = "; ".join(watch.problems[:3]) or "ok"
             except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 verdict = f"{type(error).__name__}: {str(error)[:600]}"
-        return {"verdict": verdict, "launches": watch.launches, "seconds": round(time.perf_counter() - start, 2)}
+        return {"verdict": verdict, "launches": watch.launches, "again": watch.again,
+                "seconds": round(time.perf_counter() - start, 2)}
+
+    def _drawn(self, unaligned: bool) -> Inputs:
+        inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])
+        inputs.leaves |= {name: LAYOUTS[self.layout](inputs.leaves[name]) for name in "qkv"}
+        inputs.extra = dict(self.arguments)
+        if self.dtype.startswith("tf32"):
+            inputs.extra["fp32_precision"] = self.dtype
+        if unaligned:
+            for name in "qkv":
+                x = inputs.leaves[name]
+                inputs.leaves[name] = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+        return inputs
 
 
 @dataclass(frozen=True)

@@ -113,10 +113,11 @@ def declared(ptx: str, first: int) -> tuple[list[tuple[int, int]], int]:
 
 @dataclass
 class Watch:
-    """``launches`` that were made, as the driver saw them, and the ``problems`` with them."""
+    """``launches`` that were made, as the driver saw them, how many of them ``again``, and the ``problems`` with them."""
 
     launches: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    again: int = 0
     scratch: list[torch.Tensor] = field(default_factory=list)  # handed out for the launch under way
 
     def allocate(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
@@ -180,6 +181,16 @@ def watched(fault: str = "") -> Iterator[Watch]:
         watch.check(self, kernel, arguments, grid, expect)
         return kernel
 
+    def again(one: launch.Launch, kernel: Any) -> Any:
+        watch.scratch.clear()
+        watch.again += 1
+        launch_again(one, kernel)
+        arguments = *passed((*one.arguments, one.config))[:-1], kernel.src.constants[len(one.arguments),]
+        watch.check(one.kernel, kernel, arguments, (one.programs,), expect)
+        return kernel
+
+    launch_again = launch._launch_again
     stub.library().stub_clear()
-    with mock.patch.object(JITFunction, "run", checked), mock.patch.object(launch, "_scratch", watch.allocate):
+    with mock.patch.object(JITFunction, "run", checked), mock.patch.object(launch, "_launch_again", again), \
+            mock.patch.object(launch, "_scratch", watch.allocate), mock.patch.object(launch, "_kept_on", return_value=True):
         yield watch
