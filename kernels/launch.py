@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import CompiledKernel
+from triton.compiler import CompilationError, CompiledKernel
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from fused_attn import interpreter, settings
 from fused_attn.call.spec import Kind, TileConfig
@@ -90,6 +91,25 @@ class Launch(NamedTuple):
         return name
 
 
+class UnfitTilesError(RuntimeError):
+    """A kernel does not fit the card with the tiles that it was given, for a reason that smaller ones may take away.
+
+    ``schedule``: the one with tiles of its own that it is of, or None for those that have smaller ones.
+    """
+
+    def __init__(self, launch: Launch, reason: str) -> None:
+        super().__init__(f"{launch.name} with tiles {launch.config} {reason}")
+        self.launch, self.config = launch, launch.config
+
+    @property
+    def schedule(self) -> str | None:
+        if self.launch.kernel.fn.__module__.startswith("fused_attn.kernels.hopper"):
+            return "gluon"
+        if self.config.specialize or self.config.descriptors:
+            return "specialized" if self.config.specialize else "descriptors"
+        return "fused" if getattr(self.launch.arguments[-1], "fused", False) else None
+
+
 _counters: list[Counter[str]] = []
 
 
@@ -127,10 +147,32 @@ def _launch(launch: Launch, device: torch.device, compiled: Any) -> Any:
         return _launch_again(launch, compiled)
     if fences.lacking(arch_of(device), launch.config.descriptors):
         with fences.putting_in():
-            compiled = _launch_as_it_is(launch._replace(config=fences.fenced(launch.config)))
+            compiled = _launch_as_it_is(launch._replace(config=fences.fenced(launch.config)), device)
     else:
-        compiled = _launch_as_it_is(launch)
+        compiled = _launch_as_it_is(launch, device)
     return compiled if _kept_on(device) and type(compiled) is CompiledKernel else None
+
+
+_fitting: set[Any] = set()  # compiled kernels that were looked at
+MOST_SPILL = 1024  # bytes a thread; no shipped tiles that were compiled for their own target come near
+
+
+def _look(launch: Launch, compiled: Any) -> None:
+    """Raises UnfitTilesError where what Triton compiled spills too much; its first launch is then made in vain."""
+    if compiled in _fitting or _capturing():
+        return
+    if 4 * (compiled.n_spills or 0) > MOST_SPILL:
+        raise UnfitTilesError(launch, f"spills {4 * compiled.n_spills} bytes a thread")
+    _fitting.add(compiled)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured: what would be launched instead would be in it as well."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _is_card(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _kept_on(device: torch.device) -> bool:
@@ -148,12 +190,21 @@ def _launch_again(launch: Launch, compiled: Any) -> Any:
     return compiled
 
 
-def _launch_as_it_is(launch: Launch) -> Any:
+def _launch_as_it_is(launch: Launch, device: torch.device) -> Any:
     kernel, programs, arguments, config = launch
     options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
-    if config.descriptors:  # which the kernel writes; a context of its own keeps the user's allocator
-        return contextvars.copy_context().run(_with_scratch, kernel[(programs,)], (*arguments, config), options)
-    return kernel[(programs,)](*arguments, config, **options)
+    try:
+        if config.descriptors:  # which the kernel writes; a context of its own keeps the user's allocator
+            compiled = contextvars.copy_context().run(_with_scratch, kernel[(programs,)], (*arguments, config), options)
+        else:
+            compiled = kernel[(programs,)](*arguments, config, **options)
+    except (OutOfResources, CompilationError, PTXASError) as error:
+        if _capturing():
+            raise
+        raise UnfitTilesError(launch, f"does not fit: {str(error).splitlines()[0]}") from error
+    if _is_card(device) and compiled is not None:
+        _look(launch, compiled)
+    return compiled
 
 
 def _with_scratch(launcher: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

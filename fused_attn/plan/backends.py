@@ -28,7 +28,8 @@ class Explanation:
 
     ``reasons`` maps every backend to its reasons, empty for one that could run the call too. Within
     ``fused_attn.hopper``, ``asked`` is the schedule asked for and ``against_asked`` maps "forward" and "backward" to what it
-    has against them; a pass with reasons does not run on it. ``schedule`` names the one that runs each pass.
+    has against them; a pass with reasons does not run on it. ``schedule`` names the one that runs each pass. ``safer``
+    maps kernels whose tiles did not fit the card to those that they have instead, and schedules that were given up to "".
     """
 
     backend: str
@@ -36,6 +37,7 @@ class Explanation:
     asked: str = "pointers"
     against_asked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     schedule: dict[str, str] = field(default_factory=dict)
+    safer: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
@@ -45,6 +47,9 @@ class Explanation:
         for which, name in self.schedule.items():
             reasons = self.against_asked.get(which, ())
             lines.append(f"{which}: {name}" + (f"; {self.asked}: {'; '.join(reasons)}" if reasons else ""))
+        for name, config in self.safer.items():
+            what = f"tiles {config}, as those of the tables do" if config else "its kernel does"
+            lines.append(f"{name}: {what} not fit this card")
         return "\n".join(lines)
 
 
@@ -211,6 +216,7 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
     chosen = choose(call, return_lse, backend, strict, warn=False)
     against_asked: dict[str, tuple[str, ...]] = {}
     schedule: dict[str, str] = {}
+    safer: dict[str, str] = {}
     if chosen == "triton":
         from fused_attn.plan import schedules  # here, so that a machine without Triton gets an answer as well
         from fused_attn.plan.problem import Problem
@@ -221,4 +227,5 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
             every = schedules.EVERY_GRADIENT
             against_asked = {"forward": schedules.against(schedules.FORWARD, call.spec.hopper, problem),
                              "backward": schedules.against(schedules.BACKWARD, call.spec.hopper, problem, every)}
-    return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule)
+        safer = {name: "" if config is None else str(config) for name, config in problem.tiles.items()}
+    return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule, safer)

@@ -48,6 +48,8 @@ def against_fused(problem: Problem, needs: Needs) -> tuple[str, ...]:
         return ("it takes no bias, mask, function, dropout or additive score",)
     if not (needs.dq and needs.dk and needs.dv):
         return ("it makes dQ, dK and dV together, and not all of them are asked for",)
+    if reasons := problem.gives_up("fused"):
+        return reasons
     return () if problem.fused_config() else (f"{problem.arch} has no tiles for it at this head dim and type",)
 
 

@@ -20,7 +20,7 @@ def against(name: str, which: str, problem: Problem) -> tuple[str, ...]:
     """Reasons why the kernels of a schedule that is asked for cannot make a pass, "forward" or "backward", of a call."""
     if problem.arch != "sm_90":
         return ("the card is no Hopper",)
-    if reasons := proven.against(name):
+    if reasons := proven.against(name) or problem.gives_up(name):
         return reasons
     reasons = _against_tensors(which, problem)
     q, spec, others = problem.q, problem.spec, problem.others

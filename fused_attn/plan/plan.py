@@ -65,7 +65,11 @@ class Plan(NamedTuple):
     compiled: list[Any]
 
     def __call__(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Performs the steps with the tensors ``given``; its results."""
+        """Performs the steps with the tensors ``given``; its results.
+
+        Raises:
+            UnfitTilesError: of pointers that are the first to ask for another variant of a kernel, which does not fit the card.
+        """
         device, begins = given[0].device, 0
         tensors = list(given)
         for x in given:

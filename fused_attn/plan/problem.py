@@ -1,15 +1,13 @@
 """One call as its schedules see it: tensors, description, target, and the tiles of every kernel."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from fused_attn.call.layout import keeps_residual, like, lse_like
 from fused_attn.call.spec import AttentionSpec, OtherTensors, TileConfig
-from fused_attn.kernels.launch import Call
-from fused_attn.plan import tuned
+from fused_attn.kernels.launch import Call, UnfitTilesError
+from fused_attn.plan import safer, tuned
 from fused_attn.plan.lower import lower
 from fused_attn.plan.tiles import (
     Kernel,
@@ -24,13 +22,12 @@ from fused_attn.plan.tiles import (
 )
 from fused_attn.targets import arch_of
 
-SHIPPED: Mapping[str, TileConfig] = MappingProxyType({})  # no tiles but those of the tables
-
 
 class Problem(NamedTuple):
     """A call, and the ``device`` and ``arch`` that it is for: tensors without storage may stand for those of any card.
 
-    ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, in place of the tables' own.
+    ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, in place of the tables' own, and
+    None for a schedule that is not to be used.
     """
 
     q: torch.Tensor
@@ -42,16 +39,16 @@ class Problem(NamedTuple):
     arch: str
     call: Call
     roles: tuple[tuple[int, int] | None, ...]
-    tiles: Mapping[str, TileConfig]
+    tiles: safer.Tiles
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,
-           arch: str | None = None, tiles: Mapping[str, TileConfig] = SHIPPED,
-           device: torch.device | None = None) -> "Problem":
-        """For the device of its tensors, for another one, or for ``arch``."""
+           arch: str | None = None, tiles: safer.Tiles | None = None, device: torch.device | None = None) -> "Problem":
+        """For the device of its tensors, for another one, or for ``arch``; ``tiles`` None for those that fit there."""
         device = q.device if device is None else device
         arch = arch_of(device) if arch is None else arch
         lowered = lower(q, k, spec, others, arch)
+        tiles = safer.tiles(q, k, v, spec, others, arch) if tiles is None else tiles
         return cls(q, k, v, spec, others, device, arch, *lowered, tiles)
 
     @property
@@ -72,8 +69,8 @@ class Problem(NamedTuple):
 
     def config(self, kernel: Kernel) -> TileConfig:
         """The tiles of a kernel that takes pointers."""
-        if kernel in self.tiles:
-            return self.tiles[kernel]
+        if (given := self.tiles.get(kernel)) is not None:
+            return given
         dim, dim_v = self.q.shape[3], self.v.shape[3]
         if kernel == "combine":
             return choose_combine(dim_v)
@@ -93,14 +90,22 @@ class Problem(NamedTuple):
 
     def hopper_config(self, schedule: str) -> TileConfig:
         """The tiles of the forward by one of Hopper's schedules above pointers."""
-        if "forward" in self.tiles:
-            return self.tiles["forward"]
+        if (given := self.tiles.get("forward")) is not None:
+            return given
         return self._fitted(choose_hopper(schedule, self.q.shape[3], self.v.shape[3], self.call.heavy))
 
     def gluon_backward_config(self) -> TileConfig:
-        if "backward" in self.tiles:
-            return self.tiles["backward"]
+        if (given := self.tiles.get("backward")) is not None:
+            return given
         return choose_gluon_backward(self.q.shape[3], self.v.shape[3])
+
+    def gives_up(self, schedule: str) -> tuple[str, ...]:
+        """The reason not to use a schedule whose kernel did not fit the card, if it is one."""
+        return ("its kernel does not fit this card",) if self.tiles.get(schedule, True) is None else ()
+
+    def step_down(self, unfit: UnfitTilesError) -> None:
+        """Takes safer tiles for what did not fit, from the next problem of the kind on."""
+        safer.step_down((self.q, self.k, self.v, self.spec, self.others, self.arch), unfit)
 
     def _fitted(self, config: TileConfig) -> TileConfig:
         loaded = self.call.loaded_bytes

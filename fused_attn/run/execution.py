@@ -1,15 +1,26 @@
 """Running the steps of a call: what ops and eager calls share."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
+from fused_attn.kernels.launch import UnfitTilesError
 from fused_attn.plan import inspection, schedules
 from fused_attn.plan.plan import Made, Plan, finish, plan, unstored
 from fused_attn.plan.problem import Problem
+
+
+def _finish(call: tuple[Any, ...], steps: Callable[[Problem], Generator[Made, None, Any]]) -> Any:
+    """What the steps of a call return, made with safer tiles where those of the tables do not fit the card."""
+    while True:
+        problem = Problem.of(*call)
+        try:
+            return finish(steps(problem))
+        except UnfitTilesError as unfit:
+            problem.step_down(unfit)
 
 
 def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Plan | None:
@@ -36,25 +47,24 @@ def plan_backward(saved: Saved, spec: AttentionSpec, needs: Needs) -> Plan | Non
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
             others: OtherTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse as ``lse_like`` makes it, and what rounding took from out where the call keeps it)."""
-    problem = Problem.of(q, k, v, spec, others)
-    return finish(schedules.of_forward(problem).steps(problem))
+    return _finish((q, k, v, spec, others), lambda problem: schedules.of_forward(problem).steps(problem))
 
 
 def backward(saved: Saved, spec: AttentionSpec, others: OtherTensors, needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand]), None for every gradient that nobody asked for."""
-    problem = Problem.of(saved.q, saved.k, saved.v, spec, others)
-    return finish(schedules.of_backward(problem, needs).steps(problem, saved, needs))
+    call = saved.q, saved.k, saved.v, spec, others
+    return _finish(call, lambda problem: schedules.of_backward(problem, needs).steps(problem, saved, needs))
 
 
 def statistics(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec,
                others: OtherTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
-    return finish(inspection.statistics(Problem.of(q, k, k[..., :1], spec, others)))
+    return _finish((q, k, k[..., :1], spec, others), inspection.statistics)
 
 
 def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTensors) -> torch.Tensor:
     """[B, H, Nq, Nk] in q's dtype."""
-    return finish(inspection.weights(Problem.of(q, k, k[..., :1], spec, others)))
+    return _finish((q, k, k[..., :1], spec, others), inspection.weights)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:

@@ -68,7 +68,20 @@ def repeated(key: Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
         plan = _plans.get(key)
     except TypeError:
         return None
-    return plan(q, k, v) if plan else None
+    return _performed(key, plan, q, k, v) if plan else None
+
+
+def _performed(key: Key, plan: Any, *tensors: torch.Tensor) -> Any:
+    """What a plan gives, or None where a kernel turns out not to fit: then the call is made anew, with safer tiles."""
+    try:
+        return plan(*tensors)
+    except RuntimeError as error:
+        from fused_attn.kernels.launch import UnfitTilesError
+
+        if not isinstance(error, UnfitTilesError):
+            raise
+        _plans.pop(key, None)
+        return None
 
 
 def forward(key: Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -100,7 +113,10 @@ def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[
         plan = _plans[whole] = execution.plan_backward(saved, spec, needs) or False
     if not plan:
         return None
-    grads = iter(plan(*[x for x in saved if x is not None]))
+    found = _performed(whole, plan, *[x for x in saved if x is not None])
+    if found is None:
+        return None
+    grads = iter(found)
     return [next(grads) if need else None for need in needs[:3]]
 
 

@@ -14,6 +14,7 @@ import mmap
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,11 @@ class Launching:
     asks: str = "gradients"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     repeats: int = 1
+    tiles: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # planted: fields of TileConfig by kernel
     fault: str = ""  # of stub/watch.py's FAULTS; or "specialised": a forward that is compiled for every length
 
     def __str__(self) -> str:
-        more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "repeats", "fault")
+        more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "repeats", "tiles", "fault")
                 if getattr(self, name) != getattr(Launching(), name)]
         shape = "" if self.shape == Shape() else f"{self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
         return " ".join(filter(None, (self.target, self.hopper, self.dtype, "+".join(self.features) or "plain", shape, *more)))
@@ -102,7 +104,9 @@ class Launching:
 
         import fused_attn
         from fused_attn import settings
-        from fused_attn.kernels import forward
+        from fused_attn.call.spec import TileConfig
+        from fused_attn.kernels import forward, launch
+        from fused_attn.plan import problem, safer
         from fused_attn.run import plans
         from support.stub.watch import watched
 
@@ -115,6 +119,14 @@ class Launching:
             if self.fault == "specialised":
                 stack.enter_context(mock.patch.object(forward, "forward_kernel", triton.jit(forward.forward_kernel.fn)))
             watch = stack.enter_context(watched("" if self.fault == "specialised" else self.fault))
+            warned = stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            if self.tiles:
+                planted, choose = {name: TileConfig(*fields) for name, fields in self.tiles.items()}, problem.choose
+                stack.enter_context(mock.patch.object(
+                    problem, "choose", lambda kernel, *more: planted.get(kernel) or choose(kernel, *more)))
+                stack.enter_context(mock.patch.object(launch, "_is_card", return_value=True))
+                stack.callback(safer.forget)
             try:
                 for turn in range(self.repeats):
                     self._make(self._drawn(unaligned=turn == self.repeats - 2))
@@ -122,7 +134,7 @@ class Launching:
             except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 verdict = f"{type(error).__name__}: {str(error)[:600]}"
         return {"verdict": verdict, "launches": watch.launches, "again": watch.again,
-                "seconds": round(time.perf_counter() - start, 2)}
+                "warned": [str(x.message) for x in warned], "seconds": round(time.perf_counter() - start, 2)}
 
     def _drawn(self, unaligned: bool) -> Inputs:
         inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])

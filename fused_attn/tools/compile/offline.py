@@ -275,7 +275,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     return [
         Report(
             target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature, hopper=hopper,
-            config=describe(launch.config),
+            config=str(launch.config),
             shared_bytes=binary.metadata.shared, shared_limit=target_of(target).shared,
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
             compile_seconds=round(seconds, 2), triton=triton.__version__,
@@ -283,16 +283,6 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         )
         for name, (launch, binary, log, seconds) in zip(names, compiled, strict=True)
     ]
-
-
-def describe(config: TileConfig) -> str:
-    """A configuration in one word: ``128x64 w8 s2 edge1 wide nolicm``."""
-    words = [f"{config.block_m}x{config.block_n}", f"w{config.num_warps}", f"s{config.num_stages}"]
-    if config.edge_stages is not None:
-        words.append(f"edge{config.edge_stages}")
-    words += ["wide"] * config.wide + ["nolicm"] * config.disable_licm + ["separate"] * config.separate
-    words += ["descriptors"] * config.descriptors + ["specialized"] * config.specialize
-    return " ".join([*words, *(f"{name}={value}" for name, value in config.options)])
 
 
 def _figures(code: sass.Binary) -> dict[str, Any]:
