@@ -1,11 +1,11 @@
-"""Backward: delta, then dQ by queries and dK, dV by keys: seven matrix products, deterministic to the bit. Or fused: five.
+"""Backward: delta, then dQ by queries and dK, dV by keys: seven products, deterministic to the bit. The fused one takes five.
 
     P = exp(S - LSE), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta) * mods'(S), dQ = scale dS K, dK = scale dS^T Q
 
 with delta = rowsum(dO * O) - dLSE, since LSE's own gradient adds P * dLSE to dS; dropout scales P in dV, and dP, by the
 same 0 or 1 / (1 - p). Source: Dao 2023, "FlashAttention-2". No sum is taken by atomics: a program owns its rows of dQ, or
-of dK and dV for every query head of its group. Fused, the programs of dK and dV add their part of dQ by atomics, whose order,
-and so the last bits of dQ, differ from run to run.
+of dK and dV for every query head of its group. In the fused kernel, the programs of dK and dV add their part of dQ by atomics,
+whose order, and with it the last bits of dQ, differs from run to run.
 """
 
 import functools
@@ -101,9 +101,9 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
 @triton.jit
 def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
             KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr, MASKED: tl.constexpr):
-    """P of a tile from its raw scores, and the derivative of the mods (see ``apply_mods``), in either orientation.
+    """(P of a tile from its raw scores, the derivative of the mods as in ``apply_mods``), in either orientation.
 
-    ``lse`` is what ``load_lse`` gave for its queries.
+    ``lse`` is what ``load_lse`` returned for the tile's queries.
     """
     of_query = per_query(lse[0], KEYS_FIRST)
     if len(extras.mods) == 0:
@@ -119,7 +119,7 @@ def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constex
         # Where a key does not count, exp2 may have overflowed: select, never multiply by 0.
         p = tl.where(keep_tile(place, rule, extras.keeps, TILE, KEYS_FIRST), p, 0.0)
     if len(extras.mods) > 0 and (MASKED or len(extras.additive) > 0):
-        # A function of one's own may give anything for the zeros past the last query, and sums over queries meet them.
+        # A user's function may give anything for the zeros past the last query, and sums over queries include them.
         p = tl.where(of_query == float("inf"), 0.0, p)
     return p, dmod
 
@@ -128,7 +128,7 @@ def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constex
 def score_gradient(p, dp, delta, dmod, extras, MASKED: tl.constexpr):
     """dS = P * (dP - delta) * dmod, without the factor scale, which sums over it receive once at the end."""
     ds = p * (dp - delta) * dmod
-    if MASKED and len(extras.mods) > 0:  # whatever the slope of a mod is where no pair attends
+    if MASKED and len(extras.mods) > 0:  # where no pair attends, the slope of a mod may be anything
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds
 
@@ -136,7 +136,7 @@ def score_gradient(p, dp, delta, dmod, extras, MASKED: tl.constexpr):
 @triton.jit
 def dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr,
             MASKED: tl.constexpr):
-    """Adds what the BLOCK_N keys of ``place`` give to dQ, and to the gradient of an additive score's weights."""
+    """Adds what the BLOCK_N keys of ``place`` contribute to dQ, and to the gradient of an additive score's weights."""
     BLOCK_N: tl.constexpr = TILE.block_n
     ACC: tl.constexpr = KIND.acc
     PRECISION: tl.constexpr = KIND.precision
@@ -194,7 +194,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
 
 @triton.jit
 def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Adds what the BLOCK_M queries of ``place`` give to dK and dV, and what the keys give to their dQ where it is asked for.
+    """Adds what the BLOCK_M queries of ``place`` contribute to dK and dV; if fused, also what the keys contribute to their dQ.
 
     Tiles are transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands straight from registers.
     """
@@ -239,8 +239,8 @@ class QueryViews(NamedTuple):
 
 @triton.jit
 def query_views(pointers, strides, extras, work, head, H, Nq, FUSED: tl.constexpr):
-    """The QueryViews of a query head, beside a program's keys; pointers to q, dout, lse, delta and dq, ``strides`` of
-    ``dkv_kernel``."""
+    """The QueryViews of one query head for a program of keys. ``pointers`` are those to q, dout, lse, delta and dq; ``strides``
+    are those of ``dkv_kernel``."""
     own = of_head(work, head, H)
     return QueryViews(query_view(pointers[0], strides[0], own), query_view(pointers[1], strides[3], own),
                       lse_views(pointers[2], extras, own, Nq), query_rows(pointers[3], extras.sequences, own, Nq),
@@ -252,8 +252,9 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
                Hkv, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: dK and dV of BLOCK_N keys of one key head, over the queries of its whole group in their window.
 
-    ``strides`` are those of q, k, v, dout, dk, dv and dq. ``KIND``, a KeysKind, tells which of dk and dv are wanted, and if
-    dq [B, H, Nq, D], zeros of the type of sums, is to receive dQ without its factor ``scale``; what is not wanted is None.
+    ``strides`` are those of q, k, v, dout, dk, dv and dq. ``KIND``, a KeysKind, tells which of dk and dv are wanted, and
+    whether dq [B, H, Nq, D], zeros in the accumulator's type, is to receive dQ without its factor ``scale``. What is not wanted
+    is None.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -271,7 +272,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     # [BLOCK_N, D], [BLOCK_N, DV]
     k = load_tile(key_view(k_ptr, k_strides, work, 1), first, D, BLOCK_N, True, TILE.wide)
     v = load_tile(key_view(v_ptr, v_strides, work, 1), first, DV, BLOCK_N, True, TILE.wide)
-    # A sum that nobody asked for is a plain 0, which takes no registers.
+    # A sum that is not wanted is a plain 0, which takes no registers.
     dk = zeros(D, BLOCK_N, ACC) if KIND.need_dk else 0
     dv = zeros(DV, BLOCK_N, ACC) if KIND.need_dv else 0
 
@@ -283,8 +284,9 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     else:
         # Key k sees the queries whose position lies in [k - right, k + left]: the same window with its sides swapped.
         bounds = bounds_of(first - work.offset, work.n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
-        # Keys past the end make rows of dK and dV that are never stored. But dQ sums over keys, where a weight that should be 0
-        # is exp(0 - LSE), infinite below LSE -88, and a mod may read an operand there: then every tile of theirs is masked.
+        # Keys past the end only make rows of dK and dV that are never stored. But dQ sums over keys, and there a weight that
+        # should be 0 is exp(0 - LSE), infinite for an LSE below -88; and a mod may read an operand there. In both cases every
+        # tile with such keys is masked.
         if KIND.fused or len(extras.mods) > 0:
             inner_hi = tl.where(first + BLOCK_N > n_keys, bounds.inner_lo, bounds.inner_hi)
             bounds = Bounds(bounds.lo, bounds.inner_lo, inner_hi, bounds.hi)
@@ -313,7 +315,10 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
 
 def delta_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None,
                  delta: torch.Tensor, call: Call, *, config: TileConfig) -> Launch:
-    """What fills ``delta`` [B, H, Nq]; ``dlse`` must lie in memory like it and ``lse``, which may come with its rest."""
+    """The launch that fills ``delta`` [B, H, Nq]; ``dlse`` must be laid out like it and ``lse``.
+
+    ``lse`` may come with its rest.
+    """
     heads = out.shape[1]
     lse, _ = with_lse(call, lse)
     args = (out, dout, lse, dlse, delta, call.strides(out, dout), heads, call.n_queries, call.extras.sequences,
@@ -324,7 +329,7 @@ def delta_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse:
 
 def dq_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
               delta: torch.Tensor, dq: torch.Tensor, tiles: tuple[Any, ...], call: Call, *, config: TileConfig) -> Launch:
-    """What fills ``dq`` [B, H, Nq, D]; ``lse`` [B, H, Nq], or with its rest [2, B, H, Nq]."""
+    """The launch that fills ``dq`` [B, H, Nq, D]; ``lse`` is [B, H, Nq], or with its rest [2, B, H, Nq]."""
     heads = q.shape[1]
     lse, call = with_lse(call, lse)
     args = (
@@ -337,9 +342,9 @@ def dq_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Ten
 
 
 def with_weight_sums(call: Call, q: torch.Tensor, config: TileConfig) -> tuple[Call, torch.Tensor]:
-    """``call`` whose dQ also leaves the gradient of its additive score's weights in parts [B, H, tiles, D], and these.
+    """(``call``, parts [B, H, tiles, D]); dQ of this call leaves the gradient of an additive score's weights in the parts.
 
-    Programs of no sequence leave nothing: the parts begin as 0.
+    Programs past the end of their sequence write nothing, so the parts begin as 0.
     """
     heads, head_dim = q.shape[1], q.shape[3]
     tiles = programs(call.n_queries, config.block_m, 1)
@@ -352,9 +357,9 @@ def with_weight_sums(call: Call, q: torch.Tensor, config: TileConfig) -> tuple[C
 def dkv_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
                delta: torch.Tensor, dk: torch.Tensor | None, dv: torch.Tensor | None, tiles: tuple[Any, ...], call: Call,
                *, config: TileConfig, dq: torch.Tensor | None = None) -> Launch:
-    """What fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; None for one nobody asked for.
+    """The launch that fills ``dk`` [B, Hkv, Nk, D] and ``dv`` [B, Hkv, Nk, Dv], summed over each group; either may be None.
 
-    ``lse`` is as for dQ. ``dq`` [B, H, Nq, D] of the accumulator's type, if it is given, gains dQ without its ``scale``.
+    ``lse`` is as in ``dq_launch``. ``dq`` [B, H, Nq, D] of the accumulator's type, if given, gains dQ without its ``scale``.
     """
     kv_heads = k.shape[1]
     wanted = [grad for grad in (dk, dv) if grad is not None]

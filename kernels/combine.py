@@ -1,7 +1,7 @@
-"""Joining what splits of the keys gave: out = sum_s w_s out_s with w_s = exp(lse_s - lse), lse = log sum_s exp(lse_s).
+"""Joins the results of splits of the keys: out = sum_s w_s out_s with w_s = exp(lse_s - lse), lse = log sum_s exp(lse_s).
 
-Few queries over many keys, as in decoding, are too few programs to fill a GPU: the keys are cut into splits
-(``forward.Split``) whose results meet here. Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
+Few queries over many keys, as in decoding, make too few programs to fill a GPU, so the keys are cut into splits
+(``forward.Splits``), whose results are joined here. Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
 
 import torch
@@ -21,7 +21,7 @@ def load_splits(ptr, which, step, n_splits, other):
 
 @triton.jit
 def split_weights(lse, pivot, rests, row, which, step, n_splits):
-    """exp(LSE - pivot) of the splits ``which``, whose LSE and its rest lie from element ``row`` on."""
+    """exp(LSE - pivot) of the splits ``which``; the rests of their LSE begin at element ``row``."""
     exponent = (lse - pivot) * LOG2E
     if len(rests) > 0:
         exponent += load_splits(rests[0] + row, which, step, n_splits, 0.0) * LOG2E
@@ -31,12 +31,12 @@ def split_weights(lse, pivot, rests, row, which, step, n_splits):
 @triton.jit(do_not_specialize=["H", "Nq", "n_splits"])
 def combine_kernel(splits_ptr, splits_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rests, steps, strides, H, Nq, n_splits,
                    KIND: tl.constexpr, TILE: tl.constexpr):
-    """One program: one row [DV] of out [B, H, Nq, Dv], and its LSE; BLOCK_M splits at a time, BLOCK_N at most.
+    """One program: one row [DV] of out [B, H, Nq, Dv], and its LSE. It reads BLOCK_M splits at a time, of at most BLOCK_N.
 
-    splits [S, B, H, Nq, Dv] and splits_lse [S, B, H, rows]; ``steps`` are (elements from one split to the next in splits, in
-    their LSE, from one head to the next there, and in lse), ``strides`` those of out. sinks [H] or None. A split without a
-    key has LSE -inf, and what its row of splits holds is never read. ``rests``: (pointer, pointer) to what rounding took from
-    splits_lse and takes from lse, or ().
+    splits [S, B, H, Nq, Dv] and splits_lse [S, B, H, rows]; ``strides`` are those of out, sinks [H] or None. ``steps`` are the
+    distances in elements (between splits in splits, between splits in splits_lse, between heads in splits_lse, between heads in
+    lse). A split without a key has LSE -inf, and its row of splits is never read. ``rests`` are pointers (to the rest of
+    splits_lse, to that of lse), or ().
     """
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
@@ -84,9 +84,10 @@ def combine_kernel(splits_ptr, splits_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rest
 
 def combine_launch(splits: torch.Tensor, splits_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, *, config: TileConfig) -> Launch:
-    """What fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq] from ``splits`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq].
+    """The launch that fills ``out`` [B, H, Nq, Dv] and ``lse`` [B, H, Nq].
 
-    Both LSE may come with their rests, [2, ...] (``launch.with_lse``).
+    It reads ``splits`` [S, B, H, Nq, Dv] and their LSE [S, B, H, Nq]. Both LSE may come with their rests, [2, ...]
+    (``launch.with_lse``).
     """
     batch, heads, n_queries, dim_v = out.shape
     rests: tuple[torch.Tensor, ...] = ()

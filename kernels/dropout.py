@@ -1,8 +1,8 @@
 """Dropout of attention weights: which ones stay is a function of (seed, batch, head, query, key), and of nothing else.
 
-So the forward, both backward kernels with tiles of their own, and the reference draw one mask, and none stores it.
+So the forward, both backward kernels (with other tiles) and the reference draw the same mask, and none stores it.
 Philox 4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": 7 pass BigCrush) gives four
-words a counter: one for each of four neighbouring keys.
+words for each counter: one for each of four neighbouring keys.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ ROUNDS = tl.constexpr(7)
 
 
 class Dropout(NamedTuple):
-    """Dropout as kernels take it; without any, () stands for the whole."""
+    """Dropout as kernels take it; without any, () takes its place."""
 
     seed: Any  # pointer to one int64
     threshold: Any  # compile-time: a weight stays where its 32-bit word is at least this
-    factor: Any  # compile-time: 1 / (1 - p), what the weights that stay grow by
+    factor: Any  # compile-time: 1 / (1 - p), by which the weights that stay are multiplied
 
 
 @triton.jit

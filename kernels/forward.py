@@ -37,7 +37,7 @@ from fused_attn.kernels.window import Rule, side
 
 @dataclass(frozen=True)
 class ForwardKind(Kind):
-    """``precise``: the output is freed from what rounding the weights costs it."""
+    """``precise``: whether the output is corrected for the rounding of the weights."""
 
     precise: bool = False
 
@@ -46,7 +46,7 @@ forward_kind = functools.cache(ForwardKind)
 
 
 class Splits(NamedTuple):
-    """The keys of every query in splits, each a program with an out and an LSE of its own, which ``combine`` joins."""
+    """The keys of every query in splits: each is a program with an out and an LSE of its own, which ``combine`` joins."""
 
     out_step: int  # elements from the out of one split to that of the next
     lse_step: int
@@ -96,9 +96,9 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
 
     q [B, H, Nq, D], k [B, H / group, Nk, D], v [B, H / group, Nk, Dv], out [B, H, Nq, Dv], lse [B, H, Nq], sinks [H] or
     None; ``strides`` are those of q, k, v and out. ``left`` and ``right`` are window bounds or None, ``offset`` the
-    position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``splits`` a Splits or (), with which
-    out and lse are those of the first of ``n_splits``; ``KIND`` a ForwardKind, ``TILE`` a TileConfig.
-    Packed sequences: q [H, T, D] and so on, Nq and Nk the longest.
+    position of query 0 among the keys, ``extras`` an Extras, ``tiles`` a TileList or (), ``splits`` a Splits or (), ``KIND`` a
+    ForwardKind, ``TILE`` a TileConfig. With a Splits, out and lse are those of the first of ``n_splits`` splits.
+    Of packed sequences, q is [H, T, D] and so on, and Nq and Nk are the longest lengths.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -126,8 +126,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         q_view = boxed(q_view, D, BLOCK_M)
         k_view = boxed(k_view, D, BLOCK_N)
         v_view = boxed(v_view, DV, BLOCK_N)
-    # Where the compiler splits a tile between two consumers it moves the row at which their queries are loaded, for all that
-    # the row is used for: masks, LSE and output would move with it. So the load has a row of its own (n_splits is 1).
+    # Where the compiler splits a tile between two consumers, it shifts the row at which queries are loaded, and with it all
+    # other uses of that value: masks, LSE and output. So the load has a value of its own for the row (n_splits is 1).
     load_first = work.first
     if TILE.specialize:
         load_first = work.first + (n_splits - 1)
@@ -145,7 +145,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
         inner_first, inner_stop = even(inner_first, inner_stop, STEP, split, n_splits)
         edges_first, edges_stop = even(0, edges_stop, 1, split, n_splits)
     if TILE.specialize:
-        # One loop, masked all along: the compiler specialises no other.
+        # One loop in which every tile is masked, since the compiler specialises no other.
         for k_first in tl.range(sweep.bounds[0].lo, sweep.bounds[0].hi, BLOCK_N, warp_specialize=True):
             place = tile_of_keys(work, k_first)
             state = attend(state, q, k_view, v_view, place, rule, extras, KIND, TILE, True)
@@ -165,8 +165,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
     if len(extras.dropout) > 0:
         factor *= extras.dropout.factor
     if KIND.precise:
-        # Weights are rounded before they meet V. Divided by what the rounded ones sum to, the output loses the part of
-        # that error that is common to all values: the one that a large mean of V blows up.
+        # Weights are rounded before they meet V. Dividing by the sum of the rounded ones removes the part of that error that
+        # is common to all values, which a large mean of V would amplify.
         factor *= tl.where(state[4] == 0.0, 1.0, state[3] / tl.where(state[4] == 0.0, 1.0, state[4]))
     store_tile(query_view(out_ptr, out_strides, work), work.first, scaled(state[0], factor[:, None]), DV, BLOCK_M, TILE.wide)
     views = lse_views(lse_ptr, extras, work, Nq, lse_skip)
@@ -178,8 +178,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, strides,
 def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, tiles: tuple[Any, ...], call: Call, *, config: TileConfig,
                    precise: bool = False, splits: tuple[Any, ...] = (), n_splits: int = 1) -> Launch:
-    """What fills ``out`` and ``lse``; shapes as in ``forward_kernel``, lse [2, B, H, Nq] where it is to come with its rest
-    (``with_lse``). ``tiles`` is what ``list_launch`` gave, ``splits`` a Splits."""
+    """The launch that fills ``out`` and ``lse``; shapes as in ``forward_kernel``, lse [2, B, H, Nq] to come with its rest
+    (``with_lse``). ``tiles`` is what ``list_launch`` returned, ``splits`` a Splits or ()."""
     heads = q.shape[1]
     lse, call = with_lse(call, lse)
     args = (

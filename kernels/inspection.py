@@ -1,4 +1,4 @@
-"""Looking at attention: its weights where they are asked for, or what can be said of them without holding them.
+"""Inspection of attention: its weights, or statistics of them that never hold them all.
 
 Row statistics take one sweep over the keys, column sums one over the queries; neither holds more than a tile.
 """
@@ -35,7 +35,7 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
                      KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: LSE, entropy -sum(p ln p) over the keys, and largest weight, each [B, H, Nq], of BLOCK_M queries.
 
-    Beside maximum m and sum l of exp(s - m) it carries t, the sum of exp(s - m) (s - m): entropy is ln l - t / l.
+    Beside the maximum m and the sum l of exp(s - m) it carries t, the sum of exp(s - m) (s - m); the entropy is ln l - t / l.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -70,14 +70,14 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
         row_max = new_max
 
     empty = row_sum == 0.0
-    # All sums were taken relative to the largest score of a key, exp(row_max - base) of which is in the total.
+    # All sums were taken relative to row_max, the largest score of a key; relative to base they shrink by ``height``.
     base, total, height = row_max, row_sum, 1.0
     if sinks_ptr is not None:
         base, total, height = softmax_sink(row_max, row_sum, sinks_ptr, work.head)
     factor, lse, rest = softmax_finish(base, total)
     largest = tl.where(empty, 0.0, height * factor)
     above = (base - row_max) - tl.log2(factor) * LN2  # LSE - row_max
-    entropy = tl.where(largest == 0.0, 0.0, largest * (row_sum * above - row_dot))  # which may be inf, or NaN of an empty row
+    entropy = tl.where(largest == 0.0, 0.0, largest * (row_sum * above - row_dot))  # else inf, or NaN in an empty row
     sequences = extras.sequences
     views = lse_views(lse_ptr, extras, work, Nq)
     store_rows(views[0], first, lse, BLOCK_M)
@@ -91,7 +91,7 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
 def column_sums_kernel(q_ptr, k_ptr, lse_ptr, received_ptr, strides,
                        H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
                        KIND: tl.constexpr, TILE: tl.constexpr):
-    """One program: what BLOCK_N keys receive from all queries of one head; received [B, H, Nk]."""
+    """One program: the sum of weights that BLOCK_N keys receive from all queries of one head; received [B, H, Nk]."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     D: tl.constexpr = KIND.dim
@@ -154,7 +154,7 @@ def _arguments(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[object, ..
 
 def row_stats_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, maximum: torch.Tensor,
                      sinks: torch.Tensor | None, call: Call, *, config: TileConfig) -> Launch:
-    """What fills ``lse``, ``entropy`` and ``maximum`` [B, H, Nq]; ``lse`` [2, B, H, Nq] where it is to come with its rest."""
+    """The launch that fills ``lse``, ``entropy``, ``maximum`` [B, H, Nq]; ``lse`` is [2, B, H, Nq] to come with its rest."""
     lse, call = with_lse(call, lse)
     args = (q, k, lse, entropy, maximum, sinks, *_arguments(q, k, call))
     return Launch(row_stats_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
@@ -163,7 +163,7 @@ def row_stats_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entrop
 
 def column_sums_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, received: torch.Tensor, call: Call, *,
                        config: TileConfig) -> Launch:
-    """What fills ``received`` [B, H, Nk]."""
+    """The launch that fills ``received`` [B, H, Nk]."""
     lse, call = with_lse(call, lse)
     args = (q, k, lse, received, *_arguments(q, k, call))
     return Launch(column_sums_kernel, programs(call.n_keys, config.block_n, call.batch * q.shape[1]), args,
@@ -172,7 +172,7 @@ def column_sums_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, rece
 
 def weights_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: torch.Tensor, call: Call, *,
                    config: TileConfig) -> Launch:
-    """What fills ``p`` [B, H, Nq, Nk]."""
+    """The launch that fills ``p`` [B, H, Nq, Nk]."""
     lse, call = with_lse(call, lse)
     args = (q, k, lse, p, *_arguments(q, k, call))
     return Launch(weights_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,

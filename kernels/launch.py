@@ -31,11 +31,11 @@ WIDEST_STRIDE = 2**31 // 512
 class Extras(NamedTuple):
     """What a call adds to plain attention, as kernels take it: a tuple that is empty costs nothing.
 
-    No field of these tuples is ever None, which Triton 3.6 loses on the way into a function.
+    No field of these tuples is ever None, since Triton 3.6 loses a None on its way into a function.
     """
 
-    mods: tuple[Any, ...] = ()  # of score.Mod, in the order in which they act
-    keeps: tuple[Any, ...] = ()  # of mask.Keep
+    mods: tuple[Any, ...] = ()  # score.Mod records, in the order in which they act
+    keeps: tuple[Any, ...] = ()  # mask.Keep records
     sequences: Sequences = Sequences()
     dropout: tuple[Any, ...] = ()  # a dropout.Dropout
     additive: tuple[Any, ...] = ()  # a product.Additive, in place of the inner product
@@ -46,7 +46,7 @@ PLAIN = Extras()
 
 
 class Call(NamedTuple):
-    """One call of attention, beside its tensors q, k, v [B, H, N, D] (packed: [1, H, T, D], whatever the batch)."""
+    """One call of attention, all but its tensors q, k, v [B, H, N, D] (packed: [1, H, T, D], whatever the batch)."""
 
     scale: float
     left: int | None
@@ -57,26 +57,26 @@ class Call(NamedTuple):
     n_queries: int  # of the longest sequence
     n_keys: int
     extras: Extras = PLAIN
-    masks_by: tuple[bool, bool] = (False, False)  # whether the masks differ from batch entry to batch entry, head to head
+    masks_by: tuple[bool, bool] = (False, False)  # whether the masks differ between batch entries, and between heads
     widest: int = 0  # largest query or key stride of an operand
-    loaded_bytes: int = 0  # of operands, for each score
+    loaded_bytes: int = 0  # bytes of operands that are loaded for each score
 
     @property
     def heavy(self) -> bool:
-        """Whether a tile of scores takes more registers than plain attention's: its configurations differ."""
+        """Whether a tile of scores takes more registers than in plain attention, so that tile configurations differ."""
         return bool(self.extras.mods or self.extras.keeps or self.extras.dropout)
 
     def strides(self, *tensors: torch.Tensor) -> tuple[tuple[Any, ...], ...]:
-        """Strides of [B, H, N, D] tensors; the batch of packed ones has none."""
+        """Strides of [B, H, N, D] tensors; the batch stride of packed ones is a compile-time 0."""
         if not self.extras.sequences.total_q:
             return tuple([t.stride() for t in tensors])
         return tuple((tl.constexpr(0), *t.stride()[1:]) for t in tensors)
 
 
 class Launch(NamedTuple):
-    """A launch that may be run, compiled, timed or told of: all of it but the moment.
+    """A launch as a value, which may be run, compiled, timed or described.
 
-    ``arguments`` are the kernel's before TILE, which ``config`` becomes; the first is a tensor, on whose device it runs.
+    ``arguments`` are those of the kernel up to TILE, which ``config`` becomes; the first is a tensor, on whose device it runs.
     """
 
     kernel: Any
@@ -86,7 +86,7 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The kernel's, such as "forward_kernel"."""
+        """The kernel's name, such as "forward_kernel"."""
         name: str = self.kernel.fn.__name__
         return name
 
@@ -115,7 +115,7 @@ _counters: list[Counter[str]] = []
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Counts the launches made within it, by kernel name."""
+    """Counts the launches made within the context, by kernel name."""
     counter: Counter[str] = Counter()
     _counters.append(counter)
     try:
@@ -217,9 +217,9 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def with_lse(call: Call, lse: torch.Tensor) -> tuple[torch.Tensor, Call]:
-    """(LSE, ``call``) as a kernel takes them, of an LSE [..., H, Nq], or of [2, ..., H, Nq], which is LSE and its rest.
+    """Returns (lse, call) in the form that kernels take, given an LSE [..., H, Nq], or [2, ..., H, Nq], the LSE and its rest.
 
-    Kernels of calls with mods need both: beside a score of -1e9 one fp32 number cannot hold the logarithm of a sum.
+    Calls with mods need both: where scores are near -1e9, one fp32 number cannot hold the logarithm of a sum as well.
     """
     if lse.dim() == 3:
         return lse, call
@@ -238,7 +238,7 @@ def fit_offsets(config: TileConfig, call: Call, *tensors: torch.Tensor) -> TileC
 
 
 def programs(length: int, block: int, heads: int) -> int:
-    """Grid size for ``heads`` sequences of ``length``, a tile of ``block`` each."""
+    """Grid size for ``heads`` sequences of ``length`` rows, with one program for each tile of ``block`` rows."""
     return -(-length // block) * heads
 
 
@@ -247,5 +247,5 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-# Kinds are made once: a launch is quicker for it.
+# Each kind is made once, which makes launches quicker.
 kind_of = functools.cache(Kind)

@@ -10,7 +10,7 @@ from fused_attn.kernels.window import keep_mask
 
 
 class Keep(NamedTuple):
-    """A mask as kernels take it: a jit function (q_pos, k_idx, head, batch, args) -> bool, and its arguments as of a Mod."""
+    """A mask as kernels take it: a jit function (q_pos, k_idx, head, batch, args) -> bool, and its arguments as in a Mod."""
 
     function: Any
     args: Any = ()
@@ -31,19 +31,19 @@ def hidden(q_pos, k_idx, head, batch, args):
 
 @triton.jit
 def document(q_pos, k_idx, head, batch, args):
-    """Both tokens belong to one document; args = (document of q, document of k)."""
+    """True where both tokens belong to one document; args = (document of q, document of k)."""
     return args[0] == args[1]
 
 
 @triton.jit
 def prefix_lm(q_pos, k_idx, head, batch, args):
-    """A prefix that all see, causal after it; args = (length of the prefix,)."""
+    """A prefix that every query sees, and causal attention after it; args = (length of the prefix,)."""
     return (k_idx < args[0]) | (k_idx <= q_pos)
 
 
 @triton.jit
 def tree(q_pos, k_idx, head, batch, args):
-    """Key k is an ancestor of query q, or q itself; args = (enter of q, enter of k, leave of k), see ``soft_tree``."""
+    """True where key k is an ancestor of query q, or q; args = (enter of q, enter of k, leave of k), see ``soft_tree``."""
     return (args[1] <= args[0]) & (args[0] < args[2])
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 class Operand(NamedTuple):
-    """One tensor as kernels take it; a compile-time constant in its place is (value,).
+    """One tensor as kernels take it. A compile-time constant takes its place as (value,).
 
     ``strides`` is a compile-time 0 in a dimension that broadcasts. ``start`` is the offset of element (0, 0, 0, 0): a value
     that depends on k - q alone is a vector whose query stride is the negative of its key stride.
@@ -28,7 +28,7 @@ class Operand(NamedTuple):
 
 @triton.jit
 def per_query(values, KEYS_FIRST: tl.constexpr):
-    """[M] values as they broadcast against a tile of scores: [M, N], or [N, M] with ``KEYS_FIRST``."""
+    """Reshapes values [M] to broadcast against a tile of scores, which is [M, N], or [N, M] with ``KEYS_FIRST``."""
     if KEYS_FIRST:
         return values[None, :]
     else:
@@ -37,7 +37,7 @@ def per_query(values, KEYS_FIRST: tl.constexpr):
 
 @triton.jit
 def per_key(values, KEYS_FIRST: tl.constexpr):
-    """[N] values as they broadcast against a tile of scores."""
+    """Reshapes values [N] to broadcast against a tile of scores."""
     if KEYS_FIRST:
         return values[:, None]
     else:
@@ -47,7 +47,7 @@ def per_key(values, KEYS_FIRST: tl.constexpr):
 @triton.jit
 def load_operand(operand, place, ACC: tl.constexpr, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr,
                  TAIL_K: tl.constexpr):
-    """The values at a tile, in a shape that broadcasts against it; floats in ``ACC``, or in fp32 at least where it is None."""
+    """The values at a tile, in a shape that broadcasts against it; floats in ``ACC``, or in at least fp32 if that is None."""
     batch_stride, head_stride, q_stride, k_stride = operand.strides
     base = operand.ptr + operand.start
     base += tl.cast(place.batch, tl.int64) * batch_stride + tl.cast(place.head, tl.int64) * head_stride
@@ -79,8 +79,9 @@ def load_operand(operand, place, ACC: tl.constexpr, TILE: tl.constexpr, KEYS_FIR
     else:
         value = tl.load(base)
     if operand.narrow and (operand.by_query or operand.by_key):
-        # Triton lays P out for its product by the narrowest load that P comes from: in fp16 and bf16 a mask of bytes then
-        # doubles every exp2, and fp64 does not compile. A sum over one element is no elementwise step, where that search ends.
+        # Triton chooses the layout of P for its product by the narrowest load that P depends on. With a mask of bytes, every
+        # exp2 is then computed twice in fp16 and bf16, and fp64 does not compile. That search for loads stops at a step that
+        # is not elementwise, such as this sum over one element.
         value = tl.sum(tl.expand_dims(value, 2), 2)
     if operand.boolean:
         value = value != 0

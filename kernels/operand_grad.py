@@ -1,8 +1,8 @@
 """Gradients of operands: dS, times the argument's slope, summed over what the operand broadcasts along.
 
 One program owns a tile of one operand's gradient and walks everything that is summed into it: no tensor of the size of
-the scores exists unless the operand has that size itself, and no atomics, so the sum is the same from run to run. Where
-the operand is too small to occupy a GPU, the walk is cut into parts whose sums are added at the end.
+the scores exists unless the operand itself has that size, and there are no atomics, so the sum is the same from run to run.
+Where the operand is too small to occupy a GPU, the walk is cut into parts whose sums are added at the end.
 """
 
 import functools
@@ -38,8 +38,8 @@ ENOUGH_PROGRAMS = 512
 
 @dataclass(frozen=True)
 class OperandKind(Kind):
-    """The gradient of argument ``arg`` of mod ``member``; ``own`` tells for (batch, head, query, key, diagonal) whether the
-    operand differs along it."""
+    """The gradient of argument ``arg`` of mod ``member``; ``own`` tells for each of (batch, head, query, key, diagonal)
+    whether the operand differs along it."""
 
     member: int = 0
     arg: int = 0
@@ -51,7 +51,7 @@ operand_kind = functools.cache(OperandKind)
 
 @triton.jit
 def split_index(index, Own: tl.constexpr, extent, own, walked):
-    """Takes one dimension off an index: (index within the dimension, rest of the own index, rest of the walked index)."""
+    """Takes one dimension off an index: (index within the dimension, what remains of the own and of the walked index)."""
     if Own:
         return own % extent, own // extent, walked
     else:
@@ -64,9 +64,9 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
                         KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: one tile of the gradient of an operand, or of one part of its sum; ``KIND`` is an OperandKind.
 
-    What the operand does not differ along is walked. grad [parts, B', H', Nq', Nk'] with 1 where walked. Along diagonals it is
-    [parts, differences, H', B', BLOCK, BLOCK]: the sums of all tiles whose first key minus first query is one and the same, for
-    ``diagonal_sums`` to finish.
+    The program walks the dimensions along which the operand does not differ. grad is [parts, B', H', Nq', Nk'], with extent 1
+    in those. For an operand that differs along diagonals it is [parts, differences, H', B', BLOCK, BLOCK]: for each
+    difference of first key and first query the sum of all tiles that have it, which ``diagonal_sums`` finishes.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -79,7 +79,7 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
     rule = Rule(side(left), side(right), scale.to(ACC))
     m_tiles = tl.cdiv(Nq, BLOCK_M)
     n_tiles = tl.cdiv(Nk, BLOCK_N)
-    walk = tl.full([], 1, tl.int64)  # of all tiles of all heads there may be more than 2**31
+    walk = tl.full([], 1, tl.int64)  # all heads together may have more than 2**31 tiles
     if not OWN[0]:
         walk *= B
     if not OWN[1]:
@@ -154,12 +154,12 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
 
 
 def diagonal_sums(tiles: torch.Tensor, n_queries: int, n_keys: int) -> torch.Tensor:
-    """Sums by k - q, [B', H', Nq + Nk - 1], of tiles [differences, H', B', BLOCK, BLOCK] as the kernel leaves them."""
+    """Sums by k - q, [B', H', Nq + Nk - 1], from the tiles [differences, H', B', BLOCK, BLOCK] that the kernel leaves."""
     block = tiles.shape[-1]
     # With its rows reversed and row r moved r columns to the right, a tile's diagonals are columns.
     skewed = torch.nn.functional.pad(tiles.flip(-2), (0, block)).flatten(-2)[..., : block * (2 * block - 1)]
     columns = skewed.unflatten(-1, (block, 2 * block - 1)).sum(-2)
-    # Tiles of neighbouring differences share the differences between them.
+    # The diagonals of tiles with neighbouring differences overlap.
     line = columns.new_zeros(tiles.shape[0] + 1, *tiles.shape[1:3], block)
     line[:-1] += columns[..., :block]
     line[1:, ..., : block - 1] += columns[..., block:]

@@ -1,11 +1,11 @@
-"""What a query and a key make of each other before anything else: an inner product, or an additive score.
+"""The raw score of a query and a key: an inner product, or an additive score.
 
     q . k,    or    sum_d w_d tanh(q_d + k_d)
 
-Both are symmetric in their two tiles, so either may come first. The gradient of the additive score by q_d is
-w_d (1 - tanh^2(q_d + k_d)), and by w_d the tanh itself. A tile of it is three-dimensional, [rows, rows, columns], and
-lives in registers alone: small tiles, and no tensor of Nq x Nk x D. Source: Bahdanau, Cho & Bengio 2014, "Neural Machine
-Translation by Jointly Learning to Align and Translate".
+Both are symmetric in their two tiles, so either may come first. The gradient of the additive score with respect to q_d is
+w_d (1 - tanh^2(q_d + k_d)), and with respect to w_d it is the tanh itself. A tile of tanh values is three-dimensional,
+[rows, rows, columns], and lives in registers alone: tiles are small, and there is no tensor of Nq x Nk x D. Source:
+Bahdanau, Cho & Bengio 2014, "Neural Machine Translation by Jointly Learning to Align and Translate".
 """
 
 from typing import Any, NamedTuple
@@ -27,18 +27,19 @@ class Additive(NamedTuple):
 
 @triton.jit
 def decay(x):
-    """(e, 1 / (1 + e)) with e = exp(-2 |x|), which neither overflows nor leaves (0, 1]: tanh |x| is (1 - e) / (1 + e)."""
+    """(e, 1 / (1 + e)) with e = exp(-2 |x|), which stays within (0, 1] and cannot overflow: tanh |x| = (1 - e) / (1 + e)."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     return e, 1.0 / (1.0 + e)
 
 
 @triton.jit
 def tanh_of(x, ACCURATE: tl.constexpr):
-    """tanh; ``ACCURATE`` to the last digits near 0, where the plain form loses them."""
+    """tanh x. ``ACCURATE`` keeps the last digits near 0, which the plain form loses."""
     e, inverse = decay(x)
     tanh = (1.0 - e) * inverse
     if ACCURATE:
-        # Near 0 the difference loses digits that fp32 and fp64 users keep: Taylor there, error below 2**-53 |x|.
+        # Near 0 the difference loses digits that matter in fp32 and fp64. A Taylor series, with an error below 2**-53 |x|,
+        # replaces it there.
         y = x * x
         poly = -1382.0 / 155925.0 + y * (21844.0 / 6081075.0)
         poly = 62.0 / 2835.0 + y * poly
@@ -51,21 +52,21 @@ def tanh_of(x, ACCURATE: tl.constexpr):
 
 @triton.jit
 def tanh_slope(x):
-    """1 - tanh^2 as 4 e / (1 + e)^2: the difference has no digits left where tanh is near 1."""
+    """1 - tanh^2, computed as 4 e / (1 + e)^2, since the difference has no digits left where tanh is near 1."""
     e, inverse = decay(x)
     return 4.0 * e * inverse * inverse
 
 
 @triton.jit
 def weight_block(additive, head, FIRST_COL: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
-    """[COLS] of a head's weights from column ``FIRST_COL`` on, 0 past D."""
+    """The weights [COLS] of a head from column ``FIRST_COL`` on, with 0 past D."""
     cols = FIRST_COL + tl.arange(0, COLS)
     return tl.load(additive.weight + tl.cast(head, tl.int64) * additive.stride + cols, mask=cols < D, other=0.0).to(ACC)
 
 
 @triton.jit
 def sums_block(a, b, ACC: tl.constexpr):
-    """All sums of rows of two blocks of columns: [rows of a, rows of b, columns]."""
+    """Every row of a plus every row of b, for two blocks of columns: [rows of a, rows of b, columns]."""
     return a.to(ACC)[:, None, :] + b.to(ACC)[None, :, :]
 
 
@@ -78,9 +79,9 @@ def tanh_block(a, b, ACC: tl.constexpr):
 
 @triton.jit
 def products(a, b, head, additive, KIND: tl.constexpr):
-    """[rows of a, rows of b]: raw scores of two tiles."""
+    """The raw scores of two tiles: [rows of a, rows of b]."""
     ACC: tl.constexpr = KIND.acc
-    PRECISION: tl.constexpr = KIND.precision  # a name of its own: Triton 3.6 passes on no text that is none
+    PRECISION: tl.constexpr = KIND.precision  # a name of its own: Triton 3.6 passes on a string only as a constexpr
     if len(additive) == 0:
         return inner(a, b, ACC, PRECISION)
     else:
@@ -100,7 +101,7 @@ def pulled_block(ds, a, b, weight, acc, ACC: tl.constexpr):
 
 @triton.jit
 def pulled(ds, a, b, acc, head, additive, KIND: tl.constexpr):
-    """``acc`` plus what dS [rows of a, rows of b] gives to the gradient of a."""
+    """``acc`` plus what dS [rows of a, rows of b] contributes to the gradient of a."""
     ACC: tl.constexpr = KIND.acc
     PRECISION: tl.constexpr = KIND.precision
     if len(additive) == 0:
@@ -117,7 +118,7 @@ def pulled(ds, a, b, acc, head, additive, KIND: tl.constexpr):
 
 @triton.jit
 def weight_start(additive, D: tl.constexpr, ACC: tl.constexpr):
-    """The running sum of the gradient of w, a tuple of blocks [1, columns]; nothing where nobody asked for it."""
+    """The running sum of the gradient of w, a tuple of blocks [1, columns]; (0,) where that gradient is not wanted."""
     if len(additive) == 0 or len(additive.sums) == 0:
         return (0,)
     else:
@@ -129,7 +130,7 @@ def weight_start(additive, D: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def weight_step(dw, ds, a, b, additive, ACC: tl.constexpr):
-    """``dw`` with what a tile of dS adds to it."""
+    """``dw`` plus what a tile of dS contributes to it."""
     if len(additive) == 0 or len(additive.sums) == 0:
         return dw
     else:
@@ -141,7 +142,7 @@ def weight_step(dw, ds, a, b, additive, ACC: tl.constexpr):
 
 @triton.jit
 def weight_finish(dw, scale, additive, D: tl.constexpr):
-    """Leaves this program's part of the gradient of w."""
+    """Stores this program's part of the gradient of w."""
     if len(additive) > 0 and len(additive.sums) > 0:
         HEAD: tl.constexpr = head_columns(D)
         base = additive.sums[0] + tl.cast(tl.program_id(0), tl.int64) * D

@@ -17,12 +17,12 @@ import triton.language as tl
 from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Launch, accumulator
 
-HEADS = tl.constexpr(4)  # of one program: they share its cosines and sines
+HEADS = tl.constexpr(4)  # heads of one program, which share its cosines and sines
 
 
 @dataclass(frozen=True)
 class Turn:
-    """How ``pairs`` of the ``dim`` columns are turned, in sums of the type ``acc``; ``back``: the other way."""
+    """How ``pairs`` pairs of the ``dim`` columns are turned, in arithmetic of type ``acc``; ``back`` turns the other way."""
 
     dim: int
     pairs: int
@@ -42,9 +42,9 @@ def rows_and_columns(ptr, rows, cols, row_stride, col_stride, WIDE: tl.constexpr
 
 @triton.jit(do_not_specialize=["H", "N"])
 def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, TURN: tl.constexpr, TILE: tl.constexpr):
-    """One program: BLOCK_M rows of HEADS heads. x and out [B, H, N, D], cos and sin [B, N, pairs]; ``strides`` of all four.
+    """One program: BLOCK_M rows of HEADS heads. x and out [B, H, N, D], cos and sin [B, N, pairs].
 
-    ``TURN`` is a Turn.
+    ``strides`` are those of all four, ``TURN`` is a Turn.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     D: tl.constexpr = TURN.dim
@@ -89,10 +89,10 @@ def rotary_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, strides, H, N, TURN: tl.cons
 
 def rotary_launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool, back: bool, *,
                   config: TileConfig) -> Launch:
-    """What fills ``out``: shapes as in ``rotary_kernel``, cos and sin possibly expanded along the batch."""
+    """The launch that fills ``out``; shapes as in ``rotary_kernel``, with cos and sin possibly expanded along the batch."""
     batch, heads, length, head_dim = x.shape
     tensors = (x, cos, sin, out)
-    # Offsets inside a head are 32 bits where all of its elements lie so close.
+    # Offsets inside a head take 32 bits where its elements lie close enough together.
     if any((t.shape[-2] - 1) * t.stride(-2) + (t.shape[-1] - 1) * t.stride(-1) >= 2**31 for t in tensors):
         config = dataclasses.replace(config, wide=True)
     args = (*tensors, tuple(t.stride() for t in tensors), heads, length,

@@ -2,8 +2,8 @@
 
 A mod is ``(score, q_pos, k_idx, head, batch, args) -> score`` on tiles of any orientation: ``q_pos`` (a query's position
 among the keys) and ``k_idx`` broadcast against the score, and ``args`` holds the mod's operands, already loaded, and its
-compile-time constants. A slope is ``(score, modded, q_pos, k_idx, head, batch, args) -> d modded / d score``, an argument's
-slope the same with d modded / d args[i]. With no mod at all the scale joins the exponent.
+compile-time constants. A slope is ``(score, modded, q_pos, k_idx, head, batch, args) -> d modded / d score``; an argument's
+slope has the same parameters and gives d modded / d args[i]. Without any mod, the scale becomes a factor of the exponent.
 """
 
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ from fused_attn.kernels.product import tanh_of, tanh_slope
 
 
 class Mod(NamedTuple):
-    """A mod as kernels take it: jit functions, operands or (constant,) for its arguments, and the numbers of these."""
+    """A mod as kernels take it: jit functions, an operand or (constant,) for each argument, and the arguments' indices."""
 
     function: Any
     slope: Any
     arg_slopes: Any = ()
     args: Any = ()
-    order: Any = ()  # compile-time 0, 1, ...: Triton enumerates no tuple
+    order: Any = ()  # compile-time 0, 1, ..., since Triton cannot enumerate a tuple
 
 
 @triton.jit
@@ -94,7 +94,7 @@ MODS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
 
 
 def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: torch.dtype) -> tuple[Mod, ...]:
-    """The mods that the scale and softcap of a call ask for, ahead of ``others``; a new softcap compiles once."""
+    """The mods that the scale and softcap of a call need; ``others``: whether more mods follow. A new softcap compiles once."""
     if softcap_value is not None:
         # What the cheap form loses, about 2**-23 of the cap, shows in fp32 and fp64, and in fp16 and bf16 under a huge cap.
         accurate = dtype in (torch.float32, torch.float64) or softcap_value > 256
@@ -106,14 +106,14 @@ def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: 
 @triton.jit
 def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr,
                TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr):
-    """(modded score, its derivative by the raw score, or by argument ``ARG`` of mod ``MEMBER`` where that is not -1)."""
+    """(modded score, its derivative by ``score``, or by argument ``ARG`` of mod ``MEMBER`` where that is not -1)."""
     q_pos = per_query(place.q_first + place.offset + tl.arange(0, TILE.block_m), KEYS_FIRST)
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
     dmod = 1.0
     for i in tl.static_range(len(mods)):
         read = [x[0] if len(x) == 1 else load_operand(x, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
                 for x in mods[i].args]
-        # Written out at each call: assigned to a name, or returned, a compile-time constant is none any more.
+        # Written out at each call: once assigned to a name, or returned, a compile-time constant no longer is one.
         modded = mods[i].function(score, q_pos, k_idx, place.head, place.batch, [
             mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         if i == MEMBER:

@@ -1,9 +1,10 @@
 """The online softmax, in base 2: exp(x) = exp2(x * log2(e)).
 
-A score is in one of two units. Plain attention's is raw: scale and log2(e) join one factor, and one fused multiply-add takes
-the maximum away as it scales. Where a mod acts (``NATURAL``) scores are natural logits, and a bias may have made all of a
-row's as large as -1e9: the maximum is taken away first, which is exact, and only what is left is scaled. Scaled before, a
-maximum of that size is rounded by more than exp2 can bear; the same holds in the backward, where LSE comes in two parts.
+A score is in one of two units. In plain attention it is raw: scale and log2(e) form one factor, and one fused multiply-add
+scales the score and subtracts the maximum. Where a mod acts (``NATURAL``), scores are natural logits, and a bias may have made
+all those of a row as large as -1e9. Here the maximum is subtracted first, which is exact, and only the difference is scaled:
+scaling a maximum of that size first would round it by more than exp2 can bear. The same holds in the backward, where the LSE
+comes in two parts.
 
 Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention".
 """
@@ -21,9 +22,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr, NATURAL: tl.constexpr):
     """Takes one tile of scores [M, N] into the running maximum and sum [M].
 
-    ``scores * to_log2`` are logits in base 2 and so is ``row_max``, or with ``NATURAL`` both are natural. Returns the
-    unnormalised weights [M, N], the factor [M] by which everything accumulated before must shrink, and the new maximum and
-    sum. ``to_log2`` must be positive.
+    ``scores * to_log2`` and ``row_max`` are logits in base 2; with ``NATURAL``, ``scores`` and ``row_max`` are natural logits.
+    Returns the unnormalised weights [M, N], the factor [M] by which everything accumulated before must shrink, and the new
+    maximum and sum. ``to_log2`` must be positive.
     """
     tile_max = tl.max(scores, 1)
     new_max = tl.maximum(row_max, tile_max if NATURAL else tile_max * to_log2)
@@ -40,10 +41,11 @@ def softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr, NATURA
 
 @triton.jit
 def softmax_sink(row_max, row_sum, sinks_ptr, head):
-    """Maximum and sum [ROWS], natural, with the head's sink: a logit that takes weight and gives none. And the factor [ROWS]
-    by which everything accumulated before must shrink.
+    """Returns the natural maximum and sum [ROWS] with the head's sink in them, and the factor [ROWS] by which everything
+    accumulated before must shrink.
 
-    It comes last, and in natural units, since it may be of any size that its type holds; a sink of -inf is no sink. Source:
+    A sink is a logit that takes weight and has no value. It comes last, and in natural units, since it may have any size that
+    its type holds; a sink of -inf is no sink. Source:
     Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"; gpt-oss (2025).
     """
     sink = tl.load(sinks_ptr + head).to(row_max.dtype)
@@ -55,8 +57,8 @@ def softmax_sink(row_max, row_sum, sinks_ptr, head):
 
 @triton.jit
 def softmax_finish(row_max, row_sum):
-    """(factor that normalises the accumulated sum, LSE, what rounding took from it), each [M], of a natural maximum; a row
-    with no key gives LSE -inf."""
+    """Returns (factor that normalises the accumulated sum, LSE, its rest), each [M], given a natural maximum; a row with no key
+    has LSE -inf."""
     empty = row_sum == 0.0  # not `> 0`, which would hide a NaN
     row_sum = tl.where(empty, 1.0, row_sum)
     lse = row_max + tl.log2(row_sum) * LN2
@@ -66,7 +68,7 @@ def softmax_finish(row_max, row_sum):
 
 @triton.jit
 def lse_views(lse_ptr, extras, work, Nq, skip=0):
-    """Views of the LSE of a program's queries and, where a call keeps it, of its rest; ``skip`` elements further on."""
+    """Views of the LSE of a program's queries and, where a call keeps it, of its rest, both moved on by ``skip`` elements."""
     views = (query_rows(lse_ptr + skip, extras.sequences, work, Nq),)
     if len(extras.lse_rest) > 0:
         views = views + (query_rows(extras.lse_rest[0] + skip, extras.sequences, work, Nq),)
@@ -75,7 +77,7 @@ def lse_views(lse_ptr, extras, work, Nq, skip=0):
 
 @triton.jit
 def load_lse(views, first_row, extras, ROWS: tl.constexpr, TAIL: tl.constexpr):
-    """LSE of ROWS rows as their scores ask for it: (in base 2,), or where mods act (natural,) or (natural, its rest in base 2).
+    """The LSE of ROWS rows in the units of their scores: (in base 2,), or with mods (natural,) or (natural, rest in base 2).
 
     A row with no key, like one past the end, has +inf, so that its weights are 0 and not NaN.
     """

@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """(Bounds,) or (Row,), the other is ()."""
+    """``bounds`` is (Bounds,) and ``row`` is (), or ``bounds`` is () and ``row`` is (Row,)."""
 
     bounds: Any
     row: Any
@@ -38,7 +38,7 @@ class Sweep(NamedTuple):
 
 @triton.jit
 def bounds_of(first, length, left, right, SPAN: tl.constexpr, STEP: tl.constexpr):
-    """Tiles of STEP to visit for positions first ... first + SPAN - 1 over indices 0 ... length - 1.
+    """The Bounds of the tiles of STEP to visit for positions first ... first + SPAN - 1 over indices 0 ... length - 1.
 
     ``left`` and ``right`` are sides of a Rule.
     """

@@ -21,7 +21,7 @@ from fused_attn.kernels.window import Rule, side
 
 @dataclass(frozen=True)
 class ListKind:
-    """Whether lists are of the query tiles that see keys, those of ``group`` query heads, and not of key tiles."""
+    """``keys_first``: whether lists hold the query tiles, of ``group`` query heads, that see keys, instead of key tiles."""
 
     group: int
     keys_first: bool
@@ -31,7 +31,7 @@ class TileList(NamedTuple):
     """Tiles to visit: for each row of tiles, full ones from the front of ``entries``, partial ones from its back.
 
     entries [B', H', rows, columns] and counts [B', H', rows, 2] of int32; B' and H' are 1 where ``by_batch`` or
-    ``by_head`` is a compile-time False. Without any mask () stands for the whole.
+    ``by_head`` is a compile-time False. Without any mask, () takes its place.
     """
 
     entries: Any
@@ -92,14 +92,14 @@ def list_kernel(entries_ptr, counts_ptr, H, Nq, Nk, offset, left, right, extras,
 
 
 def _alone(keep: Keep) -> Keep:
-    """A mask for a kernel without products, which no layout follows from."""
+    """A mask for a kernel without products, where no layout follows from its loads."""
     return keep._replace(args=tuple(x._replace(narrow=tl.constexpr(False)) if isinstance(x, Operand) else x for x in keep.args))
 
 
 def list_launch(call: Call, q: torch.Tensor, k: torch.Tensor, config: TileConfig, *,
                 keys_first: bool) -> tuple[tuple[Any, ...], tuple[Launch, ...]]:
-    """(the tiles that a kernel of this call and configuration visits, what lists them): a ``TileList`` and (launch,), or () and
-    () where no mask asks for a list."""
+    """(the tiles that a kernel of this call and configuration visits, the launches that list them): a ``TileList`` and
+    (launch,), or () and () where no mask needs a list."""
     if not call.extras.keeps or 0 in (call.batch, q.shape[1], call.n_queries, call.n_keys):
         return (), ()
     heads, kv_heads = q.shape[1], k.shape[1]

@@ -15,11 +15,11 @@ import triton.language as tl
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a batch lie, as kernels take it: every field () or (pointer,), the last two numbers.
+    """Where the sequences of a batch lie, as kernels take it: every field is () or (pointer,), the last two () or two numbers.
 
     ``cu_q`` and ``cu_k`` [B + 1] hold the first rows of packed sequences, ``used_q`` and ``used_k`` [B] how many rows
     count, ``total_q`` and ``total_k`` the rows of the packed tensors as ``layout.packed_rows`` writes them; the first number of
-    ``total_q`` is the distance of two heads in a packed LSE as well. In a plain dense batch all are ().
+    ``total_q`` is also the distance of two heads in a packed LSE. In a plain dense batch all fields are ().
     """
 
     cu_q: Any = ()
@@ -31,7 +31,7 @@ class Sequences(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tile of scores lies: scalars, with ``offset`` the position of query 0 among the keys."""
+    """Where a tile of scores lies. All fields are scalars; ``offset`` is the position of query 0 among the keys."""
 
     batch: Any
     head: Any
@@ -58,13 +58,13 @@ def program_tile(pid, n_rows, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def packed_row(cu, total, index):
-    """Where a packed sequence begins, or the one before it ends: ``cu`` is not trusted to stay within the tensor."""
+    """Where a packed sequence begins, or the one before it ends, clamped to the tensor: ``cu`` is not trusted to stay in it."""
     return tl.minimum(tl.maximum(tl.load(cu[0] + index), 0), total[0] - total[1] // 16).to(tl.int32)
 
 
 @triton.jit
 def span(cu, used, total, batch, length):
-    """(first row, number of rows) of one side of a sequence; ``length`` where no packing says otherwise."""
+    """(first row, number of rows) of one side of a sequence; ``length`` rows where neither ``cu`` nor ``used`` says less."""
     start = tl.full([], 0, tl.int32)
     if len(cu) > 0:
         start = packed_row(cu, total, batch)
@@ -102,7 +102,7 @@ class Work(NamedTuple):
 
 @triton.jit
 def work_of(pid, n_rows, H, Nq, Nk, offset, sequences, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """The work of program ``pid``, one of those that have ``n_rows`` rows of each of ``H`` heads in tiles of BLOCK."""
+    """The work of program ``pid`` in a grid that covers ``n_rows`` rows of each of ``H`` heads in tiles of BLOCK."""
     first, bh = program_tile(pid, n_rows, BLOCK, LAST_FIRST)
     batch = bh // H
     q_start, n_queries, k_start, n_keys, offset = locate(sequences, batch, Nq, Nk, offset)
@@ -111,7 +111,7 @@ def work_of(pid, n_rows, H, Nq, Nk, offset, sequences, BLOCK: tl.constexpr, LAST
 
 @triton.jit
 def of_head(work, head, H):
-    """The same sequence, of another one among ``H`` heads."""
+    """The same work for another head, one of ``H``."""
     return Work(work.first, work.batch * H + head, work.batch, head, work.q_start, work.n_queries, work.k_start, work.n_keys,
                 work.offset)
 
@@ -124,13 +124,13 @@ def tile_of_keys(work, k_first):
 
 @triton.jit
 def query_view(ptr, strides, work):
-    """View of the queries of a program's head, or of what lies like them."""
+    """View of the queries of a program's head, or of a tensor laid out like them."""
     return head_view(ptr, strides, work.batch, work.head, work.q_start, work.n_queries)
 
 
 @triton.jit
 def key_view(ptr, strides, work, GROUP: tl.constexpr):
-    """View of the keys that the queries of a program's head see; with GROUP 1, of those of its own head."""
+    """View of the keys that the queries of a program's head see; with GROUP 1, of the keys of that head itself."""
     return head_view(ptr, strides, work.batch, work.head // GROUP, work.k_start, work.n_keys)
 
 
@@ -161,7 +161,7 @@ def row_view(ptr, sequences, bh, head, Nq, start, length):
 def head_columns(width: int) -> int:
     """Columns of a tile's first block: the largest power of two within ``width``, or one that holds all of it.
 
-    Two blocks only where they are fewer columns than one; at least 16 each, what a matrix instruction takes.
+    A tile has two blocks only where these are fewer columns than one block. Each has at least 16, as matrix instructions need.
     """
     whole = max(16, triton.next_power_of_2(width))
     half = whole // 2
@@ -177,7 +177,7 @@ def rest_columns(width: int) -> int:
 
 @triton.jit
 def boxed(view, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """A view of which tiles of ROWS rows are loaded through tensor descriptors: (descriptor,), or one for each block."""
+    """A view whose tiles of ROWS rows are loaded through tensor descriptors: (descriptor,), or one for each block."""
     base, length, row_stride, _ = view
     HEAD: tl.constexpr = head_columns(WIDTH)
     REST: tl.constexpr = rest_columns(WIDTH)
@@ -229,7 +229,7 @@ def load_block(view, first_row, FIRST_COL: tl.constexpr, WIDTH: tl.constexpr, RO
 
 @triton.jit
 def load_tile(view, first_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr):
-    """Tile of ROWS rows whose columns past ``WIDTH``, and with ``TAIL`` the rows past the end, read as zero."""
+    """Loads a tile of ROWS rows; columns past ``WIDTH``, and with ``TAIL`` rows past the end, read as zero."""
     HEAD: tl.constexpr = head_columns(WIDTH)
     REST: tl.constexpr = rest_columns(WIDTH)
     if len(view) <= 2:  # boxed: everything outside reads as zero

@@ -11,8 +11,8 @@ import triton
 
 
 class Rule(NamedTuple):
-    """Which pairs attend and what their scores are scaled by, as kernels carry it: a side of the window is () or (bound,), for
-    Triton 3.6 loses a None on its way into a function."""
+    """Which pairs attend and what their scores are scaled by, as kernels carry it: a side of the window is () or (bound,),
+    since Triton 3.6 loses a None on its way into a function."""
 
     left: Any
     right: Any

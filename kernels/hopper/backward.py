@@ -1,12 +1,12 @@
-"""Backward for Hopper (sm_90) in Gluon: dK, dV, and by atomics dQ, in fp16 and bf16 up to head dim 128, without mods.
+"""Backward for Hopper (sm_90) in Gluon: dK, dV and, by atomics, dQ, in fp16 and bf16 up to head dim 128, without mods.
 
     S^T = K Q^T    P^T = exp2(S^T * scale * log2(e) - LSE)    dV += P^T dO
     dP^T = V dO^T  dS^T = P^T * (dP^T - delta)                dK += dS^T Q    dQ += dS K
 
 A program owns 128 keys of one key head and visits the tiles of queries that see them, for every query head of the group. Two
-warpgroups of consumers hold 64 keys each, one warp of the producer feeds them by TMA. P^T and dS^T enter their products from
-registers; dQ alone needs the dS of both consumers, so dS goes through shared memory as well. ``workspace`` holds the kernels
-before and after: LSE and delta in tiles, and dQ, which is summed in the order in which threads hold it, put in order.
+warpgroups, the consumers, hold 64 keys each, and one warp, the producer, feeds them by TMA. P^T and dS^T enter their products
+from registers; dQ alone needs the dS of both consumers, so dS goes through shared memory as well. dQ is summed in the order in
+which threads hold it. ``workspace`` holds the kernels before and after: one writes LSE and delta in tiles, one reorders dQ.
 
 Source: Shah et al. 2024, "FlashAttention-3".
 """
@@ -71,7 +71,8 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def query_tiles(first_key, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(first, inner_first, inner_stop, stop): the tiles of queries that see some of the program's keys, and all of them."""
+    """(first, inner_first, inner_stop, stop): the tiles of queries that see any of the program's keys are first ... stop - 1,
+    and those that see all of them inner_first ... inner_stop - 1."""
     stop = gl.cdiv(work.n_queries, BLOCK_M)
     inner_stop = stop
     first = stop * 0
@@ -91,7 +92,7 @@ def query_tiles(first_key, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def place(work, BLOCK_N: gl.constexpr):
-    """(batch, key head, first key) of the program: the tiles of a head are neighbours, the longest sweeps first."""
+    """(batch, key head, first key) of the program. The tiles of a head are neighbours, and the longest sweeps come first."""
     tiles = gl.cdiv(work.n_keys, BLOCK_N)
     pair = gl.program_id(0) // tiles
     return pair // work.kv_heads, pair % work.kv_heads, gl.program_id(0) % tiles * BLOCK_N
@@ -124,7 +125,7 @@ def producer(shared, q_desc, k_desc, v_desc, dout_desc, stats_desc, work, TILE: 
 
 @gluon.jit
 def statistic(shared, index, half: gl.constexpr, BLOCK_M: gl.constexpr):
-    """64 values of LSE or delta, as [1, 64] beside the scores."""
+    """64 values of LSE or delta, as [1, 64] to broadcast against the scores."""
     rows = shared.stats.index(index).reshape([BLOCK_M]).slice(half * ROWS, ROWS)
     return rows.load(gl.SliceLayout(0, accumulator_layout(ROWS)))[None, :]
 
@@ -145,7 +146,7 @@ def weights(s, lse, keys, first_query, masked, work):
 
 @gluon.jit
 def fragment_order(x, COLS: gl.constexpr):
-    """A product [64, COLS] as the vector its threads hold, four values at a time: 512 bytes side by side for each warp."""
+    """Reorders a product [64, COLS] into a vector of which each thread holds four values side by side, and a warp 512 bytes."""
     # warp, half, row, block of columns, pair of columns, column
     x = gl.reshape(x, [4, 2, 8, COLS // 8, 4, 2])
     x = gl.reshape(gl.permute(x, [3, 0, 2, 4, 1, 5]), [ROWS * COLS])
@@ -154,7 +155,7 @@ def fragment_order(x, COLS: gl.constexpr):
 
 @gluon.jit
 def issue(a, b, acc):
-    """acc + a b, begun; ``a`` from registers."""
+    """Starts acc + a b, with ``a`` from registers."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(b.shape[-1]), 2)
     return warpgroup_mma(gl.convert_layout(a, OPERAND), b, acc, is_async=True)
 
@@ -165,7 +166,7 @@ def consumer(which: gl.constexpr, shared, dq_ptr, dk_desc, dv_desc, work, TILE: 
     BLOCK_M: gl.constexpr = TILE.block_m
     D: gl.constexpr = shared.k.shape[-1]
     TWO: gl.constexpr = BLOCK_M == 2 * ROWS  # two blocks of 64 queries a step, or one
-    COLS: gl.constexpr = D if TWO else D // 2  # of this consumer's part of dQ: 64 of 128 rows, or half of the columns
+    COLS: gl.constexpr = D if TWO else D // 2  # of this consumer's part of dQ, 64 of 128 rows or half of the columns
     dtype: gl.constexpr = shared.q.dtype
     no_scores = gl.zeros([ROWS, ROWS], gl.float32, accumulator_layout(ROWS))
     no_dq = gl.zeros([ROWS, COLS], gl.float32, accumulator_layout(COLS))
@@ -255,8 +256,9 @@ def backward_kernel(dq_ptr, q_desc, k_desc, v_desc, dout_desc, stats_desc, dk_de
                     offset, left, right, scale: gl.float32, TILE: gl.constexpr):
     """One program: dK and dV of 128 keys of one key head, 64 for each consumer, and its part of dQ.
 
-    Boxes of q, dout [B, H, Nq, D] and k, v, dk, dv [B, H / group, Nk, D]; of stats [2, B * H * tiles, BLOCK_M], LSE in base 2
-    and delta; dq [B * H * tiles, BLOCK_M * D] fp32 of zeros receives dQ without its factor ``scale``, in ``fragment_order``.
+    The descriptors hold boxes of q, dout [B, H, Nq, D], of k, v, dk, dv [B, H / group, Nk, D] and of stats
+    [2, B * H * tiles, BLOCK_M], LSE in base 2 and delta. dq [B * H * tiles, BLOCK_M * D], fp32 zeros, receives dQ without its
+    factor ``scale``, in ``fragment_order``.
     """
     STAGES: gl.constexpr = TILE.num_stages
     BLOCK_M: gl.constexpr = TILE.block_m
@@ -292,7 +294,7 @@ def backward_kernel(dq_ptr, q_desc, k_desc, v_desc, dout_desc, stats_desc, dk_de
 
 def backward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, stats: torch.Tensor,
                     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, call: Call, *, config: TileConfig) -> Launch:
-    """What fills ``dk`` and ``dv`` and adds to ``dq``; shapes as in ``backward_kernel``."""
+    """The launch that fills ``dk`` and ``dv`` and adds to ``dq``; shapes as in ``backward_kernel``."""
     kv_heads = k.shape[1]
     block_m, block_n = config.block_m, config.block_n
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)

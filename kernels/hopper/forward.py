@@ -115,7 +115,7 @@ def issue_output(p, v, step, acc):
 
 @gluon.jit
 def by_row(values, acc):
-    """[64] as [64, 1] beside ``acc``."""
+    """Reshapes [64] to [64, 1], in a layout that broadcasts against ``acc``."""
     return gl.convert_layout(values, gl.SliceLayout(1, acc.type.layout))[:, None]
 
 
@@ -134,7 +134,7 @@ def walk(begin, end, count, base, state, q_tile, k, v, row, last, item, problem,
         s = warpgroup_mma_wait(1, deps=(s,))
         release(k, step)
         p, shrink, row_max, row_sum = softmax_step(s, row_max, row_sum, row, last - 1 - i, item, problem, BLOCK_N, MASKED)
-        # Between the softmax and the wait for P V on purpose: without it ptxas lifts that wait above the exponentials.
+        # This wait stands here on purpose: without it ptxas lifts the wait for P V, which follows, above the exponentials.
         await_tile(k, step + 1, pred=i + 1 < count)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         release(v, step - 1)
@@ -178,7 +178,7 @@ def attend(q_tile, k, v, base, row, last, count, item, problem, BLOCK_N: gl.cons
 
 @gluon.jit
 def finish(acc, row_max, row_sum, which: gl.constexpr, q, out_desc, row, item, problem):
-    """Normalises; stores LSE, and out by way of the consumer's queries in shared memory. A row without a key: 0 and -inf."""
+    """Normalises; stores LSE, and out by way of the consumer's queries in shared memory. A row without a key gets 0, -inf."""
     rows = row + gl.arange(0, ROWS, layout=row_max.type.layout)
     lse = problem.lse + gl.to_tensor(item.batch).to(gl.int64) * problem.lse_batch
     lse += gl.to_tensor(item.head).to(gl.int64) * problem.lse_head + item.q_start
@@ -201,7 +201,7 @@ def finish(acc, row_max, row_sum, which: gl.constexpr, q, out_desc, row, item, p
 
 @gluon.jit
 def consumer(which: gl.constexpr, q, k, v, out_desc, problem, TILE: gl.constexpr):
-    """64 queries of the program's, from their scores to their output."""
+    """The attention of 64 of the program's queries, from their scores to their output."""
     BLOCK_N: gl.constexpr = TILE.block_n
     item = locate(gl.program_id(0), problem, TILE.block_m)
     if item.row < item.n_queries:
@@ -224,8 +224,9 @@ def forward_kernel(lse_ptr, q_desc, k_desc, v_desc, out_desc, sinks, sequences, 
                    Nq, Nk, offset, left, right, scale: gl.float32, softcap, TILE: gl.constexpr):
     """One program: BLOCK_M queries of one head against all keys in their window, 64 for each consumer.
 
-    Boxes of q [B, H, Nq, D], k [B, H / group, Nk, D], v [B, H / group, Nk, Dv], out [B, H, Nq, Dv]; lse [B, H, Nq]; packed
-    sequences: [1, H, T, D] and so on. The rest is told in ``problem.Problem``; ``left`` and ``right`` may be None.
+    The descriptors hold boxes of q [B, H, Nq, D], k [B, H / group, Nk, D], v [B, H / group, Nk, Dv], out [B, H, Nq, Dv]; lse is
+    [B, H, Nq]. Packed sequences have [1, H, T, D] and so on. ``problem.Problem`` describes the other arguments; ``left`` and
+    ``right`` may be None.
     """
     CONSUMERS: gl.constexpr = TILE.block_m // ROWS
     # Registers a thread: what the kernel is launched with, redistributed from the producer's warps to the consumers'.
@@ -256,11 +257,14 @@ def forward_kernel(lse_ptr, q_desc, k_desc, v_desc, out_desc, sinks, sequences, 
 
 def forward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
                    sinks: torch.Tensor | None, softcap: float | None, call: Call, *, config: TileConfig) -> Launch:
-    """What fills ``out`` and ``lse``; shapes as in ``forward_kernel``, all addressable by TMA (``problem.describable``)."""
+    """The launch that fills ``out`` and ``lse``.
+
+    Shapes are as in ``forward_kernel``; TMA must be able to address all tensors (``problem.describable``).
+    """
     packed = bool(call.extras.sequences.cu_q)
     heads = q.shape[1]
     group = heads // k.shape[1]
-    kept = max(1, L2_BYTES // (4 * call.n_keys * tile_width(k.shape[3])))  # key heads whose K and V, of 2 bytes, stay in L2
+    kept = max(1, L2_BYTES // (4 * call.n_keys * tile_width(k.shape[3])))  # key heads whose K and V (16-bit) stay in L2
     boxes = [descriptor(x, rows, packed) for x, rows in ((q, 64), (k, config.block_n), (v, config.block_n), (out, 64))]
     args = (
         lse, *boxes, () if sinks is None else (sinks,), call.extras.sequences, 0 if packed else lse.stride(0), lse.stride(1),

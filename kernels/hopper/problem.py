@@ -1,4 +1,4 @@
-"""What a launch of a Hopper kernel is about: its run-time numbers, a program's queries and keys, and where their boxes lie."""
+"""What a Hopper kernel works on: the run-time numbers of a launch, a program's queries and keys, and where their boxes lie."""
 
 from typing import Any, NamedTuple
 
@@ -9,8 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 NEG_INF = gl.constexpr(float("-inf"))
-ROWS = gl.constexpr(64)  # of one consumer: the M of one wgmma
-# The extent of the row axis of a packed tensor's descriptor. Its two leading axes have strides that carry the 64-bit address
+ROWS = gl.constexpr(64)  # rows of one consumer: the M of one wgmma
+# The extent of the row axis of a packed tensor's descriptor. The strides of its two leading axes wrap the 64-bit address
 # around to where a sequence begins, so that boxes end with their sequence: TMA has no other way to stop short of the next.
 RAGGED_END = gl.constexpr(1 << 30)
 _RAGGED_WRAP = 0x7FFF0000
@@ -52,19 +52,19 @@ class Item(NamedTuple):
 
 @gluon.constexpr_function
 def accumulator_layout(columns: int) -> Any:
-    """Of [64, columns] in the registers of one warpgroup, as wgmma gives it."""
+    """The layout of [64, columns] in the registers of one warpgroup, as wgmma gives it."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
 def packed_row(cu, total, index):
-    """Where a packed sequence begins, or the one before it ends: ``cu`` is not trusted to stay within the tensor."""
+    """Where a packed sequence begins, or the one before it ends, clamped to the tensor: ``cu`` is not trusted to stay in it."""
     return gl.minimum(gl.maximum(gl.load(cu[0] + index), 0), total[0] - total[1] // 16).to(gl.int32)
 
 
 @gluon.jit
 def span(cu, used, total, batch, length):
-    """(first row, number of rows) of one side of a sequence; ``length`` where nothing says otherwise."""
+    """(first row, number of rows) of one side of a sequence; ``length`` rows where neither ``cu`` nor ``used`` says less."""
     start = gl.to_tensor(0)
     if len(cu) > 0:
         start = packed_row(cu, total, batch)
@@ -76,7 +76,7 @@ def span(cu, used, total, batch, length):
 
 @gluon.jit
 def locate(index, problem, BLOCK_M: gl.constexpr):
-    """The item of a program. A section of heads shares the L2 cache; within it the tiles with most keys come first."""
+    """The item of a program. A section of heads shares the L2 cache; within a section the tiles with most keys come first."""
     q_tiles = gl.cdiv(problem.n_queries, BLOCK_M)
     per_section = problem.section * q_tiles
     first = index // per_section * problem.section
@@ -151,7 +151,7 @@ def tile_width(head_dim: int) -> int:
 
 
 def descriptor(x: torch.Tensor, rows: int, packed: bool) -> TensorDescriptor:
-    """Boxes of ``rows`` rows of one head of x [B, H, N, D], or of packed [1, H, T, D]."""
+    """The descriptor of x [B, H, N, D], or of packed [1, H, T, D]; its boxes are ``rows`` rows of one head."""
     element = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     shape, block = list(x.shape), [1, 1, rows, tile_width(x.shape[3])]
     strides = [stride if n > 1 else 8 for stride, n in zip(x.stride()[:3], shape, strict=False)] + [1]

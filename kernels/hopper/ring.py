@@ -1,8 +1,8 @@
 """Rings of tiles in shared memory, which one producer warp fills by TMA and warpgroups of consumers empty.
 
-A *step* counts the tiles that a ring has carried: step s lies in slot ``s % stages``, and the parity that its barriers are
-awaited with is that of ``s // stages``. Each slot has two barriers: ``full`` is passed once the tile's bytes have landed,
-``empty`` once every consumer has handed the slot back. Kernels whose slots hold several tiles keep barriers alone.
+A *step* counts the tiles that a ring has carried: step s lies in slot ``s % stages``, and its barriers are awaited with
+the parity of ``s // stages``. Each slot has two barriers: ``full`` is passed once the tile's bytes have landed,
+``empty`` once every consumer has handed the slot back. Kernels whose slots hold several tiles use the barriers alone.
 """
 
 from typing import Any, NamedTuple

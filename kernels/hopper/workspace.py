@@ -1,4 +1,4 @@
-"""Before and after the Gluon backward, in Triton: LSE and delta in tiles, and dQ from the order in which it was summed."""
+"""The kernels before and after the Gluon backward, in Triton: one writes LSE and delta in tiles, one reorders dQ."""
 
 import torch
 import triton
@@ -9,12 +9,12 @@ from fused_attn.kernels.launch import Call, Launch, fit_offsets, programs
 from fused_attn.kernels.softmax import lse_to_log2
 from fused_attn.kernels.tiles import head_view, inside, load_rows, load_tile, program_tile, row_products, tile_ptrs
 
-ROWS = tl.constexpr(64)  # of dQ in a consumer's part
+ROWS = tl.constexpr(64)  # rows of dQ in a consumer's part
 
 
 @triton.jit(do_not_specialize=["H", "Nq"])
 def statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, strides, H, Nq, DV: tl.constexpr, TILE: tl.constexpr):
-    """LSE in base 2 and delta = rowsum(dO * O) - dLSE of BLOCK_M rows; those past the end or without a key: +inf and 0.
+    """LSE in base 2 and delta = rowsum(dO * O) - dLSE of BLOCK_M rows; those past the end or without a key get +inf, 0.
 
     out, dout [B, H, Nq, Dv]; lse, dlse [B, H, Nq]; stats [2, B * H * tiles, BLOCK_M].
     """
@@ -66,14 +66,14 @@ def ordered_kernel(sums_ptr, dq_ptr, strides, H, Nq, scale: tl.float64, D: tl.co
 
 def statistics_launch(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, stats: torch.Tensor,
                       call: Call, *, config: TileConfig) -> Launch:
-    """What fills ``stats``; shapes as in ``statistics_kernel``, lse and dlse contiguous."""
+    """The launch that fills ``stats``; shapes as in ``statistics_kernel``, lse and dlse contiguous."""
     args = (out, dout, lse, dlse, stats, (out.stride(), dout.stride()), out.shape[1], call.n_queries, out.shape[3])
     return Launch(statistics_kernel, programs(call.n_queries, config.block_m, call.batch * out.shape[1]), args,
                   fit_offsets(config, call, out, dout))
 
 
 def ordered_launch(sums: torch.Tensor, dq: torch.Tensor, call: Call, *, config: TileConfig) -> Launch:
-    """What fills ``dq``; shapes as in ``ordered_kernel``."""
+    """The launch that fills ``dq``; shapes as in ``ordered_kernel``."""
     args = (sums, dq, (dq.stride(),), dq.shape[1], call.n_queries, call.scale, dq.shape[3])
     return Launch(ordered_kernel, programs(call.n_queries, config.block_m, call.batch * dq.shape[1]), args,
                   fit_offsets(config, call, dq))
