@@ -1,4 +1,4 @@
-"""Classes of tensors with a mind of their own: what one stands for, or that kernels must not read what it stores."""
+"""Classes of tensors with semantics of their own: what torch's causal biases stand for, and which classes kernels refuse."""
 
 import sys
 from typing import Any
@@ -10,15 +10,15 @@ from fused_attn.call.mods import Bound, RelativeBias
 
 
 def is_causal_bias(x: Any) -> bool:
-    """Whether ``x`` is torch.nn.attention.bias's way to say ``causal=True``: two lengths and an alignment, and no elements."""
+    """Whether ``x`` is a CausalBias of torch, which stands for ``causal=True``: two lengths and an alignment, no elements."""
     if x is None or type(x) is torch.Tensor:
         return False
-    bias = sys.modules.get("torch.nn.attention.bias")  # who has one has imported it
+    bias = sys.modules.get("torch.nn.attention.bias")  # whoever has such a bias has imported it
     return bias is not None and isinstance(x, bias.CausalBias)
 
 
 def check_causal_bias(name: str, x: Any, n_queries: int, n_keys: int) -> None:
-    """Refuses one of another length or alignment than ``causal=True`` has."""
+    """Refuses a causal bias whose lengths or alignment are not those of ``causal=True``."""
     if (x.seq_len_q, x.seq_len_kv) != (n_queries, n_keys):
         raise ValueError(f"{name}: expected a CausalBias of {n_queries} queries and {n_keys} keys; "
                          f"got one of {x.seq_len_q} and {x.seq_len_kv}")
@@ -28,13 +28,13 @@ def check_causal_bias(name: str, x: Any, n_queries: int, n_keys: int) -> None:
 
 
 def check_layout(name: str, x: torch.Tensor) -> None:
-    """Refuses what is stored in another way than by strides: sparse tensors, those of mkldnn."""
+    """Refuses tensors that are not stored by strides, such as sparse ones and those of mkldnn."""
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor; got one of layout {x.layout}; x.to_dense() makes it dense")
 
 
 def check_classes(**arguments: Any) -> None:
-    """Refuses tensors whose class says by ``__torch_function__`` what torch's functions make of them: kernels read storage."""
+    """Refuses tensors whose class redefines torch's functions by ``__torch_function__``: kernels read the storage."""
     for name, argument in arguments.items():
         values = argument.args if isinstance(argument, Bound) else argument if isinstance(argument, tuple) else (argument,)
         for x in (y.values if isinstance(y, RelativeBias) else y for y in values):

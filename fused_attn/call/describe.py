@@ -1,4 +1,4 @@
-"""From the arguments of a call to its description: every check, by name, before anything runs."""
+"""Makes the description of a call from its arguments, with every check, by name, before anything runs."""
 
 import itertools
 import math
@@ -16,11 +16,11 @@ from fused_attn.call.spec import NO_OTHERS, RELATIVE, TENSOR, AttentionSpec, Lon
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXTRAS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
-NARROWEST, WIDEST = 2.0**-126, 2.0**126  # of a factor that kernels hold in fp32, together with its reciprocal and log2(e)
+NARROWEST, WIDEST = 2.0**-126, 2.0**126  # a factor that kernels hold in fp32, with its reciprocal and log2(e)
 
 
 class Described(NamedTuple):
-    """A call that fits together: q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] in one dtype, and the rest."""
+    """A checked call: q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] in one dtype, its spec and its other tensors."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -30,7 +30,7 @@ class Described(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """The sizes that operands broadcast to: sequences, query heads, and queries and keys of the longest."""
+    """The sizes that operands broadcast to: sequences, query heads, and queries and keys of the longest sequence."""
 
     batch: int
     heads: int
@@ -42,7 +42,7 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
              scale: float | None = None, softcap: float | None = None, fp32_precision: str | None = None,
              precise: bool = False, key_lengths: torch.Tensor | None = None, score_weight: torch.Tensor | None = None,
              **more: Any) -> Described:
-    """The description of ``attention``'s arguments; ``more`` are those of ``_extras``.
+    """The description of a call of ``attention``; ``more`` are the arguments that go to ``_extras``.
 
     ``score_weight`` [D] or [H, D] makes the score additive, with 1 for its scale where none is given.
     """
@@ -104,7 +104,7 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
                   score_weight=score_weight, **more)
     scale = 1.0 if scale is None and score_weight is not None else scale
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
-    # No sequence is longer than all of them: a careless bound costs neither programs nor memory.
+    # No sequence is longer than all of them together, so a careless bound costs neither programs nor memory.
     bounds = Longest(_at_most(max_seqlen_q, q.shape[2]), _at_most(max_seqlen_k, k.shape[2]))
     spec = spec._replace(longest=bounds)
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
@@ -123,7 +123,7 @@ def _at_most(length: int, total: int) -> int:
 
 
 def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> torch.Tensor:
-    """An operand of ``extents`` as one of ``n_queries`` and ``n_keys``, which may be fewer."""
+    """Cuts an operand of ``extents`` to ``n_queries`` and ``n_keys``, which may be fewer."""
     if torch_private.known(n_queries == extents.n_queries) and torch_private.known(n_keys == extents.n_keys):
         return x
     if x.dim() == 3:  # the value of (i, j) lies at j - i + Nq - 1
@@ -133,7 +133,7 @@ def _within(x: torch.Tensor, extents: Extents, n_queries: int, n_keys: int) -> t
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors of a call that fit together, in the dtype that autocast asks for."""
+    """Checks that the tensors of a call fit together; returns them in the dtype that autocast asks for."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
@@ -164,7 +164,7 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[to
 
 
 def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What autocast does to torch's own attention: floats other than fp64 become the autocast dtype."""
+    """Does what autocast does for torch's own attention: floats other than fp64 become the autocast dtype."""
     kind = q.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return q, k, v
@@ -175,7 +175,7 @@ def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
 
 def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | None, softcap: float | None,
                     fp32_precision: str | None = None, precise: bool = False) -> AttentionSpec:
-    """The part of a description that no tensor but q has a say in."""
+    """The part of a description that depends on no tensor, except for q's head dim."""
     if torch.compiler.is_compiling() and (isinstance(scale, torch.Tensor) or isinstance(softcap, torch.Tensor)):
         raise TypeError("scale, softcap: expected Python numbers under torch.compile, which does not know a tensor's value")
     causal, precise, scale, softcap = number(causal), number(precise), number(scale), number(softcap)
@@ -256,7 +256,7 @@ def _check_packing(side: str, cu: torch.Tensor, longest: int, total: int) -> Non
 
 
 def _adds_of(more: dict[str, Any]) -> bool:
-    """``_adds`` of arguments that may be of other names."""
+    """``_adds`` for arguments that may have unexpected names, which it refuses."""
     if more.keys() <= _EXTRAS:
         return _adds(**more)
     name = next(name for name in more if name not in _EXTRAS)
@@ -332,7 +332,7 @@ def _slopes(slopes: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
 
 
 def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torch.Tensor]) -> Member:
-    """A mod of the call; its tensors join ``operands``."""
+    """A bound mod as a Member of the call; its tensors are appended to ``operands``."""
     kinds = []
     for i, arg in enumerate(bound.args):
         which = "score_mod" if isinstance(bound.mod, ScoreMod) else "mask_mod"
@@ -356,7 +356,7 @@ def _broadcasts(size: int, full: int) -> bool:
 
 
 def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> torch.Tensor:
-    """[B', H', Nq', Nk'], each extent full or 1."""
+    """``x``, checked, as [B', H', Nq', Nk'] with each extent full or 1."""
     if x.is_complex() or (name == "bias" and x.dtype not in FLOATS) or (x.is_floating_point() and x.dtype not in FLOATS):
         raise TypeError(f"{name}: expected a float tensor{' (a bool one is a mask)' if name == 'bias' else ''}; got {x.dtype}")
     if x.device != q.device:
@@ -369,12 +369,12 @@ def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> t
 
 
 def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
-    """[B', H', Nq + Nk - 1]."""
+    """The values of a relative bias, checked, as [B', H', Nq + Nk - 1]."""
     if not isinstance(values, torch.Tensor) or values.dtype not in FLOATS:
         raise TypeError(f"{name}: expected RelativeBias of a float tensor; got {getattr(values, 'dtype', values)!r}")
     differences = max(extents.n_queries + extents.n_keys - 1, 0)
     leading = values.shape[:-1]
-    # Of lengths that a compiler does not know, n and max(n, 0) are two sizes.
+    # Where a compiler does not know the lengths, n and max(n, 0) are two different sizes.
     fits = values.dim() in (2, 3) and (
         torch_private.known(values.shape[-1] == extents.n_queries + extents.n_keys - 1)
         or torch_private.equal(values.shape[-1], differences, f"{name}: expected values for every k - q it has")) and all(

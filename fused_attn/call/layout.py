@@ -1,4 +1,4 @@
-"""How what a call returns lies in memory: for the kernels, and for FakeTensors that stand for their results. Free of Triton."""
+"""How the results of a call lie in memory, for the kernels and for FakeTensors that stand for results. Free of Triton."""
 
 import torch
 
@@ -11,7 +11,7 @@ def accumulates(q: torch.Tensor) -> torch.dtype:
 
 
 def like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Empty [B, H, N, head_dim] whose batch, heads and length lie in memory in the order they have in ``x``."""
+    """An empty [B, H, N, head_dim] whose batch, heads and length lie in memory in the same order as those of ``x``."""
     contiguous = x.is_contiguous()
     if contiguous and x.shape[3] == head_dim:
         return torch.empty_like(x, dtype=dtype)
@@ -25,8 +25,8 @@ def like(x: torch.Tensor, head_dim: int, dtype: torch.dtype | None = None) -> to
 def packed_rows(n: int) -> tuple[int, int]:
     """A number of rows as (n rounded up to a multiple of 16, 16 times what that added).
 
-    Triton compiles a kernel again for integers of a tuple that are multiples of 16, or 1: these two always are and never are,
-    so that no length compiles.
+    Triton compiles a kernel anew when an integer in a tuple becomes a multiple of 16, or 1. These two always are multiples of
+    16 and never are 1, so that a new length does not compile.
     """
     up = max(16, -(-n // 16) * 16)
     return up, 16 * (up - n)
@@ -38,7 +38,7 @@ def lse_stride(q: torch.Tensor) -> int:
 
 
 def rows_like(q: torch.Tensor, packed: bool, *leading: int) -> torch.Tensor:
-    """Empty [*leading, B, H, N], a number for every query, or of packed sequences [*leading, 1, H, T] that is -inf already."""
+    """An empty [*leading, B, H, N], one number a query; for packed sequences [*leading, 1, H, T], filled with -inf."""
     if not packed:
         return q.new_empty((*leading, *q.shape[:3]), dtype=accumulates(q))
     rows = q.new_full((*leading, 1, q.shape[1], lse_stride(q)), float("-inf"), dtype=accumulates(q))
@@ -46,13 +46,13 @@ def rows_like(q: torch.Tensor, packed: bool, *leading: int) -> torch.Tensor:
 
 
 def as_rows(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
-    """``x`` as ``rows_like`` lays it out: gradients, and saved tensors that a hook moved, may have other strides."""
+    """``x`` in the layout of ``rows_like``: gradients, and saved tensors that a hook moved, may have other strides."""
     fits = x.stride()[-2:] == (lse_stride(q), 1) if packed else x.is_contiguous()
     return x if fits else rows_like(q, packed, *x.shape[:-3]).copy_(x)
 
 
 def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor:
-    """The empty LSE of a call: of ``rows_like``, or two of them, LSE and its rest, where a mod may give scores of any size."""
+    """The empty LSE of a call, as ``rows_like`` or, where a mod may give scores of any size, two of these: LSE and its rest."""
     return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)
 
 
@@ -68,16 +68,16 @@ def like_statistics(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def keeps_residual(spec: AttentionSpec, others: OtherTensors) -> bool:
-    """Whether the output is kept in twice its digits: with dropped weights that would not make delta exact.
+    """Whether the output is kept in twice its digits. With dropout it is not, as that would not make delta exact.
 
-    Additive scores always ask for it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
-    one for all keys, adds up there as it does under a large mean of K.
+    Additive scores always need it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
+    the same for all keys, adds up there as it does under a large mean of K.
     """
     return (spec.precise or others.score_weight is not None) and spec.dropout_p == 0
 
 
 def check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """What the kernel trusts: the tables have a row for every row of x, and no more pairs than x has columns for."""
+    """Checks what the kernel trusts: the tables have a row for every row of x, and no more pairs than x has columns for."""
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected floats [batch, heads, length, head_dim]; got {x.dtype} of shape {tuple(x.shape)}")
     batch, _, length, head_dim = x.shape

@@ -2,8 +2,8 @@
 
 A mod is pointwise. It sees the score, the query's position among the keys (its index plus Nk - Nq, so that a mod written
 for training is right in decoding too), the key's index, head and batch, and its arguments: tensors that broadcast to
-[B, H, Nq, Nk], of which it sees the values at the score, and numbers, which are compile-time constants. There are no
-pointers in it, so the same few lines run on a tile of a kernel and on whole tensors of the reference.
+[B, H, Nq, Nk], of which it sees the values that belong to the score, and numbers, which are compile-time constants. There are
+no pointers in it, so the same few lines run on a tile of a kernel and on whole tensors of the reference.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ class Bound(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """What kernels know of a mod, which travels through an op schema, that takes no functions, as its ``key``.
+    """What kernels know of a mod. Op schemas take no functions, so a mod travels through them as its ``key``.
 
-    The key says what the functions are: other code, or other values that it captures, another key, in this process and in
-    the next. Mods of one key share one Code, whatever their references.
+    The key identifies the functions: other code, or other captured values, give another key, in this process and in the next.
+    Mods with one key share one Code, whatever their references.
     """
 
     key: str
@@ -72,7 +72,7 @@ _ALIVE: "weakref.WeakValueDictionary[str, Code]" = weakref.WeakValueDictionary()
 def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_batch: bool, by_head: bool) -> Code:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected a word of letters, digits and underscores; got {name!r}")
-    # A reference alone never leaves the process, and nothing but the mod itself tells what it is.
+    # A mod that has only a reference never leaves the process, and nothing but the mod itself identifies it.
     texts = [uuid.uuid4().hex] if function is None else [_content(x, []) for x in (function, slope, *arg_slopes)]
     digest = hashlib.sha256("|".join((*texts, str(by_batch), str(by_head))).encode()).hexdigest()
     code = Code(f"{name}_{digest[:16]}", name, function, slope, tuple(arg_slopes), by_batch, by_head)
@@ -80,7 +80,7 @@ def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_
 
 
 def _content(x: Any, within: list[Any]) -> str:
-    """A text that tells what ``x`` is, a function or something that one captures: equal texts, equal behaviour."""
+    """A text that identifies ``x``, a function or something that one captures: equal texts mean equal behaviour."""
     if isinstance(x, (bool, int, float, str, torch.dtype, NoneType)):
         return repr(x)
     if inspect.ismodule(x):
@@ -96,7 +96,7 @@ def _content(x: Any, within: list[Any]) -> str:
     if inspect.isclass(x) or inspect.isbuiltin(x) or getattr(plain, "__module__", "").startswith("triton."):
         return f"{plain.__module__}.{plain.__qualname__}" if hasattr(plain, "__qualname__") else repr(x)
     if not inspect.isfunction(plain):
-        return uuid.uuid4().hex  # nobody knows: like nothing else
+        return uuid.uuid4().hex  # unknown, so unlike anything else
     if plain in within:  # it calls itself
         return plain.__qualname__
     captured = inspect.getclosurevars(plain)
@@ -110,7 +110,7 @@ def _content(x: Any, within: list[Any]) -> str:
 
 @functools.lru_cache(1024)
 def named(key: str) -> Code:
-    """The code of a key. A graph knows a mod by its key alone, so the last that were asked for live on."""
+    """The code of a key. A graph knows a mod by its key alone, so the codes asked for most recently are kept alive."""
     code = _ALIVE.get(key)
     if code is None:
         raise LookupError(f"{key}: no ScoreMod or MaskMod of this code is alive; a program that was exported, or a graph that "
@@ -179,7 +179,7 @@ class MaskMod:
 
 
 def checked(name: str, mod: Any, args: tuple[Any, ...], kind: type) -> Bound | None:
-    """``score_mod`` or ``mask_mod`` of a call with its arguments."""
+    """The ``score_mod`` or ``mask_mod`` of a call, checked and bound to its arguments, or None."""
     if mod is None:
         return None
     bound = mod if isinstance(mod, Bound) else Bound(mod, tuple(args))
@@ -193,7 +193,7 @@ def checked(name: str, mod: Any, args: tuple[Any, ...], kind: type) -> Bound | N
     return bound
 
 
-# The mods that ship. Their kernels are kernels/score.py and kernels/mask.py; here are their references.
+# The mods that ship. Their kernels are in kernels/score.py and kernels/mask.py, their references are here.
 
 
 def _is_ancestor(args: tuple[Any, ...]) -> torch.Tensor:
@@ -277,7 +277,7 @@ def soft_tree_mask(enter: torch.Tensor, leave: torch.Tensor, penalty: torch.Tens
 
 
 def check_buckets(buckets: int, bidirectional: bool, max_distance: int, name: str = "table") -> None:
-    """Of T5's bias: single distances need a bucket at least, and ``max_distance`` must lie beyond them."""
+    """Checks the buckets of T5's bias: single distances need at least one, and ``max_distance`` must lie beyond them."""
     exact = buckets // (4 if bidirectional else 2)
     if exact < 1:
         raise ValueError(f"{name}: expected at least {4 if bidirectional else 2} buckets"
@@ -292,7 +292,7 @@ def t5_bias(table: torch.Tensor, n_queries: int, n_keys: int, *, bidirectional: 
 
     Half of the buckets (all of them unless ``bidirectional``, which keeps a half for keys after the query) stand for
     single distances, the rest for ranges that grow logarithmically up to ``max_distance``. The last query stands at the
-    last key; of packed sequences, in the longest and in all whose Nk - Nq is the same. Source: Raffel et al. 2020,
+    last key; of packed sequences, this holds for the longest and for all with the same Nk - Nq. Source: Raffel et al. 2020,
     "Exploring the Limits of Transfer Learning".
     """
     if not isinstance(table, torch.Tensor) or table.dim() != 2:

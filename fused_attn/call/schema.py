@@ -1,7 +1,7 @@
-"""Calls as ops take them: the records of a call, field after field, as one flat list of arguments, and back.
+"""Calls as ops take them: the records of a call, field by field, become one flat list of arguments, and back.
 
-Schema, arguments and what is read from them are made from the fields of the records, in their order: a field that is added
-needs no line here unless its type is a new one.
+The schema, the arguments and what is read from them follow from the fields of the records, in their order: a new field needs no
+line here unless its type is new as well.
 """
 
 import types
@@ -63,7 +63,7 @@ _TYPES = {
 
 
 class _Field(NamedTuple):
-    """One field of a record: its arguments in the schema, its value as these, and the value of these."""
+    """One field of a record: its arguments in the schema, and functions from its value to them and back."""
 
     arguments: tuple[str, ...]
     flat: Callable[[Any], tuple[Any, ...]]
@@ -99,20 +99,20 @@ def _members(text: str) -> tuple[Member, ...]:
 
 
 class Signature:
-    """The arguments of an op: those of one record after the other."""
+    """The arguments of an op: the fields of its records, one record after the other."""
 
     def __init__(self, *records: type) -> None:
-        # Names must differ, and gradients that are asked for are named as those that are returned.
+        # Names must differ, and those of Needs are the names of the gradients themselves.
         self._records = tuple((record, _fields(record, "need_" if record is Needs else "")) for record in records)
         self.text = ", ".join(argument for _, fields in self._records for field in fields for argument in field.arguments)
 
     def flat(self, *records: Any) -> tuple[Any, ...]:
-        """The arguments of an op with these records."""
+        """The arguments of an op, made from its records."""
         return tuple([argument for values, (_, fields) in zip(records, self._records, strict=True)
                       for value, field in zip(values, fields, strict=True) for argument in field.flat(value)])
 
     def records(self, arguments: Iterable[Any]) -> Iterator[Any]:
-        """The records of an op's arguments."""
+        """The records of an op, made from its arguments."""
         rest = iter(arguments)
         for record, fields in self._records:
             yield record(*[field.whole(*islice(rest, len(field.arguments))) for field in fields])

@@ -42,8 +42,8 @@ class AttentionSpec(NamedTuple):
     ``bottom_right`` aligns the last query with the last key (query i stands at position i + Nk - Nq); otherwise the first
     ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None. ``score_mods`` act in their order, after
     the softcap; a pair attends where every one of ``mask_mods`` keeps it. ``fp32_precision`` None follows torch. ``longest``
-    is None for a dense batch. Not ``deterministic``: dQ may be summed in any order. ``hopper``: the kernels asked for on sm_90
-    (``fused_attn.hopper``), of both passes. The ops take these fields as arguments (``schema``).
+    is None for a dense batch. Unless ``deterministic``, dQ may be summed in any order. ``hopper`` names the kernels asked for
+    on sm_90 (``fused_attn.hopper``), for both passes. The ops take these fields as arguments (``schema``).
     """
 
     scale: float
@@ -86,13 +86,13 @@ class OtherTensors(NamedTuple):
     operands: tuple[torch.Tensor, ...] = ()
 
     def flat(self) -> tuple[Any, ...]:
-        """The single tensors, then the operands: as an autograd Function takes what it is to give gradients to."""
+        """The single tensors, then the operands: the form in which an autograd Function takes them."""
         *single, operands = self
         return (*single, *operands)
 
     @classmethod
     def of(cls, flat: Iterable[Any]) -> "OtherTensors":
-        """What ``flat`` took apart; or what stands for each of them, such as its gradient."""
+        """The inverse of ``flat``, also for what stands for each tensor, such as its gradient."""
         rest = iter(flat)
         return cls(*[tuple(rest) if field == "operands" else next(rest) for field in cls._fields])
 
