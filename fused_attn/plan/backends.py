@@ -55,7 +55,7 @@ class Explanation:
 
 @torch_private.constant_when_traced
 def device_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
-    """What stands against the kernels on a device, whatever the call."""
+    """Reasons why the kernels cannot run on a device, whatever the call."""
     if device_type == "cpu" and settings.emulated_target() is not None:
         return ()
     return _device_reasons(device_type, index)
@@ -156,7 +156,10 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
 
 
 def choose(call: Described, return_lse: bool, backend: str | None, strict: bool | None, warn: bool = True) -> str:
-    """The backend of a call: the one asked for, else the first that can run it. Raises where neither can."""
+    """The backend of a call: the one asked for, else the first that can run it.
+
+    Raises ValueError where the one asked for cannot run it, and RuntimeError where ``strict`` refuses quadratic memory.
+    """
     asked = settings.BACKEND if backend is None else backend
     if asked is None:
         preferred = "torch" if call.q.device.type == "cpu" else "triton"
@@ -194,7 +197,7 @@ def _fall_back(preferred: str, reasons: tuple[str, ...], call: Described, return
 
 @torch_private.constant_when_traced
 def warn_once(message: str) -> None:
-    """One warning for each distinct message of the process; under torch.compile, while tracing."""
+    """Warns once in a process for each distinct message; under torch.compile, while tracing."""
     _warn_once(message)
 
 

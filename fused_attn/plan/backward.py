@@ -18,7 +18,7 @@ from fused_attn.plan.problem import Problem
 
 
 class Gradients(NamedTuple):
-    """None for every gradient that nobody asked for."""
+    """The gradients of a call, None for every one that is not wanted."""
 
     dq: torch.Tensor | None
     dk: torch.Tensor | None
@@ -76,7 +76,7 @@ def separate(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     dout = saved.dout
     dq, dk, dv = _empty(problem, needs)
     lse = as_rows(saved.lse, q, problem.packed)
-    delta, _ = with_lse(call, lse)  # where only dV is wanted delta is not read
+    delta, _ = with_lse(call, lse)  # a placeholder: where only dV is wanted, delta is not read
     dsinks = dscore_weight = None
     if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.doperands):
         delta = yield from _delta(problem, saved, lse)
@@ -105,7 +105,7 @@ def separate(problem: Problem, saved: Saved, needs: Needs) -> Backward:
             continue
         grad = yield from operand_gradient(q, k, v, dout, lse, delta, operand, *role, call,
                                            config=problem.config("operand_grad"))
-        # As the FakeTensor has it: sums by k - q are a part of a longer line.
+        # Contiguous, as the FakeTensor is: sums by k - q are a part of a longer line.
         doperands.append(grad.clone(memory_format=torch.contiguous_format) if operand.dim() == 3 else grad)
     return Gradients(dq, dk, dv, dsinks, dscore_weight, doperands)
 
@@ -124,10 +124,10 @@ def _scaled(x: torch.Tensor, out: torch.Tensor, factor: float) -> None:
 
 
 def _empty(problem: Problem, needs: Needs) -> tuple[Any, Any, Any]:
-    """dq, dk and dv, to be filled; None for one that nobody asked for."""
+    """dq, dk and dv, to be filled; None for one that is not wanted."""
     wanted = (problem.q, needs.dq), (problem.k, needs.dk), (problem.v, needs.dv)
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in wanted)
-    if problem.packed or problem.others.used_k is not None:  # rows that do not count are no program's
+    if problem.packed or problem.others.used_k is not None:  # no program writes rows that do not count
         for grad in (dq, dk, dv):
             if grad is not None:
                 grad.zero_()
@@ -150,7 +150,7 @@ def _delta(problem: Problem, saved: Saved, lse: torch.Tensor) -> Generator[Launc
 
 
 def _sinks_gradient(lse: torch.Tensor, delta: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """A sink is a key whose value is 0, so the derivative of its weight (dP) is 0 as well."""
+    """The gradient of the sinks. A sink is a key whose value is 0, so the derivative of its weight, dP, is 0 as well."""
     lse, rest = (lse, 0.0) if lse.dim() == 3 else lse
     weight = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - lse - rest))
     return -torch.where(weight == 0, 0.0, weight * delta).sum((0, 2)).to(sinks.dtype)

@@ -1,4 +1,4 @@
-"""The schedules of the forward: each a generator of the launches that make (out, LSE, what rounding took from out or None)."""
+"""The schedules of the forward: each a generator of the launches that make (out, LSE, residual of out or None)."""
 
 from collections.abc import Generator
 from typing import TypeAlias
@@ -29,7 +29,7 @@ def descriptors(problem: Problem) -> Forward:
 
 
 def specialized(problem: Problem) -> Forward:
-    """That, with warps of their own for the loads, as Triton divides them."""
+    """Like ``descriptors``, with warps of their own for the loads, as Triton divides them."""
     return _one_kernel(problem, problem.hopper_config("specialized"))
 
 
@@ -48,7 +48,7 @@ def _one_kernel(problem: Problem, config: TileConfig) -> Forward:
 
 
 def against_splits(problem: Problem) -> tuple[str, ...]:
-    """Reasons not to give the keys of a call to several programs each."""
+    """Reasons not to divide the keys of a call among several programs."""
     if problem.call.n_queries > FEW_QUERIES:
         return _MANY_QUERIES
     if problem.residual or problem.others.score_weight is not None:
@@ -68,15 +68,15 @@ def _n_splits(problem: Problem) -> int:
 
 
 def splits(problem: Problem) -> Forward:
-    """Few queries over many keys, as in decoding: the keys in splits, each with a result of its own, and these joined."""
+    """For few queries over many keys, as in decoding: keys are cut into splits, whose results are joined afterwards."""
     q, k, v, spec, others = problem[:5]
     count, unseen, call = _n_splits(problem), _unseen(problem), problem.call
-    if unseen:  # from the first key on that the window of some query reaches
+    if unseen:  # start at the first key that the window of some query reaches
         k, v = k[:, :, unseen:], v[:, :, unseen:]
         call = call._replace(offset=call.offset - unseen, n_keys=call.n_keys - unseen)
     lse = lse_like(q, spec, problem.packed)
     parts = lse.new_empty((count, *q.shape[:3], v.shape[3]))
-    # [count, B, H, rows] or [2, count, B, H, rows]. Rows of no sequence are no program's: their LSE says that nothing is there.
+    # [count, B, H, rows] or [2, count, B, H, rows]. No program writes rows of no sequence: their LSE begins as -inf.
     shape = (*lse.shape[:-3], count, *lse.shape[-3:-1], lse.stride(-2) if problem.packed else lse.shape[-1])
     parts_lse = lse.new_full(shape, float("-inf")) if problem.packed else lse.new_empty(shape)
     rows, outs, splits = q, parts.flatten(0, 1), Splits(parts.stride(0), parts_lse.stride(-4))

@@ -1,4 +1,4 @@
-"""The schedules that are sm_90's alone (``settings.hopper``): what they have against a call, and Gluon's steps."""
+"""The schedules for sm_90 alone (``settings.hopper``): their reasons against a call, and Gluon's steps."""
 
 from collections.abc import Generator
 
@@ -93,7 +93,7 @@ def gluon_backward(problem: Problem, saved: Saved, lse: torch.Tensor, dq: torch.
 
     q, k, v, call = problem.q, problem.k, problem.v, problem.call
     dout, dlse = saved.dout, saved.dlse
-    if not describable(dout):  # a sum's gradient is one expanded number
+    if not describable(dout):  # the gradient of a sum is one expanded number
         dout = dout.clone(memory_format=torch.contiguous_format)
     config = problem.gluon_backward_config()
     around = TileConfig(config.block_m, config.block_n, num_warps=4, num_stages=1)

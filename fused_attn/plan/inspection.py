@@ -1,4 +1,4 @@
-"""What is made beside attention itself: its weights, statistics of them, and rotary positions."""
+"""The steps of what is made beside attention itself: its weights, statistics of them, and rotary positions."""
 
 from collections.abc import Generator
 
@@ -14,7 +14,7 @@ from fused_attn.plan.tiles import choose_rotary
 
 
 def statistics(problem: Problem) -> Generator[Launch, None, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
+    """Makes (received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
     q, k, config = problem.q, problem.k, problem.config("operand_grad")  # whose tiles hold one [BLOCK_M, BLOCK_N] of weights
     received, entropy, maximum = like_statistics(q, k)
     lse = lse_like(q, problem.spec, packed=False)
@@ -24,7 +24,7 @@ def statistics(problem: Problem) -> Generator[Launch, None, tuple[torch.Tensor, 
 
 
 def weights(problem: Problem) -> Generator[Launch, None, torch.Tensor]:
-    """[B, H, Nq, Nk] in q's dtype."""
+    """Makes the weights [B, H, Nq, Nk] in q's dtype."""
     q, k, config = problem.q, problem.k, problem.config("operand_grad")
     _, entropy, maximum = like_statistics(q, k)
     lse, p = lse_like(q, problem.spec, packed=False), like_weights(q, k)
@@ -35,7 +35,7 @@ def weights(problem: Problem) -> Generator[Launch, None, torch.Tensor]:
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool,
            config: TileConfig | None = None) -> Generator[Launch, None, torch.Tensor]:
-    """x [B, H, N, D] turned, or turned back."""
+    """Makes x [B, H, N, D] turned by its rotary positions, or turned back."""
     check_rotary(x, cos, sin)
     out = like(x, x.shape[3])
     config = choose_rotary(x.shape[3]) if config is None else config

@@ -1,4 +1,4 @@
-"""From a call as it is described (`spec`) to a call as kernels take it: operands, mods, masks, sequences, dropout."""
+"""Turns a call as it is described (`spec`) into a call as kernels take it: operands, mods, masks, sequences, dropout."""
 
 import functools
 from typing import Any, NamedTuple
@@ -37,10 +37,10 @@ def precision(dtype: torch.dtype, asked: str | None, arch: str) -> str:
 
 
 def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTensors, arch: str) -> Lowered:
-    """``spec`` and ``others`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
+    """Lowers ``spec`` and ``others`` of q [B, H, Nq, D] and k [B, Hkv, Nk, D], or packed [1, H, T, D], for the kernels."""
     batch = q.shape[0] if others.cu_q is None else others.cu_q.shape[0] - 1
     n_queries, n_keys = spec.longest or Longest(q.shape[2], k.shape[2])
-    # Without its mods, which would live as long as the cache.
+    # The spec without its mods, which would live as long as the cache.
     plain = spec._replace(score_mods=(), mask_mods=())
     call = _call(plain, bool(spec.score_mods), batch, n_queries, n_keys, q.dtype, precision(q.dtype, spec.fp32_precision, arch))
     additive = () if others.score_weight is None else _additive(others.score_weight)
@@ -81,7 +81,7 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTe
 @functools.lru_cache(1024)
 def _call(spec: AttentionSpec, modded: bool, batch: int, n_queries: int, n_keys: int, dtype: torch.dtype,
           precision: str) -> Call:
-    """The part of a call that is in no tensor."""
+    """The part of a call that depends on no tensor."""
     reach = n_queries + n_keys  # no bound beyond this changes anything, and with it 32 bits are enough
     left, right = (None if bound is None else min(bound, reach) for bound in spec.window)
     score_mods = before_mods(spec.scale, spec.softcap, modded, dtype)
@@ -90,7 +90,7 @@ def _call(spec: AttentionSpec, modded: bool, batch: int, n_queries: int, n_keys:
 
 
 def _arguments(member: Member, operands: list[torch.Tensor], n_queries: int, element_size: int) -> tuple[Any, ...]:
-    """The arguments of a member, taking its tensors off the front of ``operands``; ``element_size``: of q."""
+    """The arguments of a member, taking its tensors off the front of ``operands``; ``element_size`` is that of q."""
     arguments: list[Any] = []
     for kind in member.args:
         if kind in (TENSOR, RELATIVE):

@@ -1,4 +1,4 @@
-"""A plan: the steps of a call with places in the stead of tensors, to be made again and again with other tensors."""
+"""A plan: the steps of a call with places instead of tensors, to be repeated with other tensors."""
 
 import dataclasses
 from collections.abc import Callable, Generator
@@ -23,7 +23,7 @@ Made: TypeAlias = Launch | Operation
 
 
 class Buffer(NamedTuple):
-    """What a plan allocates."""
+    """A tensor that a plan allocates."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -31,8 +31,8 @@ class Buffer(NamedTuple):
 
 
 class Place(NamedTuple):
-    """An argument that is a part of the tensor ``which``, from ``offset`` on, or a descriptor (``box``) of it; where it is the
-    whole tensor a plan has its number alone. Kernels are told strides beside their pointers, so shapes do not matter."""
+    """An argument that is a part of tensor number ``which``, from ``offset`` on, or a descriptor (``box``) of it. For a whole
+    tensor, a plan has its number alone. Kernels take strides beside their pointers, so shapes do not matter."""
 
     which: int
     offset: int
@@ -95,7 +95,7 @@ def perform(made: Made) -> None:
 
 
 def finish(steps: Generator[Made, None, Result], take: Callable[[Made], None] = perform) -> Result:
-    """Gives what steps yield to ``take``, which performs it where nothing else is said; what the steps return."""
+    """Gives what steps yield to ``take``, which by default performs it; returns what the steps return."""
     while True:
         try:
             made = next(steps)
@@ -123,7 +123,7 @@ def unstored(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes whether torch does more than to allocate and to view: a plan would lose it."""
+    """Notes whether torch does anything but allocate and view, since a plan would lose it."""
 
     done = False
 
@@ -134,10 +134,10 @@ class _Watch(TorchDispatchMode):
 
 
 def plan(steps: Generator[Made, None, Any], given: tuple[torch.Tensor, ...]) -> Plan | None:
-    """The plan of steps over ``given``, tensors without storage; their results may be None.
+    """The plan of steps over ``given``, tensors without storage; results of the steps may be None.
 
-    None where torch computes something that the steps do not yield, where the tensors of a step, and None in the place of
-    one, are not its first arguments, or where a result or what is allocated is a part of a tensor.
+    Returns None where torch computes something that the steps do not yield, where the tensors of a step (or a None in place of
+    one) are not its first arguments, or where a result or what is allocated is only a part of a tensor.
     """
     with _Watch() as watch:
         found, results = collect(steps)

@@ -63,7 +63,7 @@ class Problem(NamedTuple):
     def outputs(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [B, H, Nq, Dv], lse as ``layout.lse_like`` makes it), to be filled."""
         out = like(self.q, self.v.shape[3], dtype)
-        if self.packed:  # rows of no sequence are no program's
+        if self.packed:  # no program writes the rows that belong to no sequence
             out.zero_()
         return out, lse_like(self.q, self.spec, self.packed)
 

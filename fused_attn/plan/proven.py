@@ -7,14 +7,14 @@ from typing import Any
 from fused_attn.settings import HOPPER_SCHEDULES
 from fused_attn.targets import triton_version
 
-# Young parts of Triton: a version that cannot compile them would fail in the middle of a program, so one on which nobody has
-# compiled them does not run them. Descriptors are part of the language.
+# These depend on young parts of Triton. A version that cannot compile them would fail in the middle of a program, so a version
+# on which nobody has compiled them does not run them. Descriptors are part of the language.
 YOUNG = ("specialized", "gluon")
 VERSIONS = Path(__file__).parents[1] / "versions.json"  # what was tried on which versions; `python -m tests.versions` writes it
 
 
 def passed_on(rows: list[dict[str, Any]], trial: str, schedules: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Major and minor of the Tritons on which schedules passed a trial, "compiled" or "emulated", under any torch."""
+    """Major and minor of the Tritons on which schedules passed a trial, "compiled" or "emulated", under every torch."""
     found: dict[tuple[int, int], bool] = {}
     for row in rows:
         major, minor, *_ = row["triton"].split(".")
@@ -25,8 +25,8 @@ def passed_on(rows: list[dict[str, Any]], trial: str, schedules: tuple[str, ...]
 
 _ROWS = json.loads(VERSIONS.read_text(encoding="utf-8"))
 COMPILED_ON = passed_on(_ROWS, "compiled", YOUNG)
-# The Tritons whose compiled "specialized" kernels were emulated and found right. Before its repair, each of them gave wrong
-# rows, which no interpreter of the source could show.
+# The Tritons whose compiled "specialized" kernels were emulated and found right. Before the schedule was repaired, each of them
+# gave wrong rows, which no interpreter of the source could show.
 PROVEN_ON = passed_on(_ROWS, "emulated", ("specialized",))
 
 

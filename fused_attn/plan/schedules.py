@@ -1,7 +1,7 @@
-"""The table of schedules: for either pass, the ways to make it, best first, each with what it has against a call.
+"""The table of schedules: for either pass, the ways to make it, best first, each with its reasons against a call.
 
-The first that has nothing against a call makes it; the last of either has nothing against any. A new way is one entry here and
-its steps.
+The first that has no reason against a call makes it; the last of either pass never has any. A new schedule is one entry here
+and its steps.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,14 @@ EVERY_GRADIENT = Needs(True, True, True, False, False, ())
 class Schedule(NamedTuple):
     """A way to make one pass of a call: ``against`` gives the reasons why it cannot, ``steps`` make the results.
 
-    Those of the forward take a ``Problem``; those of the backward also the ``Needs``, before them the steps the ``Saved``.
+    In the forward both take (problem,). In the backward ``against`` takes (problem, needs), and ``steps`` takes
+    (problem, saved, needs).
     """
 
     name: str
     against: Callable[..., tuple[str, ...]]
     steps: Callable[..., Any]
-    asked: bool = False  # made only where ``settings.hopper`` asks for it
+    asked: bool = False  # used only where ``settings.hopper`` asks for it
 
 
 def _nothing(*_: Any) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ def of_backward(problem: Problem, needs: Needs = EVERY_GRADIENT) -> Schedule:
 
 
 def against(table: tuple[Schedule, ...], name: str, problem: Problem, *more: Any) -> tuple[str, ...]:
-    """Reasons why a schedule, if it is asked for, does not make a pass of a call: its own, or one that comes before it."""
+    """Reasons why a schedule, if it is asked for, does not make a pass of a call: its own, or that another comes first."""
     at = next((i for i, schedule in enumerate(table) if schedule.name == name), None)
     if at is None:
         return (f"{name} has no {'forward' if table is FORWARD else 'backward'}",)

@@ -37,7 +37,7 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
         "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2),
                 256: T(32, 32, 4, 1, wide=True)},
     },
-    # A pipelined edge loop makes ptxas serialise every wgmma (C7515): one stage there.
+    # A pipelined edge loop makes ptxas serialise every wgmma (C7515), so that loop has one stage.
     "sm_90": {
         "forward": {32: T(128, 64, 4, 3, edge_stages=1), 64: T(128, 64, 4, 3, edge_stages=1),
                     128: T(128, 128, 8, 2, edge_stages=1), 256: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
@@ -71,7 +71,7 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
 
 _HALVES["sm_120"] = {**_HALVES["sm_86"], "forward": {**_HALVES["sm_86"]["forward"], 64: T(64, 64, 4, 3)}}
 
-# The same where a bias, a mask or dropout takes registers beside each tile of scores.
+# What replaces these entries where a bias, a mask or dropout takes registers beside each tile of scores.
 _HEAVY: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
         "forward": {64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3)},
@@ -157,7 +157,7 @@ def _table(arch: str) -> dict[str, dict[int, T]]:
 
 
 def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
-    """The widest head dim of the entry that serves these in fp16 and bf16, up to 256: what tuned tiles are kept by."""
+    """The widest head dim of the entry that serves these in fp16 and bf16, up to 256; tuned tiles are kept under it."""
     widest = max(head_dim, head_dim_v)
     if arch == "interpreter":
         return widest
@@ -165,12 +165,12 @@ def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
     return next((width for width in sorted(widths) if widest <= width), widest)
 
 
-# dK, dV and by atomics dQ in one kernel, plain attention in fp16 and bf16; targets and widths that are not here have two.
+# One kernel for dK, dV and, by atomics, dQ of plain attention in fp16 and bf16; targets and widths not listed have two kernels.
 _FUSED: dict[str, dict[int, T]] = {
     "sm_80": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True),
               256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
     "sm_86": {64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True)},
-    "sm_90": {64: T(64, 128, 8, 2, edge_stages=1)},  # at 128 tiles that do not spill take seven products' work after all
+    "sm_90": {64: T(64, 128, 8, 2, edge_stages=1)},  # at 128, tiles that do not spill cost as much as seven products after all
     "sm_100": {64: T(64, 128, 8, 2), 128: T(64, 64, 8, 1)},
     "gfx942": {64: T(32, 64, 4, 1, options=_CDNA), 128: T(32, 64, 4, 1, options=_CDNA)},
 }
@@ -182,7 +182,7 @@ def choose_fused(head_dim: int, head_dim_v: int, dtype: torch.dtype, arch: str) 
     """The configuration of the fused backward, or None where there is none."""
     if arch == "interpreter":
         return T(32, 64, 1, 1)
-    tried = dtype in (torch.float16, torch.bfloat16) and arch in TARGETS  # what atomics cost elsewhere nobody has looked at
+    tried = dtype in (torch.float16, torch.bfloat16) and arch in TARGETS  # the cost of atomics elsewhere is not known
     table = _FUSED.get(target_of(arch).tables, {}) if tried else {}
     return next((table[width] for width in sorted(table) if max(head_dim, head_dim_v) <= width), None)
 
@@ -217,15 +217,15 @@ def choose_hopper(schedule: str, head_dim: int, head_dim_v: int, heavy: bool = F
     return dataclasses.replace(config, descriptors=schedule != "gluon", specialize=schedule == "specialized")
 
 
-# Few queries over many keys, as in decoding: the keys in splits, for programs enough to fill a GPU.
+# Few queries over many keys, as in decoding: the keys are cut into splits, to have enough programs to fill a GPU.
 FEW_QUERIES, MANY_KEYS = 64, 1024
 MAX_SPLITS = 128
-SPLIT = 256  # keys at least
-SPLIT_A_ROW = 8  # and for each row of queries that meets them: what splits write and read again stays below a quarter
+SPLIT = 256  # least number of keys in a split
+SPLIT_A_ROW = 8  # and for each row of queries, so that what splits write and read again stays below a quarter
 
 
 def n_splits(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int) -> int:
-    """Into how many splits the keys go: by lengths alone, so that a batch entry's result is the same in any batch.
+    """How many splits the keys are cut into: by lengths alone, so that a batch entry's result is the same in any batch.
 
     ``n_queries`` and ``n_keys`` are those of the tensors, ``longest_q`` and ``longest_k`` of the longest sequence in them.
     """
@@ -236,7 +236,7 @@ def n_splits(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group:
 
 
 def unseen_keys(spec: AttentionSpec, others: OtherTensors, n_queries: int, n_keys: int) -> int:
-    """Keys before the first that the window of some query reaches, where positions are all that tells keys apart."""
+    """How many keys come before the first that some query's window reaches; 0 where keys differ by more than position."""
     plain = not (spec.score_mods or spec.mask_mods or spec.dropout_p) and others.cu_k is None and others.used_k is None
     return max(0, spec.offset(n_queries, n_keys) - spec.window.left) if plain and spec.window.left is not None else 0
 
@@ -259,7 +259,7 @@ def choose_splits(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype,
 
 @functools.cache
 def choose_combine(head_dim_v: int) -> T:
-    """The configuration that joins splits: some at a time, and how many there may be."""
+    """The configuration that joins splits: how many at a time, and how many there may be."""
     return T(16 if head_dim_v <= 256 else 4, MAX_SPLITS, 4, 1)
 
 
@@ -280,5 +280,5 @@ def choose_additive(kernel: Kernel, head_dim: int, arch: str) -> T:
 
 @functools.cache
 def choose_rotary(head_dim: int) -> T:
-    """The configuration of the rotary kernel: about 4096 elements of each head a program, which memory bounds."""
+    """The configuration of the rotary kernel: about 4096 elements of each head a program; memory is its bound."""
     return T(max(1, 4096 // max(64, 1 << (head_dim - 1).bit_length())), 1, 4, 1)

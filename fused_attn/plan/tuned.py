@@ -34,7 +34,7 @@ Found = dict[tuple[str, int], TileConfig]  # (kernel, widest head dim it serves)
 
 
 def gpu_name(device: torch.device) -> str:
-    """Of a device: "NVIDIA H100 80GB HBM3"; "interpreter" of the CPU."""
+    """The name of a device, such as "NVIDIA H100 80GB HBM3"; "interpreter" for the CPU."""
     return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
@@ -70,14 +70,14 @@ def tuned(device: torch.device) -> Found:
     except ValueError as error:
         if settings.TILES is not None:
             raise
-        warnings.warn(f"fused_attn: {error}", RuntimeWarning, stacklevel=2)  # found by itself: no call may fail of it
+        warnings.warn(f"fused_attn: {error}", RuntimeWarning, stacklevel=2)  # not asked for: no call may fail because of it
         return {}
     warnings.warn(f"fused_attn: the tiles in {file} are not used: {'; '.join(other)}", RuntimeWarning, stacklevel=2)
     return {}
 
 
 def instead(config: TileConfig, kernel: str, q: torch.Tensor, v: torch.Tensor, device: torch.device) -> TileConfig:
-    """What was tuned for a kernel on a device, in place of the shipped configuration. On meta nothing was."""
+    """The configuration that was tuned for a kernel on a device, else the shipped ``config``. On meta nothing is tuned."""
     if kernel not in KERNELS or device.type == "meta":
         return config
     found = tuned(device)
@@ -130,7 +130,7 @@ def checked(row: dict[str, Any], arch: str) -> TileConfig:
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
-    """The one of ``known`` that JSON has as ``value``: what goes on is never what the file holds, only what it names."""
+    """The one of ``known`` that JSON writes like ``value``: nothing from the file itself is used, only what it names."""
     for own in known:
         if json.dumps(own) == json.dumps(value):  # 1, 1.0, true and "1" are four things
             return own
@@ -149,7 +149,7 @@ def tiles(file: Path, content: dict[str, Any]) -> Found:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A file of tiles, of any card; ``tiles`` says what its entries are worth. Raises ValueError for another file."""
+    """Reads a file of tiles, of any card; ``tiles`` checks its entries. Raises ValueError for any other file."""
     expected = f"{file}: expected tiles as `fused-attn tune` writes them"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
