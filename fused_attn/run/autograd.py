@@ -1,5 +1,5 @@
-"""Gradients of the kernels: thin autograd Functions over the ops, what the ops do where autograd reaches them, and the only
-file of theirs with a ``ctx``."""
+"""Gradients of the kernels: thin autograd Functions over the ops, and what the ops do where autograd reaches them. This is the
+kernels' only file with a ``ctx``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ class Attention(torch.autograd.Function):
 
 
 class RepeatedAttention(torch.autograd.Function):
-    """``Attention`` of a plain call that was made before, by the plans that are kept of it and of its backward."""
+    """``Attention`` for a plain call that was made before, by the plans kept of it and of its backward."""
 
     @staticmethod
     def forward(ctx: Any, spec: AttentionSpec, key: plans.Key, q: torch.Tensor, k: torch.Tensor,
@@ -59,14 +59,15 @@ class RepeatedAttention(torch.autograd.Function):
 
 
 def _rounded(lse: torch.Tensor) -> torch.Tensor:
-    """[B, H, Nq] of an LSE that may come with its rest (``layout.lse_like``)."""
+    """The LSE [B, H, Nq] without the rest that it may come with (``layout.lse_like``)."""
     return lse if lse.dim() == 3 else lse[0]
 
 
 class TransformedAttention(torch.autograd.Function):
-    """``Attention`` as torch.func takes it: what it saves are outputs, the whole LSE and the residual, and told apart.
+    """``Attention`` as torch.func takes it: with a ``setup_context``, and with the whole LSE and the residual, which it saves,
+    among its outputs.
 
-    It costs the host four times as much, so calls outside of transforms do without.
+    It costs the host four times as much, so calls outside of transforms do without it.
     """
 
     @staticmethod
@@ -108,7 +109,7 @@ def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -
 
 
 def _differentiated(spec: AttentionSpec, needs: Needs, saved: Saved, *others: Any) -> tuple[torch.Tensor, ...]:
-    """``run_backward``. With create_graph=True the gradients must not pass for constants: a second derivative raises."""
+    """Calls ``run_backward``. With create_graph=True the gradients must not pass for constants: a second derivative raises."""
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     backward = AttentionBackward.apply if differentiable else run_backward
     grads: tuple[torch.Tensor, ...] = backward(spec, needs, *saved, *others)
@@ -170,7 +171,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     if exported or (not wanted and not transformed and not torch_private.forward_mode()):
         out, lse, _ = ops.forward(q, k, v, others, spec)
         return out, _rounded(lse)
-    if transformed and torch.compiler.is_compiling():  # which gives a Function of transforms a ctx that it does not take
+    if transformed and torch.compiler.is_compiling():  # torch.compile gives the Function a ctx, which it does not take
         raise NotImplementedError("fused_attn: torch.func within torch.compile is not built yet for backend 'triton'; take the "
                                   "transform without torch.compile, or backend='reference'")
     # torch.compile cannot trace a Function that receives one tensor twice; a view is another tensor.
@@ -231,7 +232,7 @@ def _rotary(*arguments: Any) -> torch.Tensor:
 
 
 class Recomputed(torch.autograd.Function):
-    """``run(*tensors)``, with the gradients of ``plain(*tensors)``: the same in plain PyTorch, computed in the backward."""
+    """``run(*tensors)``, with the gradients of ``plain(*tensors)``, the same in plain PyTorch, computed in the backward."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor], *tensors: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     left, right = spec.window
     offset = spec.offset(n_queries, n_keys)
     # A bound that no query reaches is no bound: decoding with one query is not masked at all.
-    surely = torch_private.surely  # a graph of lengths that vary keeps its mask, and is of every length
+    surely = torch_private.surely  # a graph whose lengths vary keeps its mask, and holds for every length
     left = None if left is None or surely(offset + n_queries - 1 - left <= 0) else left
     right = None if right is None or surely(offset + right >= n_keys - 1) else right
     masked = bool(others.operands) or others.used_k is not None
@@ -31,7 +31,7 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     causal = left is None and right == 0 and surely(offset == 0) and _plain(spec.scale > 0) and not masked
     windowed = not causal and (left is not None or right is not None)
     mask = reference.window_mask(spec, n_queries, n_keys, q.device) if windowed else None
-    if others.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
+    if others.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is NaN
         counted = torch.arange(n_keys, device=q.device) < others.used_k[:, None]
         k, v = (x.masked_fill(~counted[:, None, :, None], 0) for x in (k, v))
         mask = counted[:, None, None, :] if mask is None else mask & counted[:, None, None, :]
@@ -47,13 +47,13 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
 
 
 def _plain(condition: Any) -> bool:
-    """A comparison of sizes as torch takes it: torch.compile leaves bool() of one symbolic, and jit.trace makes it a tensor."""
+    """A comparison of sizes as a plain bool: bool() of one stays symbolic under torch.compile, and is a tensor in jit.trace."""
     return True if condition else False  # noqa: SIM210
 
 
 def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec,
                  others: OtherTensors) -> torch.Tensor | None:
-    """One mask or bias for torch, of the masks and the biases of a call: one tensor each, in this order."""
+    """One mask or bias for torch, made of the biases and masks of a call, whose operands are one tensor each, in this order."""
     biases, masks = others.operands[: len(spec.score_mods)], others.operands[len(spec.score_mods) :]
     for member, operand in zip(spec.mask_mods, masks, strict=True):
         operand = operand == 0 if member.code == mods.HIDE.code else operand
@@ -68,7 +68,7 @@ def _joined_mask(mask: torch.Tensor | None, q: torch.Tensor, spec: AttentionSpec
 
 def _torch_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
                   others: OtherTensors) -> torch.Tensor:
-    """One sequence after the other, or all at once where lengths have no values yet; rows that belong to none give 0."""
+    """One sequence after the other, or all at once where lengths have no values yet; rows of no sequence give 0."""
     if tracing.traced(others.cu_q):
         return _torch_padded(q, k, v, spec, others)
     one, outs, at = spec._replace(longest=None), [], 0

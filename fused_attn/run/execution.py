@@ -25,7 +25,7 @@ def _finish(call: tuple[Any, ...], steps: Callable[[Problem], Generator[Made, No
 
 def plan_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Plan | None:
     """The plan of a plain call without gradients: (q, k, v) -> (out, lse)."""
-    schedule = schedules.of_forward(Problem.of(q, k, v, spec, NO_OTHERS))  # which may ask where the tensors begin
+    schedule = schedules.of_forward(Problem.of(q, k, v, spec, NO_OTHERS))  # a schedule may ask where real tensors begin
     given = unstored(q), unstored(k), unstored(v)
     return plan(schedule.steps(Problem.of(*given, spec, NO_OTHERS, device=q.device)), given)
 
@@ -35,7 +35,7 @@ def plan_backward(saved: Saved, spec: AttentionSpec, needs: Needs) -> Plan | Non
     tensors: list[Any] = [None if x is None else unstored(x) for x in saved]
     places = Saved(*tensors)
     problem = Problem.of(places.q, places.k, places.v, spec, NO_OTHERS, device=saved.q.device)
-    real = Problem.of(saved.q, saved.k, saved.v, spec, NO_OTHERS)  # which may ask where the tensors begin
+    real = Problem.of(saved.q, saved.k, saved.v, spec, NO_OTHERS)  # a schedule may ask where real tensors begin
 
     def steps() -> Generator[Made, None, Any]:
         grads = yield from schedules.of_backward(real, needs).steps(problem, places, needs)

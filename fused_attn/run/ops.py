@@ -3,7 +3,7 @@
 ``fused_attn::forward``, ``backward``, ``statistics`` and ``weights`` are those of ``execution`` behind a schema. Gradients
 are the business of ``autograd``. Their arguments are the fields of the records in ``schema``, flat. The ops exist
 from ``import fused_attn`` on, for programs that were exported and for FLOP counters; the kernels, and Triton with them, are
-imported by the first call that runs one. Where nobody looks, the functions here go past the ops: thirty arguments through
+imported by the first call that runs one. Where nothing watches, the functions here bypass the ops: thirty arguments through
 torch's dispatcher cost more than everything else that the host does for a call.
 """
 
@@ -35,7 +35,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: OtherTens
             spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse as ``layout.lse_like`` makes it, residual or None) of a call."""
     if not watched((q, k, v, *others.flat())):
-        from fused_attn.run import execution  # here and below, so that the ops exist without Triton
+        from fused_attn.run import execution  # imported here and below, so that the ops exist without Triton
 
         return execution.forward(q, k, v, spec, others)
     out, lse, residual = _OPS.forward.default(*FORWARD.flat(Inputs(q, k, v), others, spec))
@@ -43,7 +43,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: OtherTens
 
 
 def backward(saved: Saved, others: OtherTensors, spec: AttentionSpec, needs: Needs) -> tuple[Any, ...]:
-    """(dq, dk, dv, dsinks, dscore_weight, [of each operand])."""
+    """(dq, dk, dv, dsinks, dscore_weight, [gradient of each operand])."""
     if not watched((*saved, *others.flat())) and not _batched(saved.dout, saved.dlse):
         from fused_attn.run import execution
 
@@ -77,7 +77,7 @@ def statistics(q: torch.Tensor, k: torch.Tensor, others: OtherTensors,
 
 @torch.no_grad()
 def weights(q: torch.Tensor, k: torch.Tensor, others: OtherTensors, spec: AttentionSpec) -> torch.Tensor:
-    """[B, H, Nq, Nk] in q's dtype, without gradients."""
+    """The weights [B, H, Nq, Nk] in q's dtype, without gradients."""
     if not watched((q, k, *others.flat())):
         from fused_attn.run import execution
 
@@ -95,7 +95,7 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _in_rows(others: OtherTensors) -> OtherTensors:
-    """``others`` as kernels trust them to lie, whatever stood between a call and its op: torch may make zeros of one."""
+    """``others`` in the layout that kernels trust, whatever happened between a call and its op: torch may put zeros for one."""
     rows = {name: x.contiguous() for name in ("cu_q", "cu_k", "used_q", "used_k", "sinks")
             if (x := getattr(others, name)) is not None}
     weight = others.score_weight
@@ -105,12 +105,12 @@ def _in_rows(others: OtherTensors) -> OtherTensors:
 
 
 def _batched(*gradients: torch.Tensor | None) -> bool:
-    """Whether ``is_grads_batched`` made some of these of many: nothing else tells of its vmap."""
+    """Whether one of these is a batch of gradients made by ``is_grads_batched``: nothing else shows its vmap."""
     return any(x is not None and torch_private.is_batched(x) for x in gradients)
 
 
 def some(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """An op's outputs are fixed in number: an empty tensor stands for none."""
+    """``x``, or an empty tensor in place of None, since an op's outputs are fixed in number."""
     return like.new_empty(0) if x is None else x
 
 
@@ -139,7 +139,7 @@ def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and needs.dsinks else lse.new_empty(0)
     doperands = [x.new_empty(x.shape) if need else x.new_empty(0)
                  for x, need in zip(others.operands, needs.doperands, strict=True)]
-    # A gradient that nobody asked for is an empty tensor: an op's outputs are fixed in number.
+    # A gradient that is not wanted is an empty tensor: an op's outputs are fixed in number.
     grads = (like(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((q, needs.dq), (k, needs.dk), (v, needs.dv)))
     return *grads, dsinks, dscore_weight, doperands
 
@@ -154,14 +154,14 @@ def draw_seed(like: torch.Tensor) -> torch.Tensor:
     """A seed [1] for dropout, drawn on the device from torch's own generator: it follows torch.manual_seed, and CUDA graphs
     advance it.
 
-    A compiler that computes again in the backward what it could have saved (``activation_memory_budget`` below 1) must not draw
-    again: it is told to save this one, by the mark that its own activation checkpointing leaves.
+    A compiler that recomputes in the backward what it could have saved (``activation_memory_budget`` below 1) must not draw
+    again: the mark that its own activation checkpointing leaves tells it to save the seed.
     """
     if torch.compiler.is_compiling() and torch_private.activation_memory_budget() == 0:
         warnings.warn("fused_attn: activation_memory_budget=0 saves nothing but inputs, so the backward draws its dropout mask "
                       "anew and gradients are of another mask than the output; a budget above 0 saves the seed",
                       RuntimeWarning, stacklevel=2)
-    meta = traceback.get_current_meta()  # which nodes made within take over
+    meta = traceback.get_current_meta()  # which nodes made within the context inherit
     before = meta.copy()
     meta["recompute"] = CheckpointPolicy.MUST_SAVE
     try:
@@ -172,9 +172,9 @@ def draw_seed(like: torch.Tensor) -> torch.Tensor:
 
 
 def seeded(call: Described) -> Described:
-    """``call`` with a seed where it drops weights: as late as this, so that a call that does not run draws none.
+    """``call`` with a seed if it has dropout, drawn as late as this, so that a call that does not run draws none.
 
-    One that has a seed keeps it: what runs twice, for its output and for its weights, drops the same.
+    A call that has a seed keeps it: if it runs twice, for its output and for its weights, it drops the same weights.
     """
     if call.spec.dropout_p == 0 or call.others.seed is not None:
         return call
@@ -221,7 +221,7 @@ for _name, _run, _fake in (("forward", _forward, _forward_fake), ("backward", _b
                            ("statistics", _statistics, _statistics_fake), ("weights", _weights, _weights_fake),
                            ("rotary", _rotary, _rotary_fake)):
     torch.library.impl(LIBRARY, _name, "CompositeExplicitAutograd")(_run)
-    if _name != "rotary":  # which torch calls once for each of a batch
+    if _name != "rotary":  # which torch calls once for each element of a batch
         for _vmap in ("FuncTorchBatched", "Batched"):  # torch.func's, and the one of is_grads_batched
             torch.library.impl(LIBRARY, _name, _vmap)(refuse_batches)
     torch.library.register_fake(f"fused_attn::{_name}", _fake, lib=LIBRARY)

@@ -1,9 +1,9 @@
 """Plans that are kept: a plain call leaves its plan behind, for the next call of its kind, and its backward another one.
 
-Generation makes one call thousands of times, training one a layer and step. What is checked, described and chosen depends on
-shapes, types and plain arguments alone, so that the second call of a kind need not check and describe again. Lengths are no
-part of a kind: where they are new, as from one token to the next, schedule and tiles are chosen anew; where they were seen
-before, as from one layer to the next, the steps themselves are kept, as a plan.
+Generation makes one call thousands of times, and training makes one for every layer and step. What is checked, described and
+chosen depends on shapes, types and plain arguments alone, so that the second call of a kind need not check and describe again.
+Lengths are no part of a kind: where they are new, as from one token to the next, schedule and tiles are chosen anew; where they
+were seen before, as from one layer to the next, the steps themselves are kept, as a plan.
 """
 
 from typing import Any, TypeAlias
@@ -24,8 +24,8 @@ _specs: dict[Any, AttentionSpec] = {}  # by kind
 
 def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, backend: Any,
         deterministic: bool | None) -> Key | None:
-    """What calls with one plan have in common, the last of it whether gradients are wanted; None for a call that neither leaves
-    a plan nor takes one."""
+    """What calls with the same plan have in common; its last entry tells whether gradients are wanted. None for a call that
+    neither leaves a plan nor takes one."""
     if not (type(q) in PLAIN_CLASSES and type(k) in PLAIN_CLASSES and type(v) in PLAIN_CLASSES) or q.dtype not in _HALVES:
         return None
     # 1, 1.0 and True are equal, and not all of them are taken.
@@ -38,7 +38,7 @@ def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: A
     if q.device.type not in ("cpu", "cuda", "xpu") or torch.is_autocast_enabled(q.device.type):
         return None
     hopper = settings.hopper_schedule()
-    # Kernels of the other schedules ask where a tensor begins.
+    # Kernels of the other schedules depend on where a tensor begins.
     aligned = hopper == "pointers" or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
     wanted = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
     if deterministic is None:
@@ -55,10 +55,10 @@ def _kind(key: Key) -> tuple[Any, ...]:
 
 
 def description(key: Key) -> AttentionSpec | None:
-    """What an earlier call of a kind was found to be, if there was one."""
+    """The description that an earlier call of the same kind has left, or None."""
     try:
         return _specs.get(_kind(key))
-    except TypeError:  # an argument that cannot be hashed: let the checks speak of it
+    except TypeError:  # an argument that cannot be hashed: the checks will report it
         return None
 
 
@@ -99,10 +99,10 @@ def forward(key: Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[torch.Tensor | None] | None:
-    """[dq, dk, dv] by the plan of earlier backwards, or None if there is none. ``key``: of the forward."""
+    """[dq, dk, dv] by the plan of earlier backwards, or None if there is none. ``key`` is that of the forward."""
     if watched(saved) or torch.is_grad_enabled() or any(x is not None and torch_private.is_batched(x) for x in saved[:2]):
         return None
-    # What autograd saved may have been moved by a hook, and gradients lie as they please.
+    # A hook may have moved what autograd saved, and gradients may have any layout.
     whole: Key = key, needs, *[x if x is None else (x.stride(), x.dtype) for x in saved]
     if spec.hopper != "pointers":
         whole += tuple([x.data_ptr() % 16 for x in saved if x is not None])
@@ -121,7 +121,7 @@ def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[
 
 
 def _comes_again(key: Any) -> bool:
-    """Whether a plan is worth making: what has no plan yet came before. The first time it is noted."""
+    """Whether a plan is worth making: the key came before and has no plan yet. The first time, the key is noted."""
     if key in _plans:
         return _plans[key] is None
     if len(_plans) >= _MOST:
