@@ -18,7 +18,7 @@ from fused_attn.rotary import apply_rotary
 
 
 class Heads(NamedTuple):
-    """A call after its projections: q [B, H, L, D], k and v [B, Hkv, S, D], and the arguments of ``attention`` it makes."""
+    """A call after its projections: q [B, H, L, D], k and v [B, Hkv, S, D], and its other arguments for ``attention``."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -27,7 +27,7 @@ class Heads(NamedTuple):
 
 
 def stay_in_python(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing: torch's layers do not go around a module that has one by their C++ path."""
+    """A hook that does nothing: torch's layers do not bypass a module that has one by their C++ path."""
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -38,22 +38,22 @@ class MultiheadAttention(nn.MultiheadAttention):
     answer is NaN: a query that may attend to nothing gives 0, with weights 0. Ask ``need_weights=False`` where weights are
     not wanted: they cost L x S memory, here as in torch.
 
-    No quick C++ path goes around it, and no mask is looked at to find out whether it is causal: pass ``is_causal=True``
-    beside it, or ``torch.nn.attention.bias.causal_upper_left`` in its place, or construct with ``causal=True``.
+    No fast C++ path bypasses it, and no mask is read to find out whether it is causal: pass ``is_causal=True``
+    beside the mask, or ``torch.nn.attention.bias.causal_upper_left`` in its place, or construct with ``causal=True``.
 
     Args:
         embed_dim ... dtype: as in torch.
         num_kv_heads: heads of keys and values, each for a group of query heads; a divisor of ``num_heads``, by default all
             of them. The projections of keys and values shrink accordingly.
         causal: every call is causal, without a mask.
-        window: (left, right), as in ``attention``: positions around its own that a query sees.
+        window: (left, right), as in ``attention``: how many positions around its own a query sees.
         softcap: cap of ``softcap * tanh(score / softcap)``.
         alibi: scores lose slope * distance, with the slopes of ``alibi_slopes``; they are not learned and not saved.
         sinks: a learned logit for each head in the denominator, zero at first (parameter ``sinks`` [H]).
         rope: a ``RotaryEmbedding`` that turns queries and keys.
     """
 
-    options = Options()  # of modules that began as torch's
+    options = Options()  # of modules that began as torch's, by default
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, add_bias_kv: bool = False,
                  add_zero_attn: bool = False, kdim: int | None = None, vdim: int | None = None, batch_first: bool = False,
@@ -68,7 +68,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _extend(self, num_kv_heads: int | None = None, causal: bool = False,
                 window: tuple[int | None, int | None] | None = None, softcap: float | None = None, alibi: bool = False,
                 sinks: bool = False, rope: RotaryEmbedding | None = None) -> None:
-        """Gives torch's module what is beyond torch; of its weights only those whose shape changes are drawn anew."""
+        """Gives torch's module the options beyond torch; projections are drawn anew only if ``num_kv_heads`` changes shapes."""
         options = Options(causal, window, softcap, alibi)
         check_options(self, num_kv_heads, options, rope)
         if options != Options():
@@ -82,9 +82,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @classmethod
     def adopt(cls, module: nn.MultiheadAttention, **options: Any) -> "MultiheadAttention":
-        """torch's module itself as one of this class: its weights, hooks, device, mode and place in a model stay.
+        """Makes torch's module itself one of this class: its weights, hooks, device, mode and place in a model stay.
 
-        ``options`` are those of the constructor beyond torch's. Where one does not fit, nothing has changed.
+        ``options`` are those of the constructor beyond torch's. Where one does not fit, the module stays as it was.
         """
         module.__class__ = cls
         assert isinstance(module, MultiheadAttention)
@@ -98,14 +98,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def release(self) -> nn.MultiheadAttention:
         """Undoes ``adopt``."""
-        key = self.__dict__.pop("_adopted", None)  # of the one hook; the same one may be the user's, too
+        key = self.__dict__.pop("_adopted", None)  # the key of that one hook; the user may have registered the same function
         if self._forward_pre_hooks.get(key) is stay_in_python:
             del self._forward_pre_hooks[key]
         self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
         return self
 
     def _group(self, num_kv_heads: int) -> None:
-        """Smaller projections of keys and values, drawn anew."""
+        """Makes the projections of keys and values smaller, and draws the projections anew."""
         self._num_kv_heads = num_kv_heads
         own, shared = self.embed_dim, num_kv_heads * self.head_dim
 
@@ -128,17 +128,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             nn.init.zeros_(sinks)
 
     def alibi_slopes(self, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """fp32 [H] where the module has them: no buffer, which ``bfloat16()`` would round and a checkpoint would miss."""
+        """The slopes, fp32 [H], if there is ``alibi``; no buffer, which ``bfloat16()`` would round and checkpoints lack."""
         return alibi_slopes(self.num_heads, device) if self.options.alibi else None
 
     def position_embeddings(self, x: torch.Tensor, cache: KVCache | None = None) -> PositionEmbeddings | None:
-        """Rotations and slopes of self-attention over x, beside its ``cache``: for this module and all with these options.
+        """Rotations and slopes of self-attention over x with its ``cache``, for this module and all others with its options.
 
         A model that stacks layers by itself may compute them once and hand them to each, as the containers here do.
         """
         positions: torch.Tensor | int | None = None
         if x.is_nested:
-            if x.layout != torch.jagged:  # of which every layer makes jagged ones
+            if x.layout != torch.jagged:  # every layer makes jagged ones of these
                 return None
             positions = jagged_positions(x.values(), x.offsets())  # type: ignore[attr-defined]
             x = x.values()
@@ -149,7 +149,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self._embeddings(x, positions)
 
     def _embeddings(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> PositionEmbeddings | None:
-        """Those of the rows of x [..., N, D]."""
+        """The position embeddings of the rows of x [..., N, D], or None without ``rope`` and ``alibi``."""
         rope: RotaryEmbedding | None = getattr(self, "rope", None)
         if rope is None and not self.options.alibi:
             return None
@@ -157,7 +157,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                                   self.position_kind)
 
     def _own(self, given: PositionEmbeddings) -> PositionEmbeddings:
-        """What the caller gave, if it is of a module with the options of this one."""
+        """``given``, checked to come from a module with the options of this one."""
         if not isinstance(given, PositionEmbeddings) or given.kind != self.position_kind:
             raise ValueError("position_embeddings: expected those of a module with this one's rope and alibi, of (rotation, "
                              f"heads with slopes) {self.position_kind}; got {getattr(given, 'kind', given)}")
@@ -165,7 +165,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def position_kind(self) -> tuple[Any, ...]:
-        """What modules have in common whose ``position_embeddings`` are the same."""
+        """What modules with the same ``position_embeddings`` have in common."""
         rope: RotaryEmbedding | None = getattr(self, "rope", None)
         return None if rope is None else rope.kind, self.num_heads if self.options.alibi else None
 
@@ -192,7 +192,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 attn_mask: torch.Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
                 cache: KVCache | MemoryCache | None = None,
                 position_embeddings: PositionEmbeddings | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """torch's arguments and results; and ``cache`` and ``position_embeddings``.
+        """Takes torch's arguments, ``cache`` and ``position_embeddings``, and returns torch's results.
 
         Jagged nested tensors [B, j, E] are taken as they are, with ``need_weights=False`` and without masks.
 
@@ -200,8 +200,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             cache: a ``KVCache`` makes self-attention causal and remembers keys and values: pass the new tokens alone, padded
                 on the right if at all, with their ``key_padding_mask``; the module must be causal, or the call
                 ``is_causal``. A ``MemoryCache`` keeps the projections of ``key`` and ``value`` of cross-attention from its
-                first call; it goes with no option about positions.
-            position_embeddings: what the method of that name gives for ``query``, where it is computed once for many layers.
+                first call; it cannot be combined with options about positions.
+            position_embeddings: what the method of that name returns for ``query``, if computed once for many layers.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             return attend_jagged(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, cache,
@@ -230,7 +230,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None = None,
               attn_mask: torch.Tensor | None = None, is_causal: bool = False, need_weights: bool = False,
               cache: MemoryCache | None = None, position_embeddings: PositionEmbeddings | None = None) -> Heads:
-        """What ``forward`` gives to ``attention``, dropout apart."""
+        """What ``forward`` gives to ``attention``, except for dropout."""
         hint, attn_mask = causal_bias(attn_mask, query, key, self.batch_first)
         batched = torch_private.mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None and not hint and not self.options.causal:
@@ -263,8 +263,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         options = self.options
         appended = (self.bias_k is not None) + bool(self.add_zero_attn)
         n_keys = k.shape[2] - appended
-        # torch's hint aligns the first query with the first key: where lengths differ, the mask says it better.
-        # And where it is floating, torch drops it for the hint only if nothing else asks for it: it may say more.
+        # torch's hint aligns the first query with the first key: where lengths differ, the mask is taken instead.
+        # torch drops a floating-point mask for the hint only if nothing else needs the mask, which may say more.
         exact = attn_mask is None or attn_mask.dtype == torch.bool or (not need_weights and key_padding_mask is None)
         hinted = (hint or (is_causal and exact)) and q.shape[2] == n_keys and not appended
         if hint and not hinted:
@@ -292,13 +292,13 @@ class MultiheadAttention(nn.MultiheadAttention):
                 apply_rotary(k, cos, sin, interleaved=rope.interleaved))
 
     def _variant(self, given: PositionEmbeddings | None) -> dict[str, Any]:
-        """The arguments of ``attention`` that the options make, apart from ``causal``."""
+        """The arguments of ``attention`` that follow from the options, except for ``causal``."""
         found = {"window": self.options.window, "softcap": self.options.softcap, "sinks": getattr(self, "sinks", None),
                  "alibi_slopes": given.slopes if given is not None and self.options.alibi else None}
         return {name: value for name, value in found.items() if value is not None}
 
     def _batched_together(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[1, N, E] of [N, E]; what was one tensor remains one, for one projection."""
+        """Makes [1, N, E] of each [N, E]; arguments that are one tensor remain one, for one projection."""
         views: list[torch.Tensor] = []
         for i, x in enumerate(tensors):
             same = next((j for j in range(i) if tensors[j] is x), None)
@@ -316,7 +316,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: torch.Tensor | None, key: torch.Tensor | None,
                  value: torch.Tensor | None) -> tuple[Any, ...]:
-        """The projections of what is given, [..., H D] and [..., Hkv D]: one product for what is one tensor."""
+        """The projections of what is given, [..., H D] and [..., Hkv D]; arguments that are one tensor share one product."""
         sizes = [self.embed_dim, *[self.num_kv_heads * self.head_dim] * 2]
         if self.in_proj_weight is not None and query is not None and query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(sizes, -1)
@@ -379,6 +379,6 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def _split_heads(x: torch.Tensor, heads: int, batch_first: bool) -> torch.Tensor:
-    """[B, H, N, D] of [B, N, H D] or [N, B, H D]: a view."""
+    """A view [B, H, N, D] of x, which is [B, N, H D] if ``batch_first``, else [N, B, H D]."""
     x = x.unflatten(-1, (heads, -1))
     return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)

@@ -1,4 +1,4 @@
-"""What a decoder remembers from token to token: the keys and values of what it has seen, and of what it listens to."""
+"""What a decoder remembers from token to token: keys and values of the tokens seen so far, and of the encoder's memory."""
 
 import numbers
 from collections.abc import Callable
@@ -17,17 +17,17 @@ _STEP = 64  # a growing cache starts with this many rows
 class KVCache(Restorable):
     """Keys and values of one self-attention layer, appended to call by call.
 
-    Sequences of a batch may have different lengths: pad them on the right and name the padding, and the next tokens stand
+    Sequences of a batch may have different lengths: pad them on the right and pass the padding, and the next tokens stand
     where it began. With ``capacity`` the memory is taken once and stays where it is, as CUDA graphs need; without, it doubles
-    when it is full. For inference: tensors that want gradients are refused. A graph that replays steps moves ``lengths``
-    alone: ``length``, and the check against the capacity, see what Python ran.
+    when it is full. For inference: tensors that want gradients are refused. A CUDA graph that replays steps changes ``lengths``
+    alone: ``length``, and the check against the capacity, know only the steps that Python ran.
 
-    What is refused leaves no trace, and a step that fails on its way through a layer, or through a stack of them, takes back
+    A refused call leaves no trace, and a step that fails on its way through a layer, or through a stack of them, takes back
     what it appended (``all_or_nothing``). The first layer that fills a cache owns it until it is empty again.
 
     Attributes:
         lengths: int32 [B], tokens of each sequence; None before the first ``append``.
-        length: an upper bound of them that needs no look at the device.
+        length: an upper bound of them, known without reading from the device.
         even: whether every sequence is known to have exactly that many.
     """
 
@@ -38,7 +38,7 @@ class KVCache(Restorable):
         self.capacity = capacity
         self.k = self.v = None  # [B, rows, Hkv, D] and [.., Dv]: one sequence after the other, as packed sequences lie
         self.lengths: torch.Tensor | None = None
-        # Whether steps go by what the device knows alone, so that a CUDA graph may replay them; decided by the first append.
+        # Whether steps depend on values on the device alone, so that a CUDA graph may replay them; decided by the first append.
         self._replays: bool | None = None
         self.clear()
 
@@ -71,18 +71,18 @@ class KVCache(Restorable):
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
     def claim(self, layer: Any) -> None:
-        """Of the layer that is about to append: raises where the cache holds the keys of another one."""
+        """Called by the layer that is about to append; raises where the cache holds the keys of another layer."""
         self._claim(layer, empty=not self.length)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor | None = None) -> None:
-        """Takes k [B, Hkv, N, D] and v [B, Hkv, N, Dv]; of sequence b the first ``counts[b]`` rows, int [B], or all.
+        """Appends k [B, Hkv, N, D] and v [B, Hkv, N, Dv]: the first ``counts[b]`` rows of sequence b, int [B], or all.
 
-        Heads, widths, dtype, device and batch are those of the first call. Counts beyond 0 to N are refused on a CPU; on
-        other devices nobody looks at them, and they count as the nearest of these.
+        Heads, widths, dtype, device and batch must be those of the first call. Counts outside of 0 to N are refused on a CPU;
+        on other devices they are not read, and are clamped to this range.
 
         Raises:
             RuntimeError: gradients are wanted.
-            TypeError, ValueError: an argument that does not fit, by name; or a capacity that is full. Nothing has changed.
+            TypeError, ValueError: an argument does not fit, by name, or the capacity is full. The cache stays as it was.
         """
         counts = self._check(k, v, counts)
         batch, n = k.shape[0], k.shape[2]
@@ -98,7 +98,7 @@ class KVCache(Restorable):
         else:
             rows = torch.arange(batch, device=k.device)[:, None]
             columns = lengths[:, None] + torch.arange(n, device=k.device)
-            memory_k[rows, columns] = k.transpose(1, 2)  # what is written past a sequence's count its next tokens replace
+            memory_k[rows, columns] = k.transpose(1, 2)  # past a sequence's count, its next tokens replace what is written
             memory_v[rows, columns] = v.transpose(1, 2)
         if not self.even:
             self._about_to_write("lengths")
@@ -109,7 +109,7 @@ class KVCache(Restorable):
         self.length += n
 
     def _check(self, k: Any, v: Any, counts: Any) -> torch.Tensor | None:
-        """``counts`` as int64."""
+        """Checks the arguments of ``append``; returns ``counts`` as int64, or None."""
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 raise TypeError(f"{name}: expected a float tensor; got {getattr(x, 'dtype', type(x).__name__)}")
@@ -158,8 +158,8 @@ class KVCache(Restorable):
     def attend(self, q: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Causal attention of q [B, H, N, D], the queries of the tokens last appended, to everything in the cache.
 
-        ``arguments`` are those of ``fused_attn.attention``; a bias or mask is of the ``length`` keys, or unless the cache is
-        ``even``, of all the rows of its memory. Queries past their sequence's count give 0.
+        ``arguments`` are those of ``fused_attn.attention``; a bias or mask covers the ``length`` keys or, unless the cache is
+        ``even``, all the rows of its memory. Queries past their sequence's count give 0.
         """
         if self.k is None or self.v is None or self.lengths is None:
             raise RuntimeError("KVCache: expected keys and values before queries; append() comes first")
@@ -182,7 +182,7 @@ class KVCache(Restorable):
     def truncate(self, length: "int | torch.Tensor") -> None:
         """Forgets all tokens from position ``length`` on, to take back what was only tried.
 
-        ``length`` is one for every sequence, or int [B], of each its own; a sequence that is shorter stays as it is.
+        ``length`` is an int for all sequences, or int [B] with one for each; a sequence that is shorter stays as it is.
         """
         if isinstance(length, torch.Tensor):
             shape = tuple(length.shape) if self.lengths is None else tuple(self.lengths.shape)
@@ -230,7 +230,7 @@ class KVCache(Restorable):
 
 
 def _integers(name: str, x: Any, shape: tuple[int, ...], device: torch.device, most: int, what: str = "") -> torch.Tensor:
-    """x as int64, since ``most`` may be no number of its own type; on a CPU, where looking is free, from 0 to ``most``."""
+    """x, checked, as int64, since its own type may not hold ``most``; on a CPU, where reading is free, from 0 to ``most``."""
     if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor; got {getattr(x, 'dtype', x)!r}")
     if x.shape != shape or x.device != device:
@@ -242,7 +242,7 @@ def _integers(name: str, x: Any, shape: tuple[int, ...], device: torch.device, m
 
 
 def _rows(tensors: list[torch.Tensor], index: Any) -> tuple[torch.Tensor, ...]:
-    """Rows ``index`` of each: all of them before any is put in its place."""
+    """Rows ``index`` of each tensor, all of them selected before any is put in place."""
     if not tensors:
         return ()
     batch, device = tensors[0].shape[0], tensors[0].device
@@ -254,14 +254,14 @@ def _rows(tensors: list[torch.Tensor], index: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _kept_in_place(x: torch.Tensor | None, picked: torch.Tensor) -> torch.Tensor:
-    """``picked``, in x's own memory where it has room for as many."""
+    """``picked``, in x's own memory where the shapes are equal."""
     return x.copy_(picked) if x is not None and picked.shape == x.shape else picked
 
 
 class MemoryCache(Restorable):
     """Keys and values of one cross-attention layer: computed from the memory once, by the first call.
 
-    For inference, of one memory: ``clear()`` before the next, which nothing but its shape would tell from the first.
+    For inference over one memory: call ``clear()`` before the next one, which only its shape would tell from the first.
     """
 
     def __init__(self) -> None:
@@ -274,8 +274,8 @@ class MemoryCache(Restorable):
 
     def get(self, batch: int, length: int, like: torch.Tensor,
             project: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of ``batch`` memories of a length, from ``project`` where there are none yet, in the type and on
-        the device of the queries, ``like``."""
+        """The keys and values of ``batch`` memories of ``length``, made by ``project`` where there are none yet. They must have
+        the dtype and device of the queries, ``like``."""
         if self.k is None or self.v is None:
             wanted = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.set_grad_enabled(wanted):  # the cache may outlive the mode of this call

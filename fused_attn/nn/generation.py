@@ -1,4 +1,4 @@
-"""Token by token: sampling, and the loop that feeds a decoder its own words."""
+"""Generation token by token: sampling, and the loop that feeds a decoder its own output."""
 
 import numbers
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def sample(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int | None 
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # what more likely tokens hold together
         past = before >= top_p
-        past[..., 0] = False  # whatever fp32 makes of top_p
+        past[..., 0] = False  # the most likely token stays, however top_p is rounded
         dropped = torch.zeros_like(past).scatter(-1, order, past)
         logits = logits.masked_fill(dropped, float("-inf"))
     return logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
@@ -56,8 +56,8 @@ def _real(x: Any) -> bool:
 def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """(logits - their maximum) / temperature, for any temperature that a Python number can be.
 
-    The largest logits stay 0 and those of -inf stay so where 1 / temperature is inf or 0 in their dtype; halves, so that the
-    difference of two numbers of this dtype is one of them.
+    The largest logits are 0, and those of -inf stay -inf, even where 1 / temperature is inf or 0 in their dtype. It subtracts
+    halves, so that the difference of any two numbers of this dtype is one of them.
     """
     below = logits / 2 - logits.amax(-1, keepdim=True) / 2
     scaled = below * (2 / temperature)
@@ -76,8 +76,8 @@ def stream(model: Step, prompt: torch.Tensor, max_new_tokens: int, *, lengths: t
         prompt: int [B, P], at least one token each.
         max_new_tokens: how many to draw.
         lengths: int [B]: tokens of each prompt, where they differ; what follows them is padding.
-        cache: what ``model`` remembers by; ``model.new_cache()`` by default. Left filled, for another round: with all but
-            the token drawn last, with which the next prompt begins.
+        cache: the cache of ``model``; ``model.new_cache()`` by default. It is left filled for another round, with all tokens
+            but the one drawn last, with which the next prompt begins.
         eos: a token that ends a sequence, which repeats it from then on; generation stops where all have ended.
         temperature, top_k, top_p, generator: as in ``sample``.
     """
@@ -112,7 +112,7 @@ def _stream(model: Step, tokens: torch.Tensor, count: int, lengths: torch.Tensor
         last = (lengths - 1).clamp(min=0)
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(count):
-        # Not around the yield: what runs in between is the caller's.
+        # Not around the yield, since the caller's code runs in between.
         with torch.no_grad(), all_or_nothing(cache):
             logits = model(tokens, cache=cache, padding=padding)
             rows = torch.arange(tokens.shape[0], device=tokens.device)

@@ -10,7 +10,7 @@ from fused_attn.nn.positions import PositionEmbeddings
 
 
 def _as_jagged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Strided nested tensors as jagged ones; what was one tensor remains one."""
+    """Strided nested tensors as jagged ones; arguments that are one tensor remain one."""
     q = torch.nested.nested_tensor(list(query.unbind()), layout=torch.jagged)
     k = q if key is query else torch.nested.nested_tensor(list(key.unbind()), layout=torch.jagged)
     v = k if value is key else torch.nested.nested_tensor(list(value.unbind()), layout=torch.jagged)
@@ -18,7 +18,7 @@ def _as_jagged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
 
 
 def _check(**tensors: torch.Tensor) -> None:
-    """Each a jagged nested tensor, by name."""
+    """Checks that each is a contiguous jagged nested tensor, by name."""
     for name, x in tensors.items():
         if not x.is_nested or x.layout != torch.jagged or x.dim() != 3 or not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous jagged nested tensor [batch, j, features], as one of the "
@@ -26,7 +26,7 @@ def _check(**tensors: torch.Tensor) -> None:
 
 
 def _common_offsets(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of the queries and those of the keys, which the values share."""
+    """The offsets of the queries, and those of the keys, which the values must share."""
     offsets_q, offsets_k, offsets_v = (x.offsets() for x in (query, key, value))
     if len(offsets_k) != len(offsets_q):
         raise ValueError(f"key: expected query's batch {len(offsets_q) - 1}; got {len(offsets_k) - 1}")
@@ -36,7 +36,8 @@ def _common_offsets(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, tor
 
 
 def jagged_positions(x: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-    """int [T]: each token's position in its own sequence, or with the offsets of ``keys`` among those: last at last."""
+    """int [T]: each token's position in its own sequence or, given the offsets of ``keys``, among its keys, where the last
+    token stands at the last key."""
     shift = -offsets[:-1] if keys is None else keys.diff() - offsets.diff() - offsets[:-1]
     return torch.arange(x.shape[0], device=x.device) + torch.repeat_interleave(shift, offsets.diff(), output_size=x.shape[0])
 
@@ -44,7 +45,7 @@ def jagged_positions(x: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor 
 def attend_jagged(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                   key_padding_mask: torch.Tensor | None, need_weights: bool, attn_mask: torch.Tensor | None, is_causal: bool,
                   cache: Any, position_embeddings: PositionEmbeddings | None) -> torch.Tensor:
-    """What a ``MultiheadAttention`` makes of nested tensors [B, j, E]: packed sequences, without padding from end to end."""
+    """The forward of a ``MultiheadAttention`` for nested tensors [B, j, E]: packed sequences, without padding anywhere."""
     if query.is_nested and query.layout == torch.strided:  # as torch's own encoder makes of padding
         q, k, v = _as_jagged(query, key, value)
         out = attend_jagged(module, q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, cache, None)

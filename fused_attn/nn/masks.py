@@ -13,12 +13,12 @@ from fused_attn.tracing import watched
 
 
 def readable(x: torch.Tensor) -> bool:
-    """Whether looking at a tensor's values costs nothing and is seen by nobody: on a CPU, without a tracer or a mode."""
+    """Whether reading a tensor's values costs nothing and nothing records it: on a CPU, without a tracer or a mode."""
     return x.device.type == "cpu" and not watched((x,))
 
 
 def check_new_padding(padding: torch.Tensor, shape: Sequence[int]) -> None:
-    """Padding [B, N] of the new tokens of a cached call; on a CPU, where looking costs nothing, that it is on the right."""
+    """Checks the padding [B, N] of new tokens beside a cache; on a CPU, where reading is free, also that it is on the right."""
     if padding.dtype != torch.bool:
         raise TypeError(f"key_padding_mask: expected bool beside a cache; got {padding.dtype}")
     if padding.shape != tuple(shape):
@@ -29,7 +29,7 @@ def check_new_padding(padding: torch.Tensor, shape: Sequence[int]) -> None:
 
 def causal_bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
                 batch_first: bool) -> tuple[bool, torch.Tensor | None]:
-    """(whether the mask is torch's own causal one that exists in name only, the mask if it is another)."""
+    """(whether the mask is torch's own causal bias, which has no elements, the mask if it is another)."""
     module = sys.modules.get("torch.nn.attention.bias")  # not imported by torch itself; without it there is no such mask
     if module is None or not isinstance(attn_mask, module.CausalBias):
         return False, attn_mask
@@ -61,7 +61,7 @@ def mask_arguments(attn_mask: torch.Tensor | None, key_padding_mask: torch.Tenso
             raise RuntimeError(f"The shape of the {dims}D attn_mask is {attn_mask.shape}, but should be {expected}.")
         attn_mask = F.pad(attn_mask, (0, appended)) if appended else attn_mask
         attn_mask = attn_mask if dims == 2 else attn_mask.unflatten(0, (batch, heads))
-        # The caller's own tensor: every layer that it goes through reads the one, and keeps no copy for its backward.
+        # The caller's own tensor is passed on: every layer reads that one, and none keeps a copy for its backward.
         arguments.update({"mask_mod": HIDE(attn_mask)} if attn_mask.dtype == torch.bool else {"bias": attn_mask})
     if key_padding_mask is not None:
         for i, size in enumerate((batch, n_keys)):

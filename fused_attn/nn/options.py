@@ -1,4 +1,4 @@
-"""What attention modules do beyond torch's, and whether one of torch's can."""
+"""The options of attention modules beyond torch's, and whether a module of torch's can have them."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Options(NamedTuple):
 
 def check_options(module: nn.MultiheadAttention, num_kv_heads: int | None, scores: Options,
                    rope: RotaryEmbedding | None) -> None:
-    """Raises, by name, for what torch's ``module`` cannot be given."""
+    """Raises, by name, for options that torch's ``module`` cannot have."""
     describe.describe_scores(module.head_dim, scores.causal, scores.window, None, scores.softcap)
     if rope is not None and not isinstance(rope, RotaryEmbedding):
         raise TypeError(f"rope: expected a RotaryEmbedding or None; got {rope!r}")

@@ -1,8 +1,9 @@
 """Where a token stands: sinusoids, learned vectors, rotations, slopes and buckets.
 
 Nothing here is kept from call to call: angles and slopes are computed in the graph that uses them, on its device, for the
-positions of that call. So they are right in whatever traces, exports or fakes a module, for any length, whatever a module was
-rounded to; and since a stack computes them once for all of its layers (``PositionEmbeddings``), they cost next to nothing.
+positions of that call. So they are right where a module is traced, exported or run on FakeTensors, for any length, and whatever
+dtype the module was cast to. A stack computes them once for all of its layers (``PositionEmbeddings``), so they cost next to
+nothing.
 """
 
 import math
@@ -21,10 +22,10 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: [N, pairs] or [B, N, p
 
 
 class PositionEmbeddings:
-    """What rotations and slopes are in one forward pass, for all layers of a stack that have the same ones.
+    """The rotations and slopes of one forward pass, for all layers of a stack that have the same ones.
 
-    Made by ``MultiheadAttention.position_embeddings``. No tuple, since wrappers that cast the inputs of a layer, such as FSDP's
-    mixed precision, would round the tensors in it.
+    ``MultiheadAttention.position_embeddings`` makes them. They are no tuple, since wrappers that cast the inputs of a layer,
+    such as FSDP's mixed precision, would round the tensors in one.
 
     Attributes:
         rotation: (cos, sin), as ``RotaryEmbedding.angles`` gives them, or None.
@@ -73,7 +74,7 @@ def _check_width(x: torch.Tensor, width: int) -> None:
 
 
 def _in_fp64(device: torch.device) -> torch.device:
-    """Where fp64 is computed for a device: there, unless it has none."""
+    """The device on which fp64 is computed for ``device``: the same one, unless it has no fp64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -83,7 +84,7 @@ def _geometric(base: float, dim: int, device: torch.device) -> torch.Tensor:
 
 
 def _angles(positions: torch.Tensor | int, length: int, frequencies: torch.Tensor, like: torch.Tensor) -> Rotation:
-    """(cos, sin) of position times frequency, each [N, pairs] or [B, N, pairs], in fp32, or fp64 beside fp64.
+    """(cos, sin) of position times frequency, each [N, pairs] or [B, N, pairs], in fp32, or fp64 for fp64 ``like``.
 
     The angle is fp64: in fp32 position 100000 would be off by 0.004.
     """
@@ -99,7 +100,7 @@ def _angles(positions: torch.Tensor | int, length: int, frequencies: torch.Tenso
 class SinusoidalPositions(nn.Module):
     """Adds the paper's sinusoids: sin(p / 10000^(2i / d)) in column 2i, the cosine in column 2i + 1.
 
-    No parameters, no longest length. Source: Vaswani et al. 2017, "Attention Is All You Need", 3.5.
+    It has no parameters and no longest length. Source: Vaswani et al. 2017, "Attention Is All You Need", 3.5.
 
     Args:
         embed_dim: d, even.
@@ -112,7 +113,7 @@ class SinusoidalPositions(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
-        """x [B, N, d] with its positions added: those of ``positions`` [N] or [B, N], or counted from that int on (0)."""
+        """x [B, N, d] with its positions added: ``positions`` are [N] or [B, N], or the int to count from, 0 by default."""
         _check_width(x, self.embed_dim)
         frequencies = _geometric(10000.0, self.embed_dim, _in_fp64(x.device))
         cos, sin = _angles(_checked(positions, x), x.shape[-2], frequencies, x)
@@ -143,7 +144,7 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
-        """x [B, N, d] with its positions added, as in ``SinusoidalPositions``; from 0 to below ``max_length``."""
+        """x [B, N, d] with its positions added, as in ``SinusoidalPositions``; they must lie from 0 to below ``max_length``."""
         _check_width(x, self.weight.shape[1])
         positions = _checked(positions, x)
         given = isinstance(positions, torch.Tensor)
@@ -156,7 +157,7 @@ class LearnedPositions(nn.Module):
             positions = torch.arange(x.shape[-2], device=x.device) + positions
         if given and readable(positions) and bool(((positions < 0) | (positions >= self.max_length)).any()):
             raise ValueError(f"positions: expected 0 to {self.max_length - 1}; got {positions.min()} to {positions.max()}")
-        if given:  # negative ones would count from the end: beyond the table they are an error on every device, compiled or not
+        if given:  # negative ones, which would count from the end, become an error on every device, compiled or not
             positions = torch.where(positions < 0, self.max_length, positions)
         return _plus(x, self.weight[positions])
 
@@ -176,7 +177,7 @@ class RotaryEmbedding(nn.Module):
     Args:
         dim: how many columns turn, even; those of a head beyond it pass through (partial rotary).
         base: the slowest of the frequencies base^(-2i / dim) is about 1 / base.
-        interleaved: pairs are neighbouring columns (GPT-J) instead of fp16 and bf16 (GPT-NeoX, Llama).
+        interleaved: pairs are neighbouring columns (GPT-J) instead of columns of the two halves (GPT-NeoX, Llama).
         frequencies: [dim / 2], radians a position, instead of those of ``base``: for scaled contexts.
 
     Source: Su et al. 2021, "RoFormer".
@@ -201,12 +202,12 @@ class RotaryEmbedding(nn.Module):
         self._keep(torch.device("cpu"))
 
     def _keep(self, device: torch.device) -> None:
-        """Given frequencies as a buffer: where the module is, so that a CUDA graph may record it, and in no checkpoint."""
+        """Keeps given frequencies in a buffer on the module's device, which CUDA graphs may record, and in no checkpoint."""
         given = None if self.frequencies is None else torch.tensor(self.frequencies, dtype=torch.float64, device=device)
         self.register_buffer("_given", given, persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RotaryEmbedding":
-        """Moves with the module, and keeps what ``bfloat16()`` would round and ``to_empty()`` lose."""
+        """Moves the frequencies with the module, and restores what ``bfloat16()`` rounds and ``to_empty()`` loses."""
         super()._apply(fn, recurse)
         if self._given is not None:
             self._keep(self._given.device)
@@ -214,13 +215,13 @@ class RotaryEmbedding(nn.Module):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What embeddings have in common whose angles are the same."""
+        """What embeddings with the same angles have in common."""
         return self.dim, self.base, self.frequencies
 
     def angles(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> Rotation:
         """(cos, sin) of the N rows of x [..., N, D], as ``apply_rotary`` takes them; ``positions`` as in ``forward``.
 
-        They may be computed once and given to every layer. fp32 whatever x is, or fp64 beside fp64.
+        They may be computed once and given to every layer. They are fp32 whatever x is, except fp64 where x is fp64.
         """
         device = _in_fp64(x.device)
         frequencies = _geometric(self.base, self.dim, device) if self._given is None else self._given.to(device)
@@ -228,13 +229,13 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor,
                 positions: torch.Tensor | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [B, H, N, D] and k [B, Hkv, N, D], turned; ``positions`` [N] or [B, N], or counted from that int on (0)."""
+        """q [B, H, N, D] and k [B, Hkv, N, D], turned; ``positions`` are [N] or [B, N], or the int to count from (0)."""
         cos, sin = self.angles(q, positions)
         return (apply_rotary(q, cos, sin, interleaved=self.interleaved),
                 apply_rotary(k, cos, sin, interleaved=self.interleaved))
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
-        """One of the two, where they stand elsewhere."""
+        """x, one of q and k, turned; for calls in which their positions differ."""
         return apply_rotary(x, *self.angles(x, positions), interleaved=self.interleaved)
 
     def extra_repr(self) -> str:
@@ -242,8 +243,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """fp32 [heads]: a geometric sequence from 2^(-8 / heads); between powers of two, every other of the next one's.
+    """ALiBi's slopes, fp32 [heads]: a geometric sequence from 2^(-8 / heads).
 
+    Where ``heads`` is no power of two, it is the sequence of the power below, then every other slope of the power above.
     Source: Press et al. 2021, "Train Short, Test Long".
     """
     if not isinstance(heads, numbers.Integral) or isinstance(heads, bool) or heads < 1:
@@ -269,7 +271,7 @@ class T5RelativeBias(nn.Module):
     Args:
         heads: H.
         num_buckets, max_distance: as in T5's configuration (``relative_attention_num_buckets``, ``..._max_distance``).
-        bidirectional: half of the buckets for keys after the query; False in decoders.
+        bidirectional: half of the buckets are for keys after the query; False in decoders.
     """
 
     def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True,

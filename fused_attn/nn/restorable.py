@@ -1,4 +1,4 @@
-"""What a decoder remembers can be put back: a step that fails leaves its caches as they were."""
+"""Caches of a decoder that can be put back: a step that fails leaves them as they were."""
 
 import copy
 import weakref
@@ -9,14 +9,14 @@ import torch
 
 
 class Snapshot(NamedTuple):
-    """What a cache was: its attributes, and copies of those tensors that have been written to since."""
+    """The former state of a cache: its attributes, and copies of those tensors that have been written to since."""
 
     state: dict[str, Any]
     copies: dict[str, torch.Tensor]
 
 
 class Restorable:
-    """Keys and values of one layer, that can be put back to what they were."""
+    """Keys and values of one layer, which can be put back to what they were."""
 
     k: torch.Tensor | None
     v: torch.Tensor | None
@@ -26,10 +26,10 @@ class Restorable:
         self._open: list[Snapshot] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": None, "_open": []}  # a copy may go on beside a copy of the model
+        return {**self.__dict__, "_owner": None, "_open": []}  # a copy may go with a copy of the model
 
     def __copy__(self) -> Any:
-        return copy.deepcopy(self)  # two that shared memory would write over each other's rows
+        return copy.deepcopy(self)  # two caches that shared memory would overwrite each other's rows
 
     def _claim(self, layer: Any, empty: bool) -> None:
         if not empty and self._owner is not None and self._owner() is not layer:
@@ -42,7 +42,7 @@ class Restorable:
         return self._open[-1]
 
     def _about_to_write(self, *names: str) -> None:
-        """Of tensors, by name, whose rows that count are about to change."""
+        """Called before rows that count change in tensors, given by name: the open snapshots keep copies of them."""
         copies: dict[str, torch.Tensor] = {}
         for state, kept in self._open:
             for name in names:
@@ -61,7 +61,7 @@ class Restorable:
 
 
 def caches_in(cache: Any) -> Iterator[Restorable]:
-    """The caches in a list, a tuple, or lists of them; what else a model remembers by is passed over."""
+    """The caches in a list, a tuple, or lists of them; anything else that a model may use as a cache is passed over."""
     if isinstance(cache, Restorable):
         yield cache
     elif isinstance(cache, (list, tuple)):
@@ -70,20 +70,20 @@ def caches_in(cache: Any) -> Iterator[Restorable]:
 
 
 class all_or_nothing:  # read as a statement
-    """Within it caches are filled as a whole or not at all: what raises leaves them as they were, for another try.
+    """Within this context, caches are filled as a whole or not at all: an exception leaves them as they were, for another try.
 
         with nn.all_or_nothing(caches):
             logits = model(tokens, caches)
 
-    The layers and containers here, ``generate`` and ``stream`` have it about their own steps; a model that stacks layers by
-    itself needs it, since a layer that succeeded does not hear of the next one's failure. ``cache`` is one, or a list of
-    them. What ``append`` did is taken back without a copy of keys; ``truncate``, ``reorder`` and ``clear`` within it copy what
-    they forget.
+    The layers and containers here, ``generate`` and ``stream`` use it around their own steps; a model that stacks layers by
+    itself needs it, since a layer that succeeded does not learn of the next one's failure. ``cache`` is one cache, or a list of
+    them. What ``append`` did is undone without a copy of keys; ``truncate``, ``reorder`` and ``clear`` within it copy what they
+    forget.
     """
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
-        self._saved: list[list[tuple[Restorable, Snapshot]]] = []  # of each time that it was entered and not left
+        self._saved: list[list[tuple[Restorable, Snapshot]]] = []  # one entry for each time that it was entered and not left
 
     def __enter__(self) -> None:
         self._saved.append([(one, one._snapshot()) for one in caches_in(self._cache)])

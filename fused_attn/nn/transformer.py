@@ -1,8 +1,8 @@
 """torch's transformer layers on fused attention, for training and for generation token by token.
 
 Each is torch's own class with another ``forward``: the submodules, the keys of the state dict and the order in which weights
-are drawn are torch's because torch's code does it. The forwards here never take torch's quick C++ path, which reads the
-weights of the attention module and goes around it, and never compare a mask with a causal one to find out what it is.
+are drawn are torch's because torch's code does it. The forwards here never take torch's fast C++ path, which reads the
+weights of the attention module and bypasses it, and never compare a mask with a causal one to find out what it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from fused_attn.nn.positions import PositionEmbeddings
 from fused_attn.nn.restorable import all_or_nothing, caches_in
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
-_SELF_ONLY = ("causal", "window", "alibi", "rope")  # options that speak of positions: of no use between two sequences
+_SELF_ONLY = ("causal", "window", "alibi", "rope")  # options about positions, which mean nothing between two sequences
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -41,7 +41,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def forward(self, src: torch.Tensor, src_mask: torch.Tensor | None = None,
                 src_key_padding_mask: torch.Tensor | None = None, is_causal: bool = False, *,
                 cache: KVCache | None = None, position_embeddings: PositionEmbeddings | None = None) -> torch.Tensor:
-        """torch's arguments; ``cache`` and ``position_embeddings`` as in ``MultiheadAttention.forward``."""
+        """Takes torch's arguments, and ``cache`` and ``position_embeddings`` as in ``MultiheadAttention.forward``."""
         _check_types(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
         if cache is not None and not isinstance(cache, KVCache):
             raise TypeError(f"cache: expected a KVCache or None; got {type(cache).__name__}")
@@ -69,7 +69,7 @@ def _check_types(**masks: torch.Tensor | None) -> None:
 
 def _self_attend(module: nn.Module, dropout: nn.Module, cache: KVCache | None,
                  position_embeddings: PositionEmbeddings | None, causal: bool = False) -> Callable[..., torch.Tensor]:
-    """A layer's self-attention block that remembers, or is told its rotations; ``causal`` whatever the call says."""
+    """A layer's self-attention block with a cache or given position embeddings; ``causal`` overrides what the call says."""
 
     def attend(x: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None,
                is_causal: bool) -> torch.Tensor:
@@ -104,9 +104,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 memory_key_padding_mask: torch.Tensor | None = None, tgt_is_causal: bool = False,
                 memory_is_causal: bool = False, *, cache: DecoderCache | None = None,
                 position_embeddings: PositionEmbeddings | None = None) -> torch.Tensor:
-        """torch's arguments; ``cache`` makes self-attention causal and remembers, and projects ``memory`` once.
+        """Takes torch's arguments. ``cache`` makes self-attention causal, remembers its tokens, and projects ``memory`` once.
 
-        ``position_embeddings``, of the self-attention, as in ``MultiheadAttention.forward``.
+        ``position_embeddings`` are those of the self-attention, as in ``MultiheadAttention.forward``.
         """
         if cache is not None and not isinstance(cache, DecoderCache):
             raise TypeError(f"cache: expected a DecoderCache or None; got {type(cache).__name__}")
@@ -145,9 +145,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 class TransformerEncoder(nn.TransformerEncoder):
     """``torch.nn.TransformerEncoder`` without its fast paths: no C++ path, no conversion to nested tensors, no mask recognised.
 
-    ``enable_nested_tensor`` and ``mask_check`` are taken and kept, and change nothing: outputs at padded positions are what
+    ``enable_nested_tensor`` and ``mask_check`` are accepted and kept, but change nothing: outputs at padded positions are what
     the layers make of them, in evaluation too, where torch's path through nested tensors gives 0. ``is_causal=None`` means
-    False: say True beside a causal mask, or construct the layers with ``causal=True``.
+    False: pass True beside a causal mask, or construct the layers with ``causal=True``.
     """
 
     def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None,
@@ -158,7 +158,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     def forward(self, src: torch.Tensor, mask: torch.Tensor | None = None,
                 src_key_padding_mask: torch.Tensor | None = None, is_causal: bool | None = None, *,
                 cache: Sequence[KVCache] | None = None) -> torch.Tensor:
-        """torch's arguments; ``cache``, from ``new_cache()``, as in ``MultiheadAttention.forward``."""
+        """Takes torch's arguments, and ``cache``, from ``new_cache()``, as in ``MultiheadAttention.forward``."""
         _check_types(mask=mask, src_key_padding_mask=src_key_padding_mask)
         output = src
         with all_or_nothing(cache):
@@ -179,7 +179,7 @@ class TransformerDecoder(nn.TransformerDecoder):
                 memory_mask: torch.Tensor | None = None, tgt_key_padding_mask: torch.Tensor | None = None,
                 memory_key_padding_mask: torch.Tensor | None = None, tgt_is_causal: bool | None = None,
                 memory_is_causal: bool = False, *, cache: Sequence[DecoderCache] | None = None) -> torch.Tensor:
-        """torch's arguments; ``cache``, from ``new_cache()``, as in ``TransformerDecoderLayer.forward``."""
+        """Takes torch's arguments, and ``cache``, from ``new_cache()``, as in ``TransformerDecoderLayer.forward``."""
         output = tgt
         with all_or_nothing(cache):
             for layer, more in zip(self.layers, _given(self.layers, tgt, cache), strict=True):
@@ -189,13 +189,13 @@ class TransformerDecoder(nn.TransformerDecoder):
             return output if self.norm is None else self.norm(output)
 
     def new_cache(self, capacity: int | None = None) -> list[DecoderCache]:
-        """An empty cache for each layer; ``capacity``, of the self-attention, as in ``KVCache``."""
+        """An empty cache for each layer; ``capacity`` is that of the self-attention, as in ``KVCache``."""
         return [DecoderCache(KVCache(capacity), MemoryCache()) for _ in range(self.num_layers)]
 
 
 def _given(layers: Any, x: torch.Tensor, cache: Sequence[Any] | None) -> list[dict[str, Any]]:
-    """What each layer is given beyond torch's arguments: nothing, so that layers of other code run too; its cache; and
-    position embeddings, which layers of one kind share."""
+    """What each layer is given beyond torch's arguments: its cache, if there is one, and position embeddings, if it takes them,
+    which layers of one kind share. Without these it is given nothing, so that layers of other code run too."""
     caches = _checked(cache, layers)
     given: list[dict[str, Any]] = []
     made: dict[Any, PositionEmbeddings | None] = {}
@@ -212,14 +212,14 @@ def _given(layers: Any, x: torch.Tensor, cache: Sequence[Any] | None) -> list[di
 
 
 def _takes_embeddings(layer: nn.Module) -> bool:
-    """Whether a layer's forward is one of this module's: another one, or a wrapper's, may not know the argument."""
+    """Whether a layer's forward is one of this file: another one, or a wrapper's, may not know the argument."""
     own = any(isinstance(layer, cls) and type(layer).forward is cls.forward and type(layer)._sa_block is cls._sa_block
               for cls in (TransformerEncoderLayer, TransformerDecoderLayer))
     return own and isinstance(layer.self_attn, MultiheadAttention)
 
 
 def _checked(cache: Sequence[Any] | None, layers: Any) -> Sequence[Any]:
-    """A cache for each layer, all of the same tokens, or None for each."""
+    """A cache for each layer, checked to hold the same tokens, or None for each."""
     if cache is None:
         return [None] * len(layers)
     if not isinstance(cache, (list, tuple)) or isinstance(cache, DecoderCache):
