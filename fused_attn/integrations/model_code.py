@@ -1,4 +1,4 @@
-"""What the code of a transformers model reads: whether its attention can go through transformers' interface."""
+"""Reads the code of a transformers model, to tell whether its attention can go through transformers' interface."""
 
 import inspect
 import re
@@ -13,14 +13,14 @@ from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 _ATTENTION = re.compile("att(entio)?n", re.IGNORECASE)  # in the name of a class of modules
 _MEANS = {"softmax", "scaled_dot_product_attention", "MultiheadAttention", "flash_attn_func", "flash_attn_varlen_func"}
 _ELSEWHERE = ("ALL_ATTENTION_FUNCTIONS", "AutoModel", "AutoBackbone", "load_backbone")  # how names begin
-_SHARED = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}  # what every model has, and says nothing of this one
+_SHARED = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}  # what every model has, which says nothing of this one
 
 
 def attends_on_its_own(model: type[PreTrainedModel]) -> bool:
-    """Whether a model attends, and neither what its code reads nor anything else in its module is transformers' interface.
+    """Whether a model attends, while neither the code it runs nor anything else in its module uses transformers' interface.
 
-    Followed are the modules and functions by name from the model's methods on, in whatever files they are. A model that has
-    AutoModel make its parts is taken to attend in those, which are asked when they are made.
+    The search follows modules and functions by name from the model's methods on, in whatever files they are. A model that has
+    AutoModel make its parts is taken to attend in those, which are checked when they are made.
     """
     found = list(vars(sys.modules.get(model.__module__, ModuleType(""))).values())
     if any(isinstance(x, AttentionInterface) for x in found):
@@ -36,7 +36,7 @@ def attends_on_its_own(model: type[PreTrainedModel]) -> bool:
         seen.add(id(reader))
         is_class = isinstance(reader, type)
         attends |= is_class and _ATTENTION.search(reader.__name__) is not None
-        part = not is_class or not issubclass(reader, PreTrainedModel)  # a whole model takes softmax of its answers
+        part = not is_class or not issubclass(reader, PreTrainedModel)  # a whole model takes softmax of its outputs
         for name, value in _reads(reader):
             names.add(name)
             attends |= part and name in _MEANS
@@ -76,7 +76,7 @@ def _methods(cls: type) -> Iterator[Any]:
 
 
 def _codes(code: CodeType | None) -> Iterator[CodeType]:
-    """With those of the functions in it."""
+    """``code``, and the code of the functions in it."""
     if code is not None:
         yield code
         for inner in code.co_consts:

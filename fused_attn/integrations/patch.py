@@ -1,4 +1,4 @@
-"""Fused attention in other people's code, while a ``with`` lasts: torch's scaled_dot_product_attention answered by ours."""
+"""Fused attention in other people's code, while a ``with`` lasts: ours answers torch's scaled_dot_product_attention."""
 
 import contextlib
 import sys
@@ -38,12 +38,12 @@ class PatchReport:
 
 
 class patch_sdpa:
-    """Within it, calls of ``torch.nn.functional.scaled_dot_product_attention`` run on the kernels where they can.
+    """Within this context, calls of ``torch.nn.functional.scaled_dot_product_attention`` run on the kernels where they can.
 
-    However the function was imported, and inside ``torch.nn.MultiheadAttention``; nothing in torch is changed. In this thread
-    alone, and of its tasks in the one that entered it and those started within. ``with patch_sdpa() as report``: print the
-    report. A call that the kernels cannot run is torch's, exactly, with its reason in the report; CPU tensors are. Patches may
-    be nested, entered again, and left in any order.
+    This holds however the function was imported, and inside ``torch.nn.MultiheadAttention``; nothing in torch is changed. It
+    holds in this thread alone and, of its tasks, in the one that entered it and those started within. ``with patch_sdpa() as
+    report`` gives a report to print. A call that the kernels cannot run, such as one on CPU tensors, is torch's, exactly, and
+    the report has the reason. Patches may be nested, entered again, and left in any order.
 
     Args:
         strict: raise RuntimeError instead, with the reasons.
@@ -76,7 +76,7 @@ class patch_sdpa:
 
 
 class _Mode(TorchFunctionMode):
-    """Has a patch answer."""
+    """A mode in which a patch answers."""
 
     def __init__(self, patch: patch_sdpa) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Mode(TorchFunctionMode):
         return self.patch.strict
 
     def around_backward(self) -> AbstractContextManager[Any]:
-        """Has the patch answer in a backward too, which may run forwards again, of checkpoints."""
+        """Makes the patch answer in a backward too, which may run forwards again where there are checkpoints."""
         return self
 
     def __torch_function__(self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (),
@@ -122,7 +122,7 @@ class _Mode(TorchFunctionMode):
 
 
 class _Stay(_Mode):
-    """Of one ``with``. All tasks of a thread meet its modes, so that each asks whether it was entered in the present one."""
+    """The mode of one ``with``. All tasks of a thread meet its modes, so each checks whether the present task entered it."""
 
     def __init__(self, patch: patch_sdpa) -> None:
         super().__init__(patch)
@@ -137,7 +137,7 @@ class _Stay(_Mode):
 
     @contextlib.contextmanager
     def around_backward(self) -> Iterator[None]:
-        """In autograd's own threads there is no task to ask about: modes that do not ask take the place of all that hold."""
+        """In autograd's own threads there is no task to check: modes that do not check it take the place of all that hold."""
         stays = _holding()
         token = _entered.set(())
         try:
@@ -154,8 +154,8 @@ _this = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:
-    """STRICTNESS: that of all patches that hold, together. A compiled call counts nothing, so that it need not know them apart;
-    torch.compile cannot trace a context variable, but guards a compiled call on what a module's attribute is when called."""
+    """STRICTNESS is that of all patches that hold, together. A compiled call counts nothing, so it need not tell them apart;
+    torch.compile cannot trace a context variable, but guards a compiled call on the value of a module's attribute."""
     if name != "STRICTNESS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return any(stay.patch.strict for stay in _holding()) if _holding() else None
@@ -182,9 +182,9 @@ def _shape(x: torch.Tensor) -> list[Any]:
 
 
 def _undispatched(function: Any, **others: Any) -> Callable[..., Any]:
-    """A function of torch's that asks no mode before it runs, and some of whose names mean ``others``.
+    """A copy of a function of torch's that asks no mode before it runs, and in which some names mean ``others``.
 
-    Called from inside a mode it would be handed to the modes around; what it calls still is.
+    Called from inside a mode, the original would be handed to the outer modes; what it calls still is.
     """
     asks = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda _: False)
     names = {**function.__globals__, **asks, **others}

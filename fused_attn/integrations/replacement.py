@@ -1,4 +1,4 @@
-"""Fused attention in a model that exists: its torch modules become ours where they stand, and back again."""
+"""Fused attention in a model that exists: its torch modules become ours in place, and torch's again."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _FAST_PATHS = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}  # attr
 
 
 class _Change(NamedTuple):
-    """One module's change: its class before and after, and the attributes set beside, as they were."""
+    """One module's change: its class before and after, and the former values of the attributes that are set."""
 
     name: str
     module: nn.Module
@@ -37,7 +37,7 @@ class _Change(NamedTuple):
         vars(self.module).update({key: _FAST_PATHS[key] for key in self.attributes})
 
     def undo(self) -> None:
-        """Also of a change that was only begun; an attribute that others have set since stays."""
+        """Undoes the change, also one that was only begun; an attribute that others have set since stays."""
         if isinstance(self.module, fused.MultiheadAttention) and self.before is nn.MultiheadAttention:
             self.module.release()
         elif self.before is not self.after:
@@ -61,7 +61,7 @@ class Replacement:
     _changes: list[_Change] = dataclasses.field(default_factory=list, repr=False)
 
     def restore(self) -> nn.Module:
-        """torch's modules again, with the weights as they are now; returns the model.
+        """Makes the modules torch's again, with the weights as they are now; returns the model.
 
         Raises:
             RuntimeError: where something has given a module another class since, as ``fully_shard`` and parametrizations do;
@@ -96,7 +96,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Replacement:
     """Turns torch's attention and transformer modules inside ``model`` into those of ``fused_attn.nn``, in place.
 
     The modules remain the objects they are, of another class: weights, hooks, dtype, device, training mode, optimizers and
-    references from elsewhere hold. ``print`` the report; ``restore()`` it, or use it in a ``with``, to go back.
+    references from elsewhere stay valid. ``print`` the report; ``restore()`` it, or use it in a ``with``, to go back.
 
     Only torch's own classes are changed: ``MultiheadAttention``, ``TransformerEncoderLayer``, ``TransformerDecoderLayer``,
     their containers and ``Transformer``. Other code that calls ``scaled_dot_product_attention`` runs fused within
@@ -122,7 +122,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Replacement:
         for name, module in plain:
             _make(report, name, module, _AFTER[type(module)])
             report.replaced.append(name)
-        for name, module in found:  # torch's code in a class of one's own, around layers that are fused now
+        for name, module in found:  # torch's code in a user's subclass, around layers that are fused now
             if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and not isinstance(module, _OURS):
                 _make(report, name, module, type(module))
     except BaseException:  # all or nothing
@@ -139,7 +139,7 @@ def _make(report: Replacement, name: str, module: nn.Module, after: type) -> Non
 
 
 def _against(module: nn.Module) -> str | None:
-    """Why a module is kept: None if it is not, "" if nothing need be said of it."""
+    """Why a module is kept as it is: None if it is not kept, "" if the reason need not be reported."""
     cls = type(module)
     if cls in _KNOWN:
         return "its forward was replaced on the instance" if "forward" in vars(module) else None

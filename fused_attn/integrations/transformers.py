@@ -8,10 +8,10 @@ Grouped heads are not repeated; sliding windows, softcaps, sinks and T5's positi
 gradients; plain causal, sliding and padded batches need no mask of N x N. docs/integrations.md names the families that were
 compared with the eager implementation; one that does not go through the interface is refused when a model of it is made.
 
-The mask alone says what attends, as in eager code, and its shape says how: None is everything, keys that count [B, Nk] are
-causal, the same with a window as long as their last, expanded extent [B, Nk, 1, 1, w] (five dimensions, which no mask of a
-caller's has), and [B, 1 or H, Nq or 1, Nk] is the whole matter.
-What a layer says of its causality or window is not asked: not every layer says it truly.
+As in eager code, the mask alone says which pairs attend, and its shape says how. None means all pairs. [B, Nk] marks the keys
+that count in causal attention, and [B, Nk, 1, 1, w] the same with a window of w keys, its last, expanded extent (five
+dimensions, which no mask of a caller has). [B, 1 or H, Nq or 1, Nk] says everything by itself.
+What a layer says of its causality or window is not used, since not every layer says it correctly.
 """
 
 import inspect
@@ -65,8 +65,8 @@ def register(name: str = NAME) -> None:
     batching), raises ValueError when it is made. ``unregister`` undoes it.
 
     Raises:
-        ValueError: of a name that transformers reads as something else, or that others have registered.
-        ImportError: of a transformers too old; a newer one than the tests have seen gives a RuntimeWarning.
+        ValueError: for a name that transformers reads as something else, or that others have registered.
+        ImportError: for a transformers that is too old; one newer than the tests have seen gives a RuntimeWarning.
     """
     _check_version(transformers.__version__)
     _check_name(name)
@@ -83,7 +83,7 @@ def unregister(name: str = NAME) -> None:
     under the name since stays.
 
     Raises:
-        KeyError: of a name that ``register`` was not called with.
+        KeyError: for a name that ``register`` was not called with.
     """
     if name not in _names:
         raise KeyError(f"name: expected one that is registered ({', '.join(_names) or 'none is'}); got {name!r}")
@@ -125,7 +125,7 @@ def _check_name(name: str) -> None:
 
 
 def _refuse_paged(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-    """Before a model is made: transformers takes ``paged|`` off a name, and would run the rest without its pages."""
+    """Runs before a model is made: transformers takes ``paged|`` off a name, and would run the rest without its pages."""
     if isinstance(attn_implementation, str) and attn_implementation.removeprefix("paged|") in _names.keys() - {
             attn_implementation}:
         raise ValueError(f"attn_implementation: expected no paged variant of {attn_implementation[6:]!r}, which does not read "
@@ -135,7 +135,7 @@ def _refuse_paged(self: PreTrainedModel, attn_implementation: str | None, *args:
 
 
 def _refuse_family(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-    """Before a model is made, or given another implementation."""
+    """Runs before a model is made, or given another implementation."""
     if requested_attention in _names and (reason := _against(type(self))):
         raise ValueError(f"attn_implementation: expected one that {type(self).__name__} can use, such as 'eager'; got "
                          f"{requested_attention!r}, but it {reason}")
@@ -166,10 +166,10 @@ _SLICED = re.compile(r"mask.*\[:, :, [^\]]*, ?:|\[:, :, [^\]]*, ?:.*mask")  # al
 
 
 def _masks_of(config: Any) -> str:
-    """What the models of a config can be given for a mask: "opaque" only pass it on, as flash attention's have no one shape;
-    "sdpa" expect what torch's function takes, bool [B, 1, Nq, Nk]; "eager" want additive ones.
+    """Which masks the models of a config take: "opaque" ones only pass them on, as flash attention's have no single shape;
+    "sdpa" ones expect what torch's function takes, bool [B, 1, Nq, Nk]; "eager" ones want additive masks.
 
-    ValueError where none of them can run here: the name was put into the config of one, past the checks of ``_CHECKS``.
+    Raises ValueError where none of the models can run here: the name was put into a config past the checks of ``_CHECKS``.
     """
     kind = type(config)
     if kind not in _MASKS:
@@ -197,13 +197,14 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
                    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: torch.Tensor | None = None,
                    local_size: int | None = None, allow_is_causal_skip: bool = True,
                    allow_is_bidirectional_skip: bool = False, **more: Any) -> torch.Tensor | None:
-    """What ``attention_forward`` needs to know of who attends to whom, in as little memory as that takes.
+    """The mask that tells ``attention_forward`` which pairs attend, in as little memory as possible.
 
-    None where everything attends to everything; for causal attention bool [B, Nk], True for keys that count, of stride
-    0 along them where they all do; the same expanded to [B, Nk, 1, 1, window] under a sliding window that reaches somewhere;
-    bool [B, 1, 1, Nk] for padding in both directions; bool [B, 1, Nq, Nk] for every other pattern, for static caches, of which
-    only a part counts, and for models that ask for a mask to look at. Families that work on their masks get those that
-    transformers makes for its own SDPA, or for eager code where it refuses SDPA. ValueError of a mask given in another form.
+    None where all pairs attend. For causal attention bool [B, Nk], True for keys that count, with a stride of 0 along them
+    where they all do; the same expanded to [B, Nk, 1, 1, window] under a sliding window that is shorter than the keys.
+    Bool [B, 1, 1, Nk] for padding in bidirectional attention. Bool [B, 1, Nq, Nk] for every other pattern, for static caches,
+    of which only a part counts, and for models that ask for a mask to look at. Families that work on their masks get those
+    that transformers makes for its own SDPA, or for eager code where it refuses SDPA. Raises ValueError for a mask given in
+    another form.
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         _check_form(attention_mask)
@@ -239,8 +240,8 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any
         return mask
     keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if keys is not None:
-        keys = keys[:, kv_offset : kv_offset + kv_length].clone(memory_format=torch.contiguous_format)  # with no stride of 0
-        # One look for the whole model, as transformers' own masks take, saves every layer the mask.
+        keys = keys[:, kv_offset : kv_offset + kv_length].clone(memory_format=torch.contiguous_format)  # so that no stride is 0
+        # One look at the values for the whole model, which transformers' own masks take as well, saves every layer the mask.
         if not is_tracing(keys) and bool(keys.all()):
             keys = None
     if keys is None:
@@ -272,7 +273,7 @@ def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | 
 
 
 def _packed_window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
-    """``_window`` of what holds inside each sequence of a packed batch, None where it is not packed."""
+    """``_window`` of the pattern inside each sequence of a packed batch, None where the batch is not packed."""
     parts = _parts(mask_function)
     inner = [part for part in parts if getattr(part, "__code__", None) is not _PACKED]
     if len(parts) != 2 or len(inner) != 1:
@@ -286,11 +287,13 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: torch.T
                       attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
                       softcap: float | None = None, s_aux: torch.Tensor | None = None,
                       position_bias: torch.Tensor | None = None, **more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One attention of a model, as transformers calls it.
+    """The attention of a layer, as transformers calls it.
 
     query [B, H, Nq, D], key and value [B, Hkv, Nk, D] and Dv; masks as ``attention_mask`` above gives them, or an additive
-    float one. Returns ([B, Nq, H, Dv], weights [B, H, Nq, Nk] if ``output_attentions``, else None). ValueError of a mask in
-    another form, and of a module whose config names an implementation that transformers makes no masks for.
+    float one. Returns ([B, Nq, H, Dv], weights [B, H, Nq, Nk] if ``output_attentions``, else None).
+
+    Raises ValueError for a mask in another form, and for a module whose config names an implementation that transformers makes
+    no masks for.
     """
     _check_called_name(module)
     if attention_mask is not None:
@@ -325,7 +328,7 @@ _KNOWN = {*inspect.signature(attention_forward).parameters, "is_causal", "slidin
 
 
 def _check_called_name(module: torch.nn.Module) -> None:
-    """The name may have been put into the config as it is, past ``_CHECKS``, or have lost its masks since."""
+    """Checks the name in a module's config: it may have been put there past ``_CHECKS``, or have lost its masks since."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if name is not None and name not in AttentionMaskInterface._global_mapping:
         paged = ", and paged caches are not read here" if name.startswith("paged|") else ""
@@ -341,12 +344,12 @@ def _check_form(mask: torch.Tensor) -> None:
 
 
 def _reach(mask: torch.Tensor) -> tuple[tuple[int | None, int], torch.Tensor]:
-    """The window that a causal mask says by its shape, and the keys that count in it, [B, Nk]."""
+    """The window that a causal mask gives by its shape, and the keys that count in it, [B, Nk]."""
     return ((mask.shape[4] - 1, 0), mask[:, :, 0, 0, 0]) if mask.dim() == 5 else ((None, 0), mask)
 
 
 def _within_sequences(mask: torch.Tensor | None) -> tuple[tuple[int | None, int] | None, bool]:
-    """The window inside each sequence of a packed batch, and whether that, with their ends, is all that the mask says."""
+    """The window inside each sequence of a packed batch, and whether the mask says no more than it and the sequences' ends."""
     if mask is None:
         return None, True
     if mask.dim() != 4:
