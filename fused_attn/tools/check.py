@@ -31,7 +31,7 @@ def _masked(draw: Draw) -> dict[str, Any]:
     return {"causal": True, "mask_mod": fused_attn.document_mask(documents), "dropout_p": 0.1}
 
 
-# (what, attention's arguments, or what draws them, heads, key heads, queries, keys, head dim, head dim of v)
+# (name, attention's arguments, or a function that draws them, heads, key heads, queries, keys, head dim, head dim of v)
 Case: TypeAlias = tuple[str, dict[str, Any] | Callable[[Draw], dict[str, Any]], int, int, int, int, int, int]
 CASES: tuple[Case, ...] = (
     ("full", {}, 2, 2, 256, 256, 64, 64),
@@ -107,13 +107,13 @@ def _row(device: torch.device, dtype: torch.dtype, case: Case) -> dict[str, Any]
 
 def _with_gradients(inputs: list[torch.Tensor], dout: torch.Tensor, arguments: dict[str, Any]) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    torch.manual_seed(0)  # of dropout: both draw one mask
+    torch.manual_seed(0)  # for dropout: both calls draw the same mask
     out = fused_attn.attention(*leaves, **arguments)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
 def _counts(emulations: list[tuple[str, Any]]) -> dict[str, Any]:
-    from fused_attn.emulator import counts  # here: it needs the machine, which is built where something is emulated
+    from fused_attn.emulator import counts  # here, since it needs the machine, which is built only to emulate
 
     return {"kernels": counts.by_kernel(emulations), "lines": counts.by_line(emulations)}
 

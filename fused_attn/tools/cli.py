@@ -103,7 +103,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_kernels() -> None:
-    """Has the kernels run in Triton's interpreter where no GPU can run them; must precede their import."""
+    """Makes the kernels run in Triton's interpreter where no GPU can run them; this must precede their import."""
     options.need("triton", "triton")
     if backends.kernel_device().type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"

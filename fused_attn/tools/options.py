@@ -1,7 +1,7 @@
-"""What every command of the project shares: options with ranges, and one line where one cannot do what it was asked.
+"""What every command of the project shares: options with ranges, and one-line errors where it cannot do what it was asked.
 
-Bad input ends a command with status 2 before it does any work, Ctrl-C with 130. By argparse, as some of the commands run on
-machines where nothing but torch and Triton is installed.
+Bad input ends a command with status 2 before it does any work, Ctrl-C with 130. All use argparse, as some of the commands run
+on machines where nothing but torch and Triton is installed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DEVICES = ("cuda", "cpu")
 
 
 class BadInputError(Exception):
-    """What a command was asked makes no sense, or needs what is not here."""
+    """A command was asked for what makes no sense, or for what needs something that is not here."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,7 +94,7 @@ def folder(text: str) -> Path:
 
 
 def device(asked: str | None) -> str:
-    """The one of ``DEVICES`` that was asked for, else a GPU where there is one. Raises BadInputError where there is none."""
+    """The one of ``DEVICES`` that was asked for, else a GPU where there is one. Raises BadInputError where a GPU is missing."""
     found = torch.cuda.is_available()
     if asked == "cuda" and not found:
         raise BadInputError("--device cuda: torch finds no GPU here")
@@ -102,7 +102,7 @@ def device(asked: str | None) -> str:
 
 
 def check_call(device: str | torch.device, **arguments: Any) -> None:
-    """Raises BadInputError where the environment has such calls of ``attention`` answered by what cannot answer them here."""
+    """Raises BadInputError where the environment asks for a backend that cannot answer such calls of ``attention`` here."""
     q = torch.empty(1, 1, 8, 16, device=device)
     try:
         explain(q, q, q, **arguments)
@@ -120,7 +120,7 @@ def need(module: str, extra: str) -> None:
 
 @contextlib.contextmanager
 def until_interrupted() -> Iterator[threading.Event]:
-    """Ctrl-C ends what is within, and sets the event that is given; what comes after shows and keeps what there is by then."""
+    """Ctrl-C ends the code within and sets the event that is yielded; the code after it can show and keep what there is."""
     interrupted = threading.Event()
     try:
         yield interrupted
@@ -129,14 +129,14 @@ def until_interrupted() -> Iterator[threading.Event]:
 
 
 def status(complete: bool, ok: bool) -> int:
-    """The exit status of a command that has shown and kept what it had; goes on with an interruption that came before."""
+    """The exit status of a command that has shown and kept what it had; raises an earlier interruption again."""
     if not complete:
         raise KeyboardInterrupt
     return 0 if ok else 1
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
-    """The exit status of a command, called with what it was asked; whatever ends it early is one line on stderr."""
+    """Runs a command on its parsed arguments; returns its exit status. Whatever ends it early becomes one line on stderr."""
     program = parser.prog
     _open_streams()
     try:
@@ -155,7 +155,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, command: Ca
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads the output has seen enough
+    except BrokenPipeError:  # whoever reads the output has seen enough
         _leave_output()
         return 141
     except OSError as error:  # a disk that is full, for one
@@ -169,12 +169,12 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, command: Ca
 
 
 def _open_streams() -> None:
-    """Has the streams that the process was started without (``>&-``) lead nowhere, rather than to the next file it opens."""
+    """Opens the streams that the process was started without (``>&-``), which else would be the next file that it opens."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process lasts
 
 
 def _leave_output() -> None:
-    """What is left of the output goes nowhere."""
+    """Discards what is left of the output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

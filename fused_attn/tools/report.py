@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def conditions() -> dict[str, Any]:
-    """Versions and devices, as JSON takes them: what must stand beside every result."""
+    """Versions and devices, as JSON takes them, to be kept beside every result."""
     has_triton = importlib.util.find_spec("triton") is not None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -31,7 +31,7 @@ def conditions() -> dict[str, Any]:
 
 
 def git(*command: str) -> str | None:
-    """What git says of the checkout that the package runs from; None for one that is installed, or without git."""
+    """The output of git for the checkout that the package runs from; None for an installed package, or without git."""
     root = Path(fused_attn.__file__).parent.parent
     if not (root / ".git").exists():  # site-packages may lie in somebody else's checkout
         return None
@@ -43,7 +43,7 @@ def git(*command: str) -> str | None:
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yields items behind a progress bar on stderr; a line each without rich. ``total``: of items that have no length."""
+    """Yields items with a progress bar on stderr, or a line for each without rich; ``total`` is for items without a length."""
     total = len(items) if isinstance(items, Sized) else total
     try:
         from rich.console import Console

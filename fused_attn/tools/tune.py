@@ -29,7 +29,7 @@ from fused_attn.targets import arch_of, triton_name
 from fused_attn.tools import options, report
 from fused_attn.tools.bench.timing import measure
 
-GAIN = 0.98  # of the time: less is noise
+GAIN = 0.98  # of the time: a smaller gain is noise
 MAX_DIFFERENCE = 0.02  # relative, of results in fp16 and bf16 whose sums are taken in another order
 
 Timer = Callable[[dict[str, Callable[[], Any]]], dict[str, float]]  # calls by name -> milliseconds
@@ -57,7 +57,7 @@ class Subject:
             self.saved.append(Saved(self.dout, None, self.q, self.k, self.v, out, None, lse))
 
     def _problem(self, spec: AttentionSpec, config: TileConfig | None = None) -> Problem:
-        """A call whose kernels have the tiles that are shipped, and the one that is searched ``config``."""
+        """A call whose kernels have the shipped tiles, except for the kernel that is searched, which has ``config``."""
         tiles: dict[str, TileConfig] = {}
         for kernel in tuned.KERNELS:
             shipped = tuned.shipped(kernel, self.head_dim, self.q.dtype, arch_of(self.device))
@@ -82,7 +82,7 @@ class Subject:
         return [x for steps in self._steps(config) for x in finish(steps) if isinstance(x, torch.Tensor)]
 
     def launches(self, config: TileConfig) -> list[Launch]:
-        """The kernel's own launches in both passes, all that comes before them done."""
+        """The kernel's own launches in both passes, after all of their steps have been performed once."""
         own = {"forward": "forward_kernel", "dq": "dq_kernel"}.get(self.kernel, "dkv_kernel")
         found = [made for steps in self._steps(config) for made in collect(steps)[0]]
         for made in found:
@@ -236,8 +236,8 @@ def _against(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.d
 
 
 def _content(file: Path, device: torch.device) -> tuple[dict[str, Any], tuned.Found]:
-    """What the file holds of this card and Triton with its configurations, an empty one where there is no file; that of another
-    card or Triton is not written over, nor anything else that is there."""
+    """(content of the file, its configurations), both empty where there is no file. Raises BadInputError for a file of another
+    card or Triton, or anything else that is there, so that it is not overwritten."""
     here = {"format": tuned.FORMAT, "arch": arch_of(device), "gpu": tuned.gpu_name(device), "triton": triton_name()}
     try:
         content = tuned.read(file) if file.exists() else None

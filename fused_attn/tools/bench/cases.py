@@ -107,8 +107,8 @@ class Case:
         return attention_flops(self.batch, self.heads, pairs, self.head_dim, self.head_dim_v, products_qk=qk, products_v=pv)
 
     def bytes(self, which: Pass) -> int:
-        """The least a pass can move, LSE apart: forward q, k, v and out once, what bounds decoding; backward these, dout and
-        the three gradients."""
+        """The least that a pass can move, without the LSE: the forward q, k, v and out once, which bounds decoding; the
+        backward these, dout and the three gradients."""
         queries = self.batch * self.heads * self.n_queries
         keys = self.batch * self.kv_heads * self.n_keys
         forward = (queries + keys) * (self.head_dim + self.head_dim_v)
@@ -161,7 +161,7 @@ class Case:
 
     @property
     def _shared(self) -> bool:
-        """Whether the forward takes the keys in splits: other binaries."""
+        """Whether the forward takes the keys in splits, which has other binaries."""
         from fused_attn.plan.tiles import n_splits  # here, so that a machine without Triton can measure
 
         return n_splits(self.n_queries, self.n_keys, self.n_queries, self.n_keys, self.heads // self.kv_heads) > 1

@@ -23,7 +23,7 @@ from fused_attn.tools.bench.oracle import Row
 from fused_attn.tools.report import conditions, git, print_table, track
 
 PASSES = ("forward", "backward")
-# What an argument is where it is not given: on a GPU, and on a CPU, where larger ones would take minutes.
+# Defaults of the arguments: on a GPU, and on a CPU, where larger ones would take minutes.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"batch": 2, "heads": 16, "length": [1024, 4096], "head_dim": [128], "dtype": ["bf16"]},
     "cpu": {"batch": 1, "heads": 4, "length": [128, 512, 1024], "head_dim": [64], "dtype": ["fp32"]},
@@ -111,13 +111,13 @@ def explanation(subject: Case, device: str, added: Sequence[str] = ()) -> fused_
 
 
 def _entrants(device: str) -> list[peers.Peer]:
-    """On a CPU torch has one fused kernel and chooses it itself."""
+    """The peers on a device. On a CPU torch has one fused kernel and chooses it itself."""
     found = peers.found(device)
     return found if device != "cpu" else [peers.SDPA_DEFAULT, *(peer for peer in found if not peer.name.startswith("sdpa"))]
 
 
 def _shown(row: Row) -> Row:
-    """A row as the table has it."""
+    """A row as the table shows it."""
     if "error" in row:
         return {"case": row["case"], "pass": row["pass"], "ms": f"FAILED {row['error']}", "TFLOP/s": "", "answered_by": "",
                 "best_peer": "", "its_ms": "", "its_time_/_ours": ""}
@@ -129,12 +129,12 @@ def _shown(row: Row) -> Row:
 
 
 def _rows(subject: Case, device: str, entrants: list[peers.Peer], rounds: int | None) -> Iterator[Row]:
-    """The rows of a case, those of one too large for the memory too."""
+    """The rows of a case, also of one that is too large for the memory."""
     try:
         yield from contest.time_case(subject, device, entrants, rounds)
     except torch.OutOfMemoryError:
         yield {"pass": " and ".join(subject.passes), "ok": None, "error": "does not fit the GPU's memory"}
-    except RuntimeError as error:  # a CPU's memory has no error of its own
+    except RuntimeError as error:  # a lack of CPU memory has no error class of its own
         if "allocate" not in str(error):
             raise
         yield {"pass": " and ".join(subject.passes), "ok": None, "error": "does not fit the memory"}

@@ -1,4 +1,4 @@
-"""How fast is it, beside every peer, on the same inputs and in turns. Nothing wrong is timed: each case is checked first."""
+"""Times ours beside every peer, on the same inputs and in turns. Nothing wrong is timed: each case is checked first."""
 
 import statistics
 import time
@@ -24,7 +24,7 @@ Gate = Callable[[str, Tensors], tuple[Row, str | None]]  # (implementation, resu
 class Entry:
     """One implementation, ready to be called.
 
-    ``call`` gives out, and builds the graph of ``leaves``: what gets gradients, against ``dout``. ``common`` brings a result,
+    ``call`` returns out, and builds the graph of ``leaves``, which get gradients from ``dout``. ``common`` brings a result,
     "out" or the gradient "d" + name of a leaf, into the layout that all implementations share.
     """
 
@@ -34,7 +34,7 @@ class Entry:
     common: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, x: x
 
     def gradients(self, out: torch.Tensor, keep: bool = True) -> tuple[torch.Tensor, ...]:
-        """Of every leaf; ``keep`` the graph for another time."""
+        """The gradients of every leaf; ``keep`` retains the graph for another time."""
         return torch.autograd.grad(out, list(self.leaves.values()), self.dout, retain_graph=keep)
 
     def step(self) -> None:
@@ -54,9 +54,9 @@ class Entry:
 class Subject:
     """What several implementations compute. ``peers`` maps a name to what prepares the peer, or to the reason why not.
 
-    ``flops`` and ``bytes`` are of a pass: matrix products, and the least that must be moved. ``facts`` stand in every row.
-    ``tokens``: how many a pass goes through, where that is a measure; whole training steps are timed too then.
-    ``yardstick`` computes something else, whose time stands beside; it is not checked.
+    ``flops`` and ``bytes`` are those of a pass: of matrix products, and the least that must be moved. ``facts`` are in every
+    row. ``tokens`` is how many a pass goes through, where that is a measure; whole training steps are then timed as well.
+    ``yardstick`` computes something else, whose time is given for comparison; it is not checked.
     """
 
     passes: tuple[Pass, ...]
@@ -164,14 +164,14 @@ class Contest:
 
 
 def difference(x: torch.Tensor, ref: torch.Tensor) -> float:
-    """|x - ref| / |ref|, of which 0 / 0 is 0."""
+    """|x - ref| / |ref|, where 0 / 0 is 0."""
     error, size = (x.double() - ref.double()).norm().item(), ref.double().norm().item()
     return error / size if size else error
 
 
 def gate_by(exact: Tensors, limits: Callable[[str], float], peers_too: bool = False) -> Gate:
-    """Results within a relative error of ``exact``: ours within ``limits(result)``, peers within what tells functions apart,
-    or within the same with ``peers_too``."""
+    """A gate on the relative error to ``exact``: ours must lie within ``limits(result)``, peers within ``MAX_PEER_ERROR``, or
+    with ``peers_too`` within the same limits."""
 
     def gate(name: str, results: Tensors) -> tuple[Row, str | None]:
         errors = {key: difference(x, exact[key]) for key, x in results.items()}

@@ -21,7 +21,7 @@ GATES = {
     torch.float64: (64.0, 2.0**-51),
 }
 MAX_E_ROW = 4.0  # E of a single row
-R_OF_LARGE_QUERIES = 4.0  # of a gradient of fp16 and bf16, at q x 8
+R_OF_LARGE_QUERIES = 4.0  # R of a gradient in fp16 and bf16, where queries are 8 times as large
 MAX_BIAS = 0.05  # |mean| / standard deviation of the errors of fp16 and bf16
 BIAS_ELEMENTS = 10_000
 SCORES_AT_ONCE = 2**25
@@ -31,8 +31,8 @@ def max_r(dtype: torch.dtype, dim: int) -> tuple[float, float]:
     """The largest R of out and of a gradient; ``dim``: the larger of the head dims of keys and values.
 
     An inner product of D terms in fp32 errs like sqrt(D), in the scores and in dO V^T; what does not depend on D (weights, sums
-    over keys, whose compiled form is a chain of fused multiply-adds) joins it as independent errors do, by squares. Halves
-    multiply exactly and add in fp32: what is seen of them is the rounding of P, dS and the output, whatever D is.
+    over keys, whose compiled form is a chain of fused multiply-adds) joins it as independent errors do, by squares. fp16
+    and bf16 multiply exactly and add in fp32: what is seen there is the rounding of P, dS and the output, whatever D is.
     """
     if dtype == torch.float32:
         return (math.hypot(22, 1.5 * dim**0.5),) * 2
@@ -43,7 +43,7 @@ class Oracle:
     """out, lse, dq, dk, dv of a call in fp64, from the formulas and without autograd: ``results[name]`` is (ref, A, floor).
 
     ``floor`` is the sum of |operand| over the pairs that count: a weight below the smallest number of the dtype is lost
-    however good the kernel. Works through the queries in chunks, so memory stays linear in the sequence length.
+    however good the kernel. It works through the queries in chunks, so memory stays linear in the sequence length.
     """
 
     def __init__(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
@@ -97,7 +97,7 @@ class Oracle:
 
 
 def unit(dtype: torch.dtype, oracle: Oracle) -> float:
-    """The relative error that no kernel can avoid: of rounding to ``dtype``, and of the scores in the exponent."""
+    """The relative error that no kernel can avoid: from rounding to ``dtype``, and from the scores in the exponent."""
     return torch.finfo(dtype).eps / 2 + GATES[dtype][1] * oracle.max_score
 
 

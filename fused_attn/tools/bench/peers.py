@@ -188,5 +188,5 @@ def found(device: str) -> list[Peer]:
 
 
 def named(name: str) -> Peer:
-    """torch's own two by name, whatever the machine."""
+    """One of torch's own two peers by its name, whatever the machine."""
     return {"sdpa": SDPA_DEFAULT, "flex": FLEX}[name]

@@ -1,4 +1,4 @@
-"""Bars in the manner of the FlashAttention papers; matplotlib is the caller's."""
+"""Bar charts in the manner of the FlashAttention papers; the caller must have matplotlib."""
 
 import textwrap
 from pathlib import Path

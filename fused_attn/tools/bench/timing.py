@@ -11,7 +11,7 @@ from fused_attn import torch_private
 
 FLUSH_BYTES = 2**28  # more than the L2 cache of any card
 MILLISECONDS_PER_CALLEE = 120.0  # of timed work for each implementation and pass
-CLOCKED_MS = 1.0  # least that the clock of a CPU is asked to tell
+CLOCKED_MS = 1.0  # the shortest time that the clock of a CPU is asked to measure
 MIN_ROUNDS, MAX_ROUNDS = 10, 60
 SPIN_CYCLES_PER_MS = 2_000_000
 
@@ -73,7 +73,7 @@ def measure(calls: Calls, device: str, rounds: int | None = None) -> dict[str, l
 
 
 def _rounds(estimates: list[float]) -> int:
-    """How many rounds the slowest of some calls, in ms, leaves time for."""
+    """How many rounds there is time for, given the estimated milliseconds of each call."""
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(MILLISECONDS_PER_CALLEE / max(1e-6, *estimates))))
 
 

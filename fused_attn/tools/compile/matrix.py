@@ -46,7 +46,7 @@ class Job(NamedTuple):
                 + f" {self.hopper}" * (self.hopper != "pointers"))
 
     def arguments(self) -> list[str]:
-        """Of ``fused-attn compile``."""
+        """The arguments of ``fused-attn compile`` for this job."""
         return ["--target", self.target, "--dtype", *self.dtypes, "--feature", self.feature, "--hopper", self.hopper,
                 "--head-dim", *map(str, self.head_dims), *["--causal"] * self.causal]
 
@@ -115,8 +115,8 @@ def _show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 def _check_page(out: Path | None, static_profile: bool) -> None:
-    """Raises BadInputError where the readable table of a profile cannot be written beside the rows, or would take the place of
-    a file that is none."""
+    """Raises BadInputError where the readable table of a profile cannot be written beside the rows, or would replace a file
+    that is no such table."""
     if out is None or not static_profile:
         return
     page = out.with_suffix(".md")
@@ -141,7 +141,7 @@ def _keep(rows: list[dict[str, Any]], out: Path, static_profile: bool) -> None:
 
 
 def jobs() -> Iterator[Job]:
-    """Of the whole matrix.
+    """The jobs of the whole matrix.
 
     Plain attention: fp16 and bf16 everywhere, fp32 by TF32 on NVIDIA's two. Every feature: in every type on every target at
     head dim 64, causal; in bf16 at 128 as well on sm_80, sm_90 and gfx942. The other schedules of sm_90 with what they take.
@@ -178,7 +178,7 @@ def on_hopper() -> Iterator[Job]:
 
 
 def profiled() -> Iterator[Job]:
-    """Of the static profile: plain attention, decoding, the fused backward and every schedule of sm_90; bf16, four targets."""
+    """Jobs of the static profile: plain attention, decoding, fused backward and all schedules of sm_90; bf16, four targets."""
     targets, wide = ("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128, 256)
     for target, causal in product(targets, (False, True)):
         yield Job(target, ("bf16",), wide, causal)
@@ -190,8 +190,8 @@ def profiled() -> Iterator[Job]:
 
 
 def run(out: Path | None, static_profile: bool) -> int:
-    """Compiles the whole matrix, or all that is profiled, a process a job, writes the rows, and of the profile a readable
-    table beside them; fails where a rule is broken. Ctrl-C ends the jobs at work, and what was done until then is kept."""
+    """Compiles the whole matrix, or all that is profiled, with a process for each job. Writes the rows, and for the profile a
+    readable table beside them; fails where a rule is broken. Ctrl-C ends the jobs at work, and what is done by then is kept."""
     _check_page(out, static_profile)
     work = list(profiled() if static_profile else jobs())
     rows: list[dict[str, Any]] = []
@@ -226,7 +226,7 @@ _stopped = threading.Event()
 
 @contextlib.contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """A thread for each core; whatever ends what is within early ends the processes at work, and no other one goes on."""
+    """A thread for each core. Whatever ends the code within early ends the processes at work, and no other one starts."""
     _stopped.clear()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
@@ -245,7 +245,7 @@ def _subprocess(job: Job, static_profile: bool) -> tuple[list[dict[str, Any]], s
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           stdin=subprocess.DEVNULL) as process:
         _running.add(process)
-        if _stopped.is_set():  # after it was added: who stops looks the other way round
+        if _stopped.is_set():  # checked after it was added: whoever stops does these in the opposite order
             process.kill()
         output, errors = process.communicate()
         _running.discard(process)

@@ -32,11 +32,11 @@ from fused_attn.tools.compile import sass
 
 FEATURES = ("plain", "softcap", "bias", "bias bf16", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "dropout",
             "packed", "additive", "rotary", "decode", "fused")
-# What tiles are of; "tf32" and "tf32x3" are fp32 with its products computed so.
+# The types of tiles; "tf32" and "tf32x3" are fp32 with its products computed that way.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
           "tf32x3": torch.float32, "fp64": torch.float64}
 
-# What the schedules of sm_90 beside pointers take of FEATURES.
+# Which of FEATURES the schedules of sm_90 other than pointers take.
 HOPPER_FEATURES = {
     "descriptors": ("plain", "softcap", "bias", "bias fp32, mask", "alibi", "relative", "mask", "sinks", "packed"),
     "specialized": ("plain", "softcap", "sinks"), "gluon": ("plain", "softcap", "sinks", "packed")}
@@ -45,7 +45,7 @@ _NO_PRODUCTS = ("delta", "list", "rotary", "combine", "statistics", "ordered")
 
 
 def refusal(target: str, head_dim: int, dtype: str, feature: str = "plain", hopper: str = "pointers") -> str | None:
-    """Why no kernel is compiled for this, or None: what comes out could not run, or no call would launch it."""
+    """Why no kernel is compiled for these arguments, or None: the result could not run, or no call would launch it."""
     if target not in KNOWN:
         return f"target: expected one of {', '.join(KNOWN)}; got {target!r}"
     if dtype.startswith("tf32") and not getattr(target_of(target), dtype):
@@ -155,7 +155,7 @@ class _NoDriver:
 
 
 def _cpu_seconds() -> float:
-    """Time this process and its children (ptxas) have computed: other than the clock, it does not depend on who else does."""
+    """CPU time of this process and its children (ptxas): unlike the clock, it does not depend on what else is running."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -244,7 +244,7 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
 def _compile(launch: Launch, target: str) -> tuple[Any, str, float]:
     """(binary, what ptxas said, seconds) of a launch."""
     function, programs, arguments, tile = launch
-    function.device_caches.clear()  # which know kernels by device, whatever its target, and say nothing of what they hold
+    function.device_caches.clear()  # they know kernels by device, whatever its target, and hide the log of those they hold
     log, start = io.StringIO(), _cpu_seconds()
     lacking = fences.lacking(target, tile.descriptors)
     tile = fences.fenced(tile) if lacking else tile

@@ -1,7 +1,7 @@
 """A static report on a compiled kernel: how many of its programs fit on a multiprocessor, and what its main loops keep busy.
 
 Nothing here has run: the figures rank variants of a kernel, they do not predict times. The model of a main loop counts what
-one time round it, a tile, costs in cycles of each pipe of a multiprocessor, with these assumptions:
+one iteration, a tile, costs in cycles of each pipe of a multiprocessor, with these assumptions:
 
 - The program's warps are spread evenly over the four schedulers; a pipe takes its instructions at its published rate and
   matrix products at the tensor cores' dense peak for fp16 and bf16.
@@ -31,13 +31,13 @@ TENSOR_COLUMNS = 512  # tensor memory of a multiprocessor of sm_100
 
 @dataclasses.dataclass(frozen=True)
 class LoopProfile:
-    """One main loop. ``instructions`` and their ``mix`` by family (``sass.FAMILIES``) are those of one warp, one time round;
-    ``cycles`` those of each pipe for a tile, of all warps of the program, and ``cycles_overlapped`` and ``cycles_in_turn``
-    the two bounds on a tile; None where the model does not know the target's rates, or its matrix instruction's.
-    ``utilisation_*``: cycles of the tensor cores in these. ``other_per_matrix``: other instructions to each matrix
-    instruction, where warps issue them one by one (mma.sync, MFMA). ``exp2_under_wgmma``: share of exp2 issued while the
-    warpgroup's own wgmma is in flight, None without either. ``wide_barriers``: barriers of the whole program;
-    ``hazards``: writes to registers that a wgmma in flight may still read."""
+    """One main loop. ``instructions`` and their ``mix`` by family (``sass.FAMILIES``) are those of one warp in one iteration.
+    ``cycles`` are those of each pipe for a tile, of all warps of the program; ``cycles_overlapped`` and ``cycles_in_turn`` are
+    the two bounds on a tile, None where the model does not know the rates of the target or of its matrix instruction.
+    ``utilisation_*`` are the shares of the tensor cores' cycles in these bounds. ``other_per_matrix`` is the number of other
+    instructions to each matrix instruction, where warps issue them one by one (mma.sync, MFMA). ``exp2_under_wgmma`` is the
+    share of exp2 issued while the warpgroup's own wgmma is in flight, None without either. ``wide_barriers`` counts barriers of
+    the whole program, ``hazards`` writes to registers that a wgmma in flight may still read."""
 
     instructions: int
     mix: dict[str, int]
@@ -55,10 +55,10 @@ class LoopProfile:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The static report on one kernel. Registers are a thread's, ``spill_bytes`` bytes of local memory that each writes,
-    ``shared_bytes`` a program's. ``programs`` fit on a multiprocessor (CTAs on an SM, workgroups on a compute unit), as
-    ``limited_by`` allows; ``waves_per_simd`` is AMD's measure of the same. ``warnings``: ptxas on serialised wgmma
-    (C7510 to C7515). ``loops`` come in the order of their addresses."""
+    """The static report on one kernel. Registers are those of a thread, ``spill_bytes`` the bytes of local memory that each
+    thread writes, ``shared_bytes`` those of a program. ``programs`` is how many fit on a multiprocessor (CTAs on an SM,
+    workgroups on a compute unit), as ``limited_by`` allows; ``waves_per_simd`` is AMD's measure of the same. ``warnings`` are
+    those of ptxas on serialised wgmma (C7510 to C7515). ``loops`` come in the order of their addresses."""
 
     target: str
     kernel: str
@@ -196,7 +196,7 @@ def worse(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What is printed of rows: tables by title."""
+    """The tables that are printed for rows, by title."""
     occupied = [{
         "kernel": row["kernel"], "dtype": row["dtype"], "D": row["head_dim"], "config": row["config"],
         "registers": row["registers"], "spill bytes": row["spill_bytes"], "shared KiB": round(row["shared_bytes"] / 1024, 1),

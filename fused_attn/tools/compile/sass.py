@@ -2,7 +2,7 @@
 
 NVIDIA's comes from nvdisasm, which ships with Triton, AMD's from the compiler's assembly. A *main loop* is an innermost loop
 that multiplies matrices (in a kernel without matrix instructions: with fused multiply-adds), a natural loop of the control
-flow: a wait that is spun on out of line, or a setmaxnreg that is tried again, branches backward too and is none.
+flow: a wait that is spun on out of line, or a setmaxnreg that is tried again, branches backward too but is no main loop.
 A warp-specialised kernel has one main loop or several in every consumer.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import triton
 
-# What an instruction is for, by its opcode; the first that matches. "exp2" is all that the special function unit does. What
+# What an instruction is for, by its opcode; the first match counts. "exp2" is all that the special function unit does. What
 # matches nothing ("other": uniform registers, constants, branches) takes an issue slot and nothing else that is counted.
 FAMILIES = {
     "tensor": r"HGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma|v_wmma",
@@ -33,7 +33,7 @@ FAMILIES = {
 }
 _FAMILY = re.compile("|".join(f"(?P<{name.replace(' ', '_')}>{opcodes})" for name, opcodes in FAMILIES.items()))
 _FMA = re.compile(r"FFMA|DFMA|v_fma_f32|v_fmac_f32|v_pk_fma_f32|v_dot2|v_fma_f64")
-_NO_RESULT = re.compile(r"\w*SETP|PLOP3|HGMMA|BAR|BRX|WARP|NANOSLEEP|RET|VOTE")  # names registers first that it only reads
+_NO_RESULT = re.compile(r"\w*SETP|PLOP3|HGMMA|BAR|BRX|WARP|NANOSLEEP|RET|VOTE")  # their first register is only read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Instruction:
 
     @property
     def family(self) -> str:
-        """Its key in ``FAMILIES``, or "other", as what is never executed is, too."""
+        """Its key in ``FAMILIES``, or "other"; an instruction that is never executed is "other" as well."""
         found = _FAMILY.match(self.op) if self.predicate != "!PT" else None
         return str(found.lastgroup).replace("_", " ") if found and found.lastgroup else "other"
 
@@ -125,14 +125,14 @@ class Loop:
     shapes: tuple[tuple[int, int, int] | None, ...] = ()
 
     def count(self) -> Counter[str]:
-        """How many instructions of each family, for one warp and one time round."""
+        """How many instructions of each family there are, for one warp and one iteration."""
         return Counter(x.family for x in self.instructions)
 
     def exp2_under_wgmma(self) -> float | None:
         """The share of exp2 issued while a warpgroup's own wgmma is in flight, or None without wgmma or exp2.
 
-        Read twice round, so that what one turn leaves in flight counts for the next. ``gsb0`` closes a group of HGMMA;
-        ``WARPGROUP.DEPBAR n`` waits until n groups are in flight.
+        The loop is read twice, so that what one iteration leaves in flight counts for the next. ``gsb0`` closes a group of
+        HGMMA; ``WARPGROUP.DEPBAR n`` waits until at most n groups are in flight.
         """
         flying, counted = 0, []
         for turn in range(2):
@@ -148,7 +148,7 @@ class Loop:
     def hazards(self) -> int:
         """Instructions that write a register which a wgmma in flight may still read as its A operand (none may).
 
-        Read twice round, as above.
+        The loop is read twice, as above.
         """
         groups: list[set[int]] = []
         open_group: set[int] = set()
@@ -177,7 +177,7 @@ class Loop:
 
 
 def _left_in_flight(wait: Instruction) -> int:
-    """Of ``WARPGROUP.DEPBAR.LE gsb0, 0x1``: 1."""
+    """How many groups a wait leaves in flight: 1 for ``WARPGROUP.DEPBAR.LE gsb0, 0x1``."""
     return int(wait.args.split(",")[1].strip(), 16)
 
 
@@ -226,13 +226,13 @@ def _natural_loops(listing: Listing) -> list[tuple[list[int], int]]:
 
 
 def parse_nvidia(text: str) -> Listing:
-    """What ``nvdisasm -c`` prints."""
+    """Parses what ``nvdisasm -c`` prints."""
     line = re.compile(r"^[ \t]*(?:(\.L_\w+):|/\*[0-9a-f]+\*/ +(?:@(!?U?P\w+) +)?([A-Z][\w.]*)(.*))", re.M)
     return _listing((label, op, args.rstrip(" ;").lstrip(), predicate) for label, predicate, op, args in line.findall(text))
 
 
 def parse_amd(text: str) -> Listing:
-    """AMD's assembly as the compiler prints it; only conditional branches have a predicate, the condition's name."""
+    """Parses AMD's assembly as the compiler prints it; only conditional branches have a predicate, the condition's name."""
     line = re.compile(r"^(?:(\.LBB\w+):|[ \t]+([a-z]\w+)[ \t]*([^;\n]*))", re.M)
     return _listing((label, op, args.strip(), op[9:] if op.startswith("s_cbranch_") else "")
                     for label, op, args in line.findall(text))
@@ -282,6 +282,6 @@ def read(compiled: Any, log: str, target: str) -> Binary:
 
 
 def opcodes(instructions: Sequence[Instruction], family: str | None = None) -> dict[str, int]:
-    """How often each opcode occurs, commonest first: in whole those of a family, or else all without their modifiers."""
+    """How often each opcode occurs, commonest first: whole opcodes of one family, or all opcodes without their modifiers."""
     names = (x.op if family else x.op.split(".")[0] for x in instructions if family in (None, x.family))
     return dict(Counter(names).most_common())

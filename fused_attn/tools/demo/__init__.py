@@ -14,7 +14,7 @@ def run(out: Path, quick: bool, seed: int, check: Callable[[], dict[str, Any]]) 
 
     0 when the kernels pass ``check``, the model learns the text clearly better than byte frequencies could, and training
     with ``attention`` and with ``reference_attention`` agree. Where the check fails, nothing is trained and nothing written;
-    where a later criterion fails, everything is written, and says so.
+    where a later criterion fails, everything is written, and the summary says so.
 
     Args:
         out: folder for the results; created where missing. Files of an earlier run are overwritten, announced beforehand.

@@ -66,7 +66,7 @@ def windows(tokens: torch.Tensor, starts: torch.Tensor, context: int) -> tuple[t
 
 
 def batches(tokens: torch.Tensor, batch: int, context: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Random windows for ever, in an order that the seed alone decides."""
+    """Yields random windows forever, in an order that the seed alone decides."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield windows(tokens, torch.randint(len(tokens) - context, (batch,), generator=generator), context)

@@ -29,8 +29,8 @@ _Result = TypeVar("_Result")
 
 
 def run(console: Console, out: Path, recipe: train.Recipe, seed: int, check: Callable[[], dict[str, Any]]) -> int:
-    """Every step in order; returns the exit status. Raises DemoError where going on makes no sense, BadInputError where a file
-    cannot be written, both writing nothing."""
+    """Runs every step in order; returns the exit status. Raises DemoError where going on makes no sense, and BadInputError
+    where a file cannot be written; in both cases nothing is written."""
     options.writable(*(out / name for name in FILES))
     out.mkdir(parents=True, exist_ok=True)
     existing = [name for name in FILES if (out / name).exists()]
@@ -123,7 +123,7 @@ def _sample(model: GPT, count: int, seed: int, device: torch.device) -> tuple[by
 
 @contextmanager
 def _bar(console: Console, title: str, steps: int) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar with the loss on it, and what moves it."""
+    """Shows a progress bar with the loss on it; yields the function that moves it."""
     columns = (TextColumn("{task.description:19}"), BarColumn(16), MofNCompleteColumn(),
                TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
