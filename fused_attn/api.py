@@ -18,7 +18,7 @@ from fused_attn.run import autograd, by_torch, ops, plans
 
 
 def _switches(deterministic: bool | None, strict: bool | None) -> tuple[bool | None, bool | None]:
-    """Both, checked."""
+    """(deterministic, strict), checked."""
     deterministic, strict = describe.number(deterministic), describe.number(strict)
     for name, value in (("deterministic", deterministic), ("strict", strict)):
         if value is not None and not isinstance(value, bool):
@@ -28,7 +28,7 @@ def _switches(deterministic: bool | None, strict: bool | None) -> tuple[bool | N
 
 def run(call: Described, return_lse: bool, backend: str | None, strict: bool | None,
         key: tuple[Any, ...] | None = None) -> tuple[torch.Tensor, Any]:
-    """(out, lse or None) of a described call, on the backend that runs it; ``key``: of its kind, if it may be repeated."""
+    """(out, lse or None) of a described call, on the backend that runs it; ``key`` is that of ``plans``, if there is one."""
     chosen = backends.choose(call, return_lse, backend, strict)
     if chosen == "torch":
         return by_torch.torch_attention(*call), None
@@ -79,7 +79,7 @@ def attention(
         window: (left, right), inclusive: a query sees keys from its position - left to its position + right. None leaves a
             side open; ``causal`` caps right at 0.
         scale: factor of the scores; 1 / sqrt(D) by default.
-        softcap: scores become softcap * tanh(score / softcap). A new value compiles once.
+        softcap: scores become softcap * tanh(score / softcap). A new value compiles the kernels once.
         bias: added to the scores; any float dtype, broadcastable to [B, H, Nq, Nk]; its gradient is summed over what it
             broadcasts along. Or a ``RelativeBias``, values by k - q.
         mask: bool, True where a query attends, broadcastable to [B, H, Nq, Nk]. Tiles of scores that it empties are skipped.
@@ -88,16 +88,17 @@ def attention(
         sinks: [H]: a logit per head that takes part in the softmax and has no value. They have a gradient.
         score_weight: [D] or [H, D]: scores become additive, see ``additive_attention``.
         dropout_p: probability that a weight becomes 0, while those that stay grow by 1 / (1 - p). Drawn from torch's
-            generator, one seed a call (on the "torch" backend, torch's own mask); a new value compiles once.
+            generator, one seed a call (on the "torch" backend, torch's own mask); a new value compiles the kernels once.
         score_mod, mask_mod, mod_args: a ``ScoreMod`` and a ``MaskMod``, bound to their arguments or given these.
         return_lse: also return the natural-log log-sum-exp of every row of scores, [B, H, Nq], fp32 (fp64 for fp64
             inputs), differentiable; sinks are in it, dropout is not.
-        deterministic: gradients equal to the bit from run to run; None follows torch.use_deterministic_algorithms, then
-            FUSED_ATTN_DETERMINISTIC, else False: dQ is then summed by atomics while dK and dV are made, five matrix products
-            instead of seven, where there are tiles for it: fp16 and bf16, head dims up to 128 (Hopper 64, Ampere's A100 256),
-            no softcap, bias, mask or dropout, NVIDIA and CDNA. The last bits of dQ may differ then. No card has timed it yet.
-        precise: keep the output in twice its digits for the backward, and free it from what rounding the weights costs: dQ
-            and dK of fp16 and bf16 stay accurate when the mean of V is large. Dropout switches it off.
+        deterministic: gradients equal to the bit from run to run. None follows torch.use_deterministic_algorithms, then
+            FUSED_ATTN_DETERMINISTIC, else it is False. If False, dQ is summed by atomics while dK and dV are made, in five
+            matrix products instead of seven, and its last bits may differ. This is so where there are tiles for it: fp16 and
+            bf16, head dims up to 128 (Hopper 64, Ampere's A100 256), no softcap, bias, mask or dropout, NVIDIA and CDNA. No
+            card has timed it yet.
+        precise: keep the output in twice its digits for the backward, and correct it for the rounding of the weights: dQ and
+            dK of fp16 and bf16 stay accurate when the mean of V is large. Dropout switches it off.
         fp32_precision: how fp32 products are computed on a GPU: "ieee", "tf32", "tf32x3" (NVIDIA), or None for torch's
             own setting. On targets without TF32, IEEE.
         strict: raise rather than run the reference, whose memory is quadratic, where no backend was named.
@@ -149,10 +150,10 @@ def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqle
 
     Args:
         q: [Tq, H, D], k: [Tk, Hkv, D], v: [Tk, Hkv, Dv]: the tokens of all sequences.
-        cu_seqlens_q, cu_seqlens_k: int32 [S + 1]: sequence s owns the rows from its entry up to the next one. Lengths of 0,
-            and of queries other than of keys, are fine. Rows past the last entry are not read, their results are 0.
+        cu_seqlens_q, cu_seqlens_k: int32 [S + 1]: sequence s owns the rows from its entry up to the next one. Lengths
+            may be 0, and differ between queries and keys. Rows past the last entry are not read, and their results are 0.
         max_seqlen_q, max_seqlen_k: at least the longest lengths; on a GPU a longer sequence is cut there.
-        seqused_q, seqused_k: int [S]: how many rows of each sequence count, from its first on.
+        seqused_q, seqused_k: int [S]: how many rows of each sequence count, beginning with its first.
         arguments: those of ``attention``, apart from ``key_lengths``; positions are per sequence (its last query stands at
             its last key), and bias, mask and the like broadcast to [S, H, max_seqlen_q, max_seqlen_k].
 
@@ -182,7 +183,7 @@ def _nested(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool,
     offsets_q, offsets_k, offsets_v = (x.offsets() for x in tokens)
     if len(offsets_k) != len(offsets_q):
         raise ValueError(f"k: expected q's batch {len(offsets_q) - 1}; got {len(offsets_k) - 1}")
-    # While a compiler traces there are no lengths to look at; that v has as many rows as k is checked of the packed ones.
+    # While a compiler traces there are no lengths to look at; the packed call checks that v has as many rows as k.
     if offsets_v is not offsets_k and not tracing.traced(offsets_k) and not torch.equal(offsets_v, offsets_k):
         raise ValueError(f"v: expected k's lengths, of offsets {offsets_k.tolist()}; got {offsets_v.tolist()}")
     packed = attention_varlen(
@@ -200,8 +201,8 @@ def additive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score_
                        **arguments: Any) -> Any:
     """softmax(score) V with the additive score of alignment models, sum_d w_d tanh(q_d + k_d): ``attention(score_weight=w)``.
 
-    Forward and backward are fused: on the kernels no tensor of Nq x Nk x D exists. Projections are the caller's: with decoder
-    states s and encoder states h, q = W s and k = U h, and v = h. Head dims up to 256 on the kernels.
+    Forward and backward are fused: on the kernels no tensor of Nq x Nk x D exists. The caller makes the projections: with
+    decoder states s and encoder states h, q = W s, k = U h and v = h. Head dims up to 256 on the kernels.
 
     Args:
         q, k, v: [B, H, Nq, D], [B, Hkv, Nk, D], [B, Hkv, Nk, Dv].
@@ -209,7 +210,7 @@ def additive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score_
         arguments: those of ``attention``, masks, windows, biases, sinks and dropout included. ``scale`` is 1 by default.
 
     Returns:
-        out [B, H, Nq, Dv] in q's dtype, or (out, lse [B, H, Nq]). The weights: ``attention_weights(q, k, score_weight=w)``.
+        out [B, H, Nq, Dv] in q's dtype, or (out, lse [B, H, Nq]). For the weights: ``attention_weights(q, k, score_weight=w)``.
 
     Source: Bahdanau, Cho & Bengio 2014, "Neural Machine Translation by Jointly Learning to Align and Translate".
     """
@@ -247,8 +248,8 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """torch.nn.functional.scaled_dot_product_attention, argument for argument, on the kernels where they can run it.
 
-    Everything that torch accepts runs there: any rank, broadcast batch and heads, masks and their gradients, dropout, grouped
-    heads. Calls on CPU tensors go to torch's own function, and so do those that it will refuse, for its own errors.
+    Everything that torch accepts runs on them: any rank, broadcast batch and heads, masks and their gradients, dropout, grouped
+    heads. Calls on CPU tensors go to torch's own function, and so do those that torch will refuse, for its own errors.
     ``is_causal`` aligns the first query with the first key, as torch does.
     """
     call, reasons = describe_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -264,9 +265,9 @@ def scaled_dot_product_attention(
 
 def sdpa_by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
                   is_causal: bool = False, **named: Any) -> torch.Tensor:
-    """torch's own function, also where ``torch.nn.functional`` holds another one, this module's say."""
+    """Calls torch's own function, also where ``torch.nn.functional`` holds another one, such as this module's."""
     if not is_causal and F.scaled_dot_product_attention is not torch_private.sdpa and is_causal_bias(attn_mask):
-        # A causal bias knows the function by its place alone; handed to another one it would pass for its empty storage.
+        # A causal bias knows the function only in its usual place; another function would take its empty storage for a mask.
         n_queries, n_keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
         if n_queries == n_keys or attn_mask.variant.name == "UPPER_LEFT":
             attn_mask, is_causal = None, True
@@ -281,7 +282,7 @@ def sdpa_by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, a
 def describe_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
                   dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
                   ) -> tuple[Described | None, list[str]]:
-    """A call with torch's arguments as the kernels run it, or None and why they do not."""
+    """(a call with torch's arguments as the kernels run it, or None; the reasons why they do not)."""
     dropout_p, scale = describe.number(dropout_p), describe.number(scale)
     bias: Any = attn_mask if not is_causal and is_causal_bias(attn_mask) else None
     if bias is not None:

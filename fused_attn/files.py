@@ -1,4 +1,4 @@
-"""Files that results go to: found to be writable before the work that fills them, and replaced whole or not at all."""
+"""Files for results: checked to be writable before the work that fills them, and replaced as a whole or not at all."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def _against_kind(path: Path) -> str | None:
 
 
 def against(path: Path) -> str | None:
-    """Why a file cannot be written at ``path``, or None: tried with an empty one beside it, which does not stay."""
+    """Why a file cannot be written at ``path``, or None: tries it with an empty file beside it, which is removed."""
     try:
         reason = _against_kind(path)
         if reason is None:
@@ -41,16 +41,16 @@ def against(path: Path) -> str | None:
 def write(path: Path, content: str | bytes) -> None:
     """Makes ``content`` the whole of the file at ``path``, in one step: a run that is cut short leaves the old file or the new.
 
-    It is written to a new file beside it, so that writers do not meet, and no link is followed: one at ``path`` itself gives
-    way to the file. Who may read and write the old file may the new one, and nobody else. Text is UTF-8. Raises OSError where
-    that cannot be, as for a device or a folder.
+    The content goes to a new file beside it, so that writers do not meet, and no link is followed: one at ``path`` itself is
+    replaced by the file. The new file has the permissions of the old one, if any. Text is UTF-8. Raises OSError where this is
+    not possible, as for a device or a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if reason := _against_kind(path):
         raise OSError(f"{path}: {reason}")
     mode = None if path.is_symlink() or not path.exists() else stat.S_IMODE(path.stat().st_mode) & 0o777
     fresh = _unused(path.parent)
-    # "x" fails where the name exists, as a link too; there is no moment in which more may read it than the old one.
+    # "x" fails where the name exists, also as a link; at no moment may more users read the new file than the old one.
     with open(fresh, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)) as file:
         try:
             file.write(content.encode() if isinstance(content, str) else content)

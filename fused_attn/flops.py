@@ -1,6 +1,6 @@
 """What the ops cost, for torch.utils.flop_counter: matrix products over the pairs that windows and lengths keep.
 
-Masks count as if they kept everything, and so do lengths that cannot be read, of FakeTensors.
+Masks count as if they kept everything, and so do lengths that cannot be read, such as those of FakeTensors.
 """
 
 import importlib.abc
@@ -55,7 +55,7 @@ def _backward(*arguments: Any, **_: Any) -> int:
 
 
 def _inspection(*arguments: Any, **_: Any) -> int:
-    """Of statistics and of weights: both multiply Q and K twice, for the LSE and for what is asked."""
+    """FLOPs of statistics and of weights: both multiply Q and K twice, for the LSE and for the result."""
     (q, k), others, spec = INSPECTION.records(arguments)
     return attention_flops(1, q.shape[1], _pairs(q, k, others, spec), q.shape[3], 0, products_qk=2, products_v=0)
 
@@ -67,9 +67,9 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Has the counter learn the formulas as soon as it is imported.
+    """Registers the formulas with the counter as soon as it is imported.
 
-    It looks at the registry when it is made, so the formulas must be there before; importing it for them would import Triton,
+    A counter reads the registry when it is made, so the formulas must be there before. Importing it here would import Triton:
     half a second that ``import fused_attn`` need not take.
     """
 

@@ -1,4 +1,4 @@
-"""Attention weights on request, and what can be said of them without holding them; the fused path keeps neither."""
+"""Attention weights on request, and statistics of them that never hold them all; the fused path keeps neither."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class AttentionStats(NamedTuple):
 
 
 def _described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, arguments: dict[str, Any]) -> Described:
-    """A call with what values there are: the weights do not depend on them."""
+    """The description of a call, with or without values: the weights do not depend on them."""
     return ops.seeded(describe(q, k, k[..., :1] if v is None else v, **arguments))
 
 
@@ -49,7 +49,7 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None =
     """The weights [B, H, Nq, Nk] that ``attention`` would multiply with V, in q's dtype.
 
     ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores; with ``dropout_p``, a mask is drawn
-    for this call. Differentiable: their gradients are computed in plain PyTorch, from weights computed again in the backward,
+    for this call. They are differentiable: gradients are computed in plain PyTorch, from weights recomputed in the backward,
     so that nothing of their size is kept in between.
     """
     call = _described(q, k, v, arguments)
@@ -68,7 +68,7 @@ def attention_and_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     weights = _reference_weights(call)
     values = call.v if call.v.shape[1] == call.q.shape[1] else call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
     lengths = call.others.used_k
-    if lengths is not None:  # what lies past the end may be NaN, and 0 * NaN is
+    if lengths is not None:  # what lies past the end may be NaN, and 0 * NaN is NaN
         past = torch.arange(values.shape[2], device=values.device) >= lengths[:, None]
         values = values.masked_fill(past[:, None, :, None], 0)
     return weights @ values, weights
@@ -85,9 +85,9 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
         return _reference_weights(call._replace(q=q, k=k, others=same))
 
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if torch_private.transforms_active():  # which checkpointing does not know
+    if torch_private.transforms_active():  # checkpointing does not know them
         return plain(*tensors)
-    if not kernels or torch.compiler.is_compiling():  # which traces plain PyTorch, and has a kernel of its own made of it
+    if not kernels or torch.compiler.is_compiling():  # the compiler traces plain PyTorch and makes a kernel of it
         result: torch.Tensor = checkpoint(plain, *tensors, use_reentrant=False) if wanted else plain(*tensors)
         return result
 
@@ -118,7 +118,7 @@ def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = N
     It multiplies Q and K twice, as much as one forward multiplies: once along rows, for entropy, maximum and LSE, once along
     columns, which need the LSE of every row. (One sweep would add one of the two with atomics, in no fixed order.)
 
-    ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores, dropout apart. The kernels give no
+    ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores, except for dropout. The kernels give no
     gradients; ``backend="reference"`` does, with memory quadratic in the length.
     """
     if arguments.get("dropout_p"):

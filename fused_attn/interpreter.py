@@ -5,8 +5,8 @@ truncate instead of rounding to nearest even, NumPy >= 2.4 breaks loops with run
 float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be converted inside it, and one that is not
 declared keeps digits that a GPU rounds away. NumPy also warns of infinities and NaN where a GPU computes on in silence (a
 padded row that is never stored may hold them). Two thirds of the time goes into work whose results nobody looks at. A function
-that a kernel calls must see triton.language in its module, which the compiler does not ask. While a kernel runs,
-triton.language itself is another one, for the whole process: two launches at once would leave it so for good.
+that a kernel calls must see triton.language in its module, which the compiler does not require. While a kernel runs,
+triton.language itself is patched, for the whole process: two launches at once would leave it so for good.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def repair() -> None:
         return tl.tensor(handle(fp32_to_bf16(x.handle.data), tl.bfloat16), dtype)
 
     def apply_bf16(self: Any, inputs: Any) -> Any:
-        """Reductions and scans: in fp32, rounded at the end."""
+        """Does reductions and scans in fp32, and rounds at the end."""
         if not isinstance(inputs, tuple):
             return self.apply((inputs,))[0]
         narrow = [is_bf16(x.handle) for x in inputs]
@@ -138,10 +138,10 @@ def repair() -> None:
     patched: set[int] = set()
 
     def patch_lang_once(fn: Any) -> Any:
-        """Patches triton.language once a launch and module, where Triton does at every call of a jit function; a function
-        that names nothing of it, as a mod may, needs none."""
+        """Patches triton.language once for each launch and module, where Triton does so at every call of a jit function. A
+        function that names nothing of triton.language, as a mod may, needs no patch."""
         if id(fn.__globals__) in patched:
-            return None  # only the launch looks at what it gets, and it comes first
+            return None  # only the launch uses the result, and it comes first
         if patched and not any(value is tl or value is tl.core for value in fn.__globals__.values()):
             return None
         first = not patched
@@ -157,7 +157,7 @@ def repair() -> None:
             scope.restore = restore_and_forget
         return scope
 
-    # Checks of integer overflow, whose verdict only debug=True looks at.
+    # No checks of integer overflow, whose results only debug=True uses.
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     executor.__call__, executor._init_args_hst = silent_call, mark_doubles

@@ -1,4 +1,4 @@
-"""The oracle: softmax(mods(scale * Q K^T)) V in plain PyTorch, meant to be believed at a glance.
+"""The oracle: softmax(mods(scale * Q K^T)) V in plain PyTorch, simple enough to be believed at a glance.
 
 It holds the whole matrix of scores, works on any device, is differentiable to any order, and is exact to fp64 when given
 fp64; fp16 and bf16 are computed in fp32 and rounded once, at the end.
@@ -48,7 +48,7 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
     """``attention`` of a dense batch, whose entries are numbered from ``first_batch`` on; ``offset`` as in ``window_mask``."""
     p, lse = weights(q, k, spec, others, first_batch, offset)
     values = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    if others.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is
+    if others.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is NaN
         values = values.masked_fill(~_counted(others.used_k, v.shape[2])[:, None, :, None], 0)
     return (p @ values).to(q.dtype), lse
 
@@ -98,7 +98,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: Other
 
 
 def _products(q: torch.Tensor, k: torch.Tensor, score_weight: torch.Tensor | None) -> torch.Tensor:
-    """[B, H, Nq, Nk]: q . k, or sum_d w_d tanh(q_d + k_d)."""
+    """Raw scores [B, H, Nq, Nk]: q . k, or sum_d w_d tanh(q_d + k_d)."""
     if score_weight is None:
         return q @ k.mT
     return saturation.additive_scores(q, k, score_weight.to(q.dtype))
@@ -135,7 +135,7 @@ def _arguments(member: Member, operands: Any, scores: torch.Tensor, raw: bool = 
         if kind == RELATIVE:  # values[..., j - i + Nq - 1]
             index = torch.arange(n_keys)[None, :] - torch.arange(n_queries)[:, None] + n_queries - 1
             operand = operand[..., index.to(operand.device)]
-        if operand.is_floating_point():  # a mask compares what it is given, a score takes what the scores are
+        if operand.is_floating_point():  # masks compare the given values, mods compute in the scores' dtype
             operand = operand.to(torch.promote_types(operand.dtype, torch.float32) if raw else scores.dtype)
         arguments.append(operand)
     return tuple(arguments)
@@ -163,7 +163,7 @@ def dropout_mask(seed: torch.Tensor, p: float, shape: torch.Size, first_batch: i
 
 
 def _of_sequence(operand: torch.Tensor, batch: int, longest_q: int, n_queries: int, n_keys: int) -> torch.Tensor:
-    """What of an operand belongs to one packed sequence: its top left corner, or the differences j - i that it has."""
+    """The part of an operand for one packed sequence: its top left corner, or the differences j - i that the sequence has."""
     operand = operand[batch : batch + 1] if operand.shape[0] > 1 else operand
     if operand.dim() == 3:
         return operand[..., longest_q - n_queries :]
@@ -180,7 +180,7 @@ def spans(cu: torch.Tensor, used: torch.Tensor | None, total: int) -> list[tuple
 
 def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,
             ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence after the other; rows that belong to none give 0 and -inf."""
+    """One sequence after the other; rows of no sequence give 0 and -inf."""
 
     longest_q, _ = spec.longest or (0, 0)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -221,7 +221,7 @@ def _in_width(operand: torch.Tensor, longest_q: int, longest_k: int, n_queries: 
 
 
 class Padded(NamedTuple):
-    """Packed sequences side by side, each filled up with zeros: what can be traced, where lengths have no values yet."""
+    """Packed sequences side by side, each filled up with zeros: this can be traced while lengths have no values yet."""
 
     x: torch.Tensor  # [S, H, L, D]
     rows: torch.Tensor  # [S, L]: where they came from; the row after the last where they are filled up
@@ -229,7 +229,7 @@ class Padded(NamedTuple):
 
     @classmethod
     def of(cls, x: torch.Tensor, cu: torch.Tensor, used: torch.Tensor | None, longest: int) -> "Padded":
-        """From x [1, H, T, D]."""
+        """Pads x [1, H, T, D]."""
         longest = width(longest, x)
         cu = cu.clamp(0, x.shape[2])
         lengths = cu.diff().clamp(0, longest)
@@ -250,7 +250,7 @@ class Padded(NamedTuple):
 
 def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,
             ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_packed`` without a look at the lengths, all sequences at once."""
+    """``_packed`` for all sequences at once, without reading their lengths."""
     longest_q, longest_k = spec.longest or (0, 0)
     queries = Padded.of(q, others.cu_q, others.used_q, longest_q)
     keys, values = (Padded.of(x, others.cu_k, others.used_k, longest_k) for x in (k, v))

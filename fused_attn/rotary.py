@@ -15,7 +15,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inter
     Args:
         x: [B, H, N, D]; fp16, bf16, fp32 or fp64, any strides.
         cos, sin: [N, R / 2] or [B, N, R / 2], of the angle of each position and pair; R <= D, the columns from R on pass
-            through. Computed with in fp32 (fp64 for fp64 inputs), whatever x is; they receive no gradient.
+            through. They are used in fp32 (fp64 for fp64 inputs), whatever x is, and receive no gradient.
         interleaved: pairs are columns (2i, 2i + 1), as in GPT-J; otherwise (i, i + R / 2), as in GPT-NeoX and Llama.
         backend: "triton", "reference" (plain PyTorch) or None to choose.
 

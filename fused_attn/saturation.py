@@ -1,7 +1,7 @@
 """tanh and the additive score in plain PyTorch, with slopes that keep their digits where tanh is near 1.
 
-Autograd makes 1 - tanh^2 of a tanh, which has no digits left in fp32 from 9 on; 4 e / (1 + e)^2 with e = exp(-2 |x|) has them
-all.
+Autograd's slope of tanh is 1 - tanh^2, which has no digits left in fp32 for |x| from 9 on; 4 e / (1 + e)^2 with e = exp(-2 |x|)
+has them all.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from fused_attn import torch_private
 
 
 def tanh(x: torch.Tensor) -> torch.Tensor:
-    """tanh of plain operations, of which autograd makes that slope."""
+    """tanh made of plain operations, from which autograd derives that slope."""
     if not (torch.is_grad_enabled() or torch_private.forward_mode()):
         return x.tanh()
     size = x.abs()
@@ -24,7 +24,7 @@ def additive_scores(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor) -> t
     """sum_d w_d tanh(q_d + k_d), [B, H, Nq, Nk], of q [B, H, Nq, D], k [B, H, Nk, D] and weight [H, D].
 
     Outside compilers, tracers and transforms, which want plain operations, it keeps nothing of [B, H, Nq, Nk, D] for the
-    backward, which makes the sums again.
+    backward, which recomputes the sums.
     """
     if (torch.compiler.is_compiling() or torch_private.is_tracing() or torch_private.transforms_active()
             or torch_private.forward_mode()):
@@ -45,7 +45,7 @@ class _AdditiveScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Of operations that autograd differentiates again where it is asked to."""
+        """Consists of operations that autograd differentiates again where it is asked to."""
         q, k, weight = ctx.saved_tensors
         of_q, of_k, of_weight = ctx.needs_input_grad
         sums = _sums(q, k)

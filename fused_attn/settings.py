@@ -1,10 +1,10 @@
 """Every environment variable the package reads, in one place; its own are read once, at import.
 
-A value that means nothing is an error, a name that means nothing a warning: a misspelt switch never counts as off in silence.
+An unknown value is an error, and an unknown name a warning: a misspelt switch never counts as off in silence.
 
 FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch or reference
 FUSED_ATTN_STRICT   1 or 0: raise where the quadratic reference would run unasked
-FUSED_ATTN_DETERMINISTIC  1 or 0: gradients equal to the bit, of calls that do not say, as torch.use_deterministic_algorithms
+FUSED_ATTN_DETERMINISTIC  1 or 0: gradients equal to the bit, for calls that do not say, like torch.use_deterministic_algorithms
 FUSED_ATTN_TILES    a file of `fused-attn tune`, in place of the one it keeps for the card; none: the shipped tiles
 FUSED_ATTN_HOPPER   kernels of sm_90: pointers, descriptors, specialized or gluon (``hopper``)
 TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU tensors
@@ -47,11 +47,12 @@ BACKEND = _choice("FUSED_ATTN_BACKEND", BACKENDS)
 TILES = os.environ.get("FUSED_ATTN_TILES", "").strip() or None
 DETERMINISTIC = _flag("FUSED_ATTN_DETERMINISTIC")
 
-# What a ``with`` changes. STRICT and HOPPER are attributes of this module that ``__getattr__`` answers for the context that
-# asks: torch.compile cannot trace a context variable, but it guards a compiled call on what a module's attribute is then.
+# Settings that a ``with`` changes. STRICT and HOPPER are attributes of this module, and ``__getattr__`` gives their values in
+# the caller's context: torch.compile cannot trace a context variable, but guards a compiled call on a module's attribute.
 _defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "HOPPER": _choice("FUSED_ATTN_HOPPER", HOPPER_SCHEDULES) or "pointers"}
 _entered: dict[str, ContextVar[tuple[list[Any], ...]]] = {name: ContextVar(name, default=()) for name in _defaults}
-# Of a ``with`` in a function that is being compiled, {trace: {(name, number): value}}; it ends with its trace at the latest.
+# Those of a ``with`` in a function that is being compiled, {trace: {(name, number): value}}, which end at the latest when their
+# trace ends.
 _traced: MutableMapping[Any, dict[tuple[str, str], Any]] = WeakKeyDictionary()
 _numbers = map(str, itertools.count())
 _this = sys.modules[__name__]
@@ -103,7 +104,7 @@ def _leave_trace(name: str, number: str) -> None:
 
 @contextlib.contextmanager
 def _within(name: str, value: Any) -> Iterator[None]:
-    """Contexts may overlap, in one thread, between tasks, or be left elsewhere than entered: each takes back its own entry."""
+    """Contexts may overlap, in one thread or between tasks, or be left elsewhere than entered: each undoes its own entry."""
     if torch.compiler.is_dynamo_compiling():
         number = _enter_trace(name, value)
         try:
@@ -131,7 +132,7 @@ def emulated_target() -> str | None:
 
 @contextlib.contextmanager
 def emulating(target: str) -> Iterator[None]:
-    """Within it, for the whole process, kernels see ``target`` where tensors are on the CPU."""
+    """Within this context, kernels see ``target`` where tensors are on the CPU, in the whole process."""
     _emulated.append(target)
     try:
         yield
@@ -146,10 +147,10 @@ def is_strict(argument: bool | None) -> bool:
 
 
 def strict(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
-    """Within it, a call that only the quadratic reference could answer raises instead; ``strict=`` of a call wins.
+    """Within this context, a call that only the quadratic reference could answer raises; a call's own ``strict=`` wins.
 
-    It holds in its own context: not in other threads, but in tasks and in ``asyncio.to_thread`` that were started within,
-    as long as it lasts. Compiled functions follow it. FUSED_ATTN_STRICT holds everywhere.
+    It does not hold in other threads, but in tasks and ``asyncio.to_thread`` calls that were started within, as long as it
+    lasts. Compiled functions follow it. FUSED_ATTN_STRICT holds everywhere.
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled: expected a bool; got {enabled!r}")
@@ -157,15 +158,15 @@ def strict(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
 
 
 def hopper_schedule() -> str:
-    """Which of ``HOPPER_SCHEDULES`` answers on sm_90."""
+    """Which of ``HOPPER_SCHEDULES`` is asked for on sm_90."""
     asked: str = _now("HOPPER")
     return asked
 
 
 def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
-    """Within it, calls on sm_90 (H100, H200) in fp16 and bf16 run these kernels wherever they can; other calls are not touched.
+    """Within this context, calls on sm_90 (H100, H200) in fp16 and bf16 run these kernels where they can; others are unchanged.
 
-    Each of these schedules uses more of the card's own means than the one before it. What a schedule does not take runs on
+    Each of these schedules uses more of what only this card has than the one before it. What a schedule does not take runs on
     ``"pointers"``, the default and the same source as on every other card. No GPU has timed the others yet, so they must be
     asked for.
 
@@ -174,9 +175,9 @@ def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
     ``"specialized"``   that, and Triton gives loads and products warps of their own (forward)
     ``"gluon"``         written warp by warp: softmax runs under the matrix products
 
-    A call keeps its kernels for the backward. It holds where ``strict()`` would, and FUSED_ATTN_HOPPER everywhere: also in
-    autograd's own threads, where activation checkpointing calls again on a GPU. ``explain`` names the kernels of a call. Raises
-    ValueError for another name.
+    A call keeps its kernels for the backward. The context holds where ``strict()`` would. FUSED_ATTN_HOPPER holds everywhere,
+    also in autograd's own threads, where activation checkpointing repeats calls on a GPU. ``explain`` names the kernels of a
+    call. Raises ValueError for another name.
     """
     if kernels not in HOPPER_SCHEDULES:
         raise ValueError(f"kernels: expected one of {', '.join(HOPPER_SCHEDULES)}; got {kernels!r}")

@@ -1,4 +1,4 @@
-"""What comes before the rest of the package: finding its kernels in a checkout, and commands in a bad environment."""
+"""What comes before the rest of the package: finding its kernels in a checkout, and errors of commands in a bad environment."""
 
 import importlib.machinery
 import importlib.util
@@ -10,9 +10,9 @@ PROGRAMS = ("benchmarks", "examples", "tests")  # folders of a checkout that hav
 
 
 def find_kernels() -> None:
-    """Has ``fused_attn.kernels`` found in ``kernels/`` beside the package where the symlink to it is missing.
+    """Makes ``fused_attn.kernels`` importable from ``kernels/`` beside the package where the symlink to it is missing.
 
-    Git leaves a text file in its place where symlinks are not allowed (Windows), source distributions leave nothing.
+    Git leaves a text file in its place where symlinks are not allowed (Windows), and source distributions leave nothing.
     """
     package = Path(__file__).parent
     name, folder = f"{package.name}.kernels", package.parent / "kernels"
@@ -36,9 +36,9 @@ def command() -> str | None:
 
 
 def _module() -> str:
-    """What ``python -m`` runs, or "" where it is something else.
+    """The module that ``python -m`` runs, or "" where the program was started in another way.
 
-    By the interpreter's own words: argv[0] is not the module's path yet while the package of that module is imported.
+    It reads the interpreter's own arguments: argv[0] is not the module's path yet while the package of that module is imported.
     """
     at = len(sys.orig_argv) - len(sys.argv)
     if not 0 < at < len(sys.orig_argv) or sys.argv[0] == "-c":

@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for, a record each, by name (sm_90, gfx942); and by which Triton.
+"""The GPUs that kernels are compiled for, a record each, by name (sm_90, gfx942), and the Triton that compiles them.
 
 A new GPU is a record in ``TARGETS``, and tables of tiles (``plan.tiles``) if it does not share another's.
 """
@@ -17,7 +17,7 @@ _KIB = 1024
 class Rates:
     """What a scheduler's pipes do: ``tensor`` multiply-adds of fp16 or bf16 a cycle, and the cycles that one warp's
     instruction keeps a pipe busy: ``exp2``, ``fma``, ``imad`` (integer multiply-adds, in the FMA pipe), ``alu``. ``packed``
-    is a fma of two values. ``one_pipe``: the vector instructions share one. ``mma_sync``: HMMA reaches the tensor rate."""
+    is a fma of two values. ``one_pipe``: vector instructions share one pipe. ``mma_sync``: HMMA reaches the tensor rate."""
 
     tensor: int
     exp2: int
@@ -127,13 +127,13 @@ def _arch(device: torch.device) -> str:
 
 @functools.cache
 def triton_version() -> tuple[int, int]:
-    """Major and minor: what compiles on one may spill, or fail, on another."""
-    import triton  # here: a machine without it still reads the tables
+    """Triton's major and minor version: what compiles on one may spill, or fail, on another."""
+    import triton  # here, so that a machine without it can still read the tables
 
     major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
 
 
 def triton_name() -> str:
-    """Major and minor as one writes them, "3.7"."""
+    """Triton's major and minor version as text, "3.7"."""
     return ".".join(map(str, triton_version()))

@@ -1,6 +1,6 @@
-"""Every private name of torch that the package uses, each with what stands in for it where a torch has it no more.
+"""Every private name of torch that the package uses, each with what replaces it in a torch that no longer has it.
 
-What stands in is public and slower, or takes the careful answer: that a transform, mode or profiler is there.
+The replacement is public and slower, or gives the careful answer: that a transform, mode or profiler is there.
 """
 
 import sys
@@ -25,30 +25,30 @@ def _private(path: str, instead: Any) -> Any:
 
 # torch's own function, whatever stands in torch.nn.functional when it is called, or has stood there since before this import.
 sdpa: Callable[..., torch.Tensor] = _private("_C._nn.scaled_dot_product_attention", F.scaled_dot_product_attention)
-# Raises where a condition fails, and tells a compiler that it holds of a size that it does not know yet.
+# Raises where a condition fails, and tells a compiler that it holds for a size that the compiler does not know yet.
 check: Callable[..., None] = _private("_check", lambda condition, message: None)
 # (query, key, value, key_padding_mask, attn_mask, num_heads) -> whether there is a batch; raises torch's own errors.
 mha_shape_check: Callable[..., bool] = _private("nn.functional._mha_shape_check", lambda query, *_: query.dim() == 3)
 
-# Who watches: the number of dispatch modes; a transform of torch.func; a profiler.
+# What watches a call: the number of dispatch modes; a transform of torch.func; a profiler.
 dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", lambda: 1)
 transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active", lambda: True)
 profiler_enabled: Callable[[], bool] = _private("_C._autograd._profiler_enabled", lambda: True)
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # public, and not exported
 
-# What a subclass says in __torch_function__ that wants torch's functions to see it as a plain tensor.
+# The __torch_function__ of a subclass that wants torch's functions to see it as a plain tensor.
 disabled_torch_function: Any = _private("_C._disabled_torch_function_impl", None)
-# The set of dispatch keys of a tensor, by name: nothing else tells of the older vmap, of is_grads_batched.
+# The set of dispatch keys of a tensor, by name: nothing else shows the older vmap, that of is_grads_batched.
 _dispatch_keys: Callable[[torch.Tensor], Any] | None = _private("_C._dispatch_keys", None)
 # Whether autograd made a tensor of zeros without storing them.
 is_zero: Callable[[torch.Tensor], bool] = _private("Tensor._is_zerotensor", lambda x: False)
-# Keeps a spin of that many cycles on the device, so that what is timed waits for nothing but its turn.
+# Keeps the device busy for that many cycles, so that what is timed waits for nothing but its turn.
 cuda_sleep: Callable[[int], None] = _private("cuda._sleep", lambda cycles: None)
 # A context below autograd, in which an op that answers for autograd calls its own implementation.
 below_autograd: Callable[[], Any] | None = _private("_C._AutoDispatchBelowAutograd", None)
-# The modes of torch.overrides in this thread, outermost first; none where it does not say.
+# The modes of torch.overrides in this thread, outermost first; none where torch does not say.
 _function_modes: Callable[[], list[Any]] = _private("overrides._get_current_function_mode_stack", list)
-# What torch.compile keeps of the one trace that goes on; where it does not say, all traces of the process are one.
+# What torch.compile keeps of the present trace; where torch does not say, all traces of the process count as one.
 current_trace: Callable[[], Any] = _private("_guards.TracingContext.try_get", lambda: torch)
 
 
@@ -59,13 +59,13 @@ def forward_mode() -> bool:
 
 
 def is_batched(x: torch.Tensor) -> bool:
-    """Whether ``is_grads_batched`` made x of many."""
+    """Whether x is a batch of gradients that ``is_grads_batched`` made."""
     return _dispatch_keys is not None and bool(_dispatch_keys(x).has("Batched"))
 
 
 def is_fake(x: Any) -> bool:
     """Whether x is a tracer's stand-in for a tensor, as FakeTensorMode and torch.export make them: it has no values."""
-    traced = sys.modules.get("torch._subclasses.fake_tensor")  # who has one has imported it
+    traced = sys.modules.get("torch._subclasses.fake_tensor")  # whoever has one has imported it
     return traced is not None and isinstance(x, traced.FakeTensor)
 
 
@@ -77,7 +77,7 @@ def longest(jagged: Any) -> int:
 
 
 def known(condition: Any) -> bool:
-    """Whether a comparison of sizes holds. For a compiler a size that comes from the device has no value: False, if it asks."""
+    """Whether a comparison of sizes holds; False for a compiler, where a size comes from the device and has no value yet."""
     if not torch.compiler.is_compiling():
         return bool(condition)
     try:
@@ -99,8 +99,8 @@ def surely(condition: Any) -> bool:
 
 
 def equal(size: Any, full: Any, otherwise: str) -> bool:
-    """Whether two sizes are equal. Of one that comes from the device a compiler does not know it: the compiled program checks
-    it, and raises with ``otherwise``."""
+    """Whether two sizes are equal. A compiler does not know it for a size that comes from the device: then the compiled program
+    checks it, and raises with ``otherwise``."""
     if known(size == full):
         return True
     if known(size != full):
@@ -110,7 +110,7 @@ def equal(size: Any, full: Any, otherwise: str) -> bool:
 
 
 def drop_function_modes(is_over: Callable[[TorchFunctionMode], bool]) -> None:
-    """Takes the modes that are over off this thread's stack, wherever they are in it."""
+    """Takes the modes for which ``is_over`` holds off this thread's stack, wherever they are in it."""
     modes = _function_modes()
     if any(map(is_over, modes)):
         for mode in reversed(modes):
@@ -121,14 +121,14 @@ def drop_function_modes(is_over: Callable[[TorchFunctionMode], bool]) -> None:
 
 
 def constant_when_traced(function: _F) -> _F:
-    """Has torch.compile call ``function`` while tracing and keep the result, as ``torch.compiler.assume_constant_result``
+    """Makes torch.compile call ``function`` while tracing and keep the result, as ``torch.compiler.assume_constant_result``
     does; that one imports torch._dynamo and, through it, Triton: over a second that ``import fused_attn`` need not take."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def keep_buffers_of_graphs() -> None:
-    """Has a compiled backward run more than once on one graph, which torch would let overwrite what it saved."""
+    """Lets a compiled backward run more than once on one graph: otherwise torch may have it overwrite what it saved."""
     config = _compiler_config()
     if config is not None:
         config.donated_buffer = False
@@ -142,7 +142,7 @@ def activation_memory_budget() -> float:
 
 def _compiler_config() -> Any:
     try:
-        from torch._functorch import config  # here: it is the compiler's
+        from torch._functorch import config  # imported here, since it belongs to the compiler
     except ImportError:
         return None
     return config

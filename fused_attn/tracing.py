@@ -1,4 +1,4 @@
-"""Who looks at a call beside the one who makes it: compilers, tracers, modes, transforms, profilers."""
+"""What watches a call beside its caller: compilers, tracers, modes, transforms, profilers."""
 
 from collections.abc import Iterable
 
@@ -22,5 +22,5 @@ def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
 
 
 def traced(x: torch.Tensor) -> bool:
-    """Whether the values of a tensor cannot be looked at, or must not: the next run of what is traced has others."""
+    """Whether the values of a tensor cannot be read, or must not be, since the next run of what is traced has others."""
     return torch.compiler.is_compiling() or torch_private.is_tracing() or type(x) not in PLAIN_CLASSES or x.is_meta

@@ -33,10 +33,10 @@ _LABELLED = 64  # tokens; more labels than that cannot be read
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Within it, every ``MultiheadAttention`` of ``model`` leaves the weights of its last call: {name: [B, H, L, S]}.
+    """Within this context, every ``MultiheadAttention`` of ``model`` leaves its last call's weights: {name: [B, H, L, S]}.
 
-    In the dtype of the call, on its device, without gradients and before dropout. Layers that replaced torch's count, in the
-    order in which they first run; calls with a ``KVCache`` or nested tensors leave nothing.
+    They are in the dtype of the call, on its device, without gradients and before dropout. Layers that replaced torch's count
+    too. The order is that in which layers first run; calls with a ``KVCache`` or nested tensors leave nothing.
     """
     recorded: dict[str, torch.Tensor] = {}
     signature = inspect.signature(MultiheadAttention.forward)
@@ -48,7 +48,7 @@ def record(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
                 return
             names = ("query", "key", "value", "key_padding_mask", "attn_mask", "is_causal", "cache")
             if isinstance(given.get("cache"), MemoryCache):
-                given["cache"] = copy.copy(given["cache"])  # looking fills nothing
+                given["cache"] = copy.copy(given["cache"])  # recording must not fill the cache
             with torch.no_grad():
                 q, k, _, arguments = module.heads(**{name: given[name] for name in names if name in given})
                 recorded[name] = attention_weights(q, k, **arguments)
@@ -80,7 +80,7 @@ def rollout(weights: Sequence[torch.Tensor], residual: float = 0.5) -> torch.Ten
             raise ValueError(f"weights: expected self-attention [B, H, N, N]; got shape {tuple(layer.shape)}")
         mean = layer.mean(1).to(torch.promote_types(layer.dtype, torch.float32))
         seen = mean.sum(-1, keepdim=True)
-        mean = mean / torch.where(seen == 0, 1, seen)  # dropped or sunk weight is not someone's
+        mean = mean / torch.where(seen == 0, 1, seen)  # weight that was dropped, or went to a sink, is no token's
         mixed = (1 - residual) * mean + residual * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
         mixed = torch.where(seen == 0, torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device), mixed)
         flow = mixed if flow is None else mixed @ flow
@@ -168,7 +168,7 @@ def side_by_side(maps: Mapping[str, torch.Tensor], rows: Sequence[str] | None = 
 
 
 def save(figure: Figure, path: str | Path, title: str = "attention") -> Path:
-    """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path. A link there gives way.
+    """Writes a figure as .png, .svg or .pdf, or as one self-contained .html page; returns the path. A link there is replaced.
 
     Raises ValueError for a name with another ending, which would go to another file, and for a folder.
     """
