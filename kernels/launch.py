@@ -190,9 +190,14 @@ def _launch_again(launch: Launch, compiled: Any) -> Any:
     return compiled
 
 
+def options_of(config: TileConfig) -> dict[str, Any]:
+    """What the compiler is told. Multiplications and additions are fused, also where a later Triton does not by itself."""
+    return dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+
+
 def _launch_as_it_is(launch: Launch, device: torch.device) -> Any:
     kernel, programs, arguments, config = launch
-    options = dict(config.options, num_warps=config.num_warps, num_stages=config.num_stages)
+    options = options_of(config)
     try:
         if config.descriptors:  # which the kernel writes; a context of its own keeps the user's allocator
             compiled = contextvars.copy_context().run(_with_scratch, kernel[(programs,)], (*arguments, config), options)

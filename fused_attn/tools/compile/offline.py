@@ -22,7 +22,7 @@ from fused_attn.call import mods
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Member, OtherTensors, TileConfig, Window
 from fused_attn.kernels import fences
-from fused_attn.kernels.launch import Launch
+from fused_attn.kernels.launch import Launch, options_of
 from fused_attn.plan import inspection, schedules
 from fused_attn.plan.plan import launches_of
 from fused_attn.plan.problem import Problem
@@ -249,8 +249,7 @@ def _compile(launch: Launch, target: str) -> tuple[Any, str, float]:
     lacking = fences.lacking(target, tile.descriptors)
     tile = fences.fenced(tile) if lacking else tile
     with contextlib.redirect_stdout(log), fences.putting_in() if lacking else contextlib.nullcontext():
-        binary = function.warmup(*arguments, tile, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages,
-                                 **dict(tile.options))
+        binary = function.warmup(*arguments, tile, grid=(programs,), **options_of(tile))
     return binary, log.getvalue(), _cpu_seconds() - start
 
 

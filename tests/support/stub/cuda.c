@@ -167,6 +167,7 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   Kernel *kernel = (Kernel *)function;
+  if (attribute > CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE) return CUDA_ERROR_INVALID_VALUE; // later than CUDA 12
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
   if (value < 0 || value + kernel->static_shared > shared_limit())
     return refuse(CUDA_ERROR_INVALID_VALUE, "%d bytes of dynamic shared memory: the card has %d", value, shared_limit());
