@@ -14,6 +14,7 @@ import triton.language as tl
 
 from fused_attn.kernels.operand import load_operand, per_key, per_query
 from fused_attn.kernels.product import tanh_of, tanh_slope
+from fused_attn.kernels.softmax import LN2
 
 
 class Mod(NamedTuple):
@@ -70,6 +71,29 @@ def alibi_distance(score, modded, q_pos, k_idx, head, batch, args):
 
 
 @triton.jit
+def log_distance(score, q_pos, k_idx, r2):
+    """log(1 + r2 * |q - k|) in the type of the score."""
+    return tl.log2(1.0 + r2 * tl.abs(q_pos - k_idx).to(score.dtype)) * LN2
+
+
+@triton.jit
+def kerple(score, q_pos, k_idx, head, batch, args):
+    """score - r1 * log(1 + r2 * |q - k|), args = (r1, r2). Source: Chi et al. 2022, "KERPLE", the logarithmic variant."""
+    return score - args[0] * log_distance(score, q_pos, k_idx, args[1])
+
+
+@triton.jit
+def kerple_by_r1(score, modded, q_pos, k_idx, head, batch, args):
+    return -log_distance(score, q_pos, k_idx, args[1])
+
+
+@triton.jit
+def kerple_by_r2(score, modded, q_pos, k_idx, head, batch, args):
+    distance = tl.abs(q_pos - k_idx).to(score.dtype)
+    return -args[0] * distance / (1.0 + args[1] * distance)
+
+
+@triton.jit
 def soft_tree(score, q_pos, k_idx, head, batch, args):
     """score - penalty where key k is no ancestor of query q, args = (enter of q, enter of k, leave of k, penalty).
 
@@ -89,6 +113,7 @@ NO_SLOPE = tl.constexpr(1 << 20)  # as MEMBER of apply_mods: no derivative is wa
 MODS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "bias": (add, one, (one,)),
     "alibi": (alibi, one, (alibi_distance,)),
+    "kerple": (kerple, one, (kerple_by_r1, kerple_by_r2)),
     "soft_tree": (soft_tree, one, (one, one, one, soft_tree_penalty)),
 }
 

@@ -85,8 +85,8 @@ def check_within(inputs: Inputs, dtype: torch.dtype) -> None:
 
 
 # Of the rest only what is exact in fp64 as well: masks and layouts take part in no rounding.
-ROUNDING = ("plain", "softcap", "bias", "relative", "t5", "alibi", "soft_tree", "score_mod", "sinks", "dropout", "precise",
-            "packed")
+ROUNDING = ("plain", "softcap", "bias", "relative", "t5", "alibi", "kerple", "soft_tree", "score_mod", "sinks", "dropout",
+            "precise", "packed")
 ALONE = [pytest.param(Call((feature.name,)), dtype, id=f"{feature.name}-{short(dtype)}",
                       marks=() if dtype == torch.bfloat16 and feature.name in ROUNDING else pytest.mark.slow)
          for feature in FEATURES for dtype in (*HALVES, torch.float32)]

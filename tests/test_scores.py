@@ -1,4 +1,4 @@
-"""Bias, ALiBi, T5's bias, sinks and dropout, each against its definition written out."""
+"""Bias, ALiBi, KERPLE, T5's bias, sinks and dropout, each against its definition written out."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.features import Call, Shape
 
-from fused_attn import RelativeBias, attention, attention_varlen, t5_bias
+from fused_attn import RelativeBias, attention, attention_varlen, kerple, t5_bias
 from fused_attn.call.spec import TileConfig
 from fused_attn.plan import problem
 
@@ -147,6 +147,17 @@ def test_alibi_equals_the_bias_it_stands_for(n_queries, n_keys, by_batch):
     tensors = qkv(n_queries, n_keys)
     bias = -slopes[..., None, None] * position(n_queries, n_keys).abs()
     assert_close(run(*tensors, slopes, alibi_slopes=slopes), run(*tensors, slopes, bias=bias))
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(45, 70), (70, 45)])
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_kerple_equals_the_bias_it_stands_for(n_queries, n_keys, by_batch):
+    """Its gradients by r1 and r2 are those that autograd finds through the formula as it is printed."""
+    r1, r2 = (torch.rand((2, 2) if by_batch else (2,), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    tensors = qkv(n_queries, n_keys)
+    bias = -r1[..., None, None] * torch.log(1 + r2[..., None, None] * position(n_queries, n_keys).abs())
+    assert_close(run(*tensors, r1, r2, score_mod=kerple(r1, r2)), run(*tensors, r1, r2, bias=bias))
 
 
 def test_softcap_comes_before_bias_and_bias_before_masks():

@@ -194,7 +194,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["document", "prefix_lm", "tree", "relative", "t5", "key_lengths", "bias_keys", "alibi",
-                                  "soft_tree", "dropout", "sinks", "precise", "packed"])
+                                  "kerple", "soft_tree", "dropout", "sinks", "precise", "packed"])
 def test_nothing_of_the_size_of_the_scores_is_allocated(name, monkeypatch):
     """Launches are left out, so that the length can be one at which N x N stands out."""
     n = 4096

@@ -203,6 +203,7 @@ def _is_ancestor(args: tuple[Any, ...]) -> torch.Tensor:
 
 BIAS = ScoreMod("bias", reference=lambda s, q, k, h, b, args: s + args[0])
 ALIBI = ScoreMod("alibi", reference=lambda s, q, k, h, b, args: s - args[0] * (q - k).abs())
+KERPLE = ScoreMod("kerple", reference=lambda s, q, k, h, b, args: s - args[0] * torch.log1p(args[1] * (q - k).abs()))
 SOFT_TREE = ScoreMod("soft_tree", reference=lambda s, q, k, h, b, args: s - (~_is_ancestor(args)).to(s.dtype) * args[3])
 MASK = MaskMod("mask", reference=lambda q, k, h, b, args: args[0] != 0)
 HIDE = MaskMod("hide", reference=lambda q, k, h, b, args: args[0] == 0)  # a mask that is True where a pair must not attend
@@ -210,7 +211,7 @@ DOCUMENT = MaskMod("document", reference=lambda q, k, h, b, args: args[0] == arg
 PREFIX_LM = MaskMod("prefix_lm", reference=lambda q, k, h, b, args: (k < args[0]) | (k <= q))
 TREE = MaskMod("tree", reference=lambda q, k, h, b, args: _is_ancestor(args))
 
-for _mod in (BIAS, ALIBI, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, TREE):  # which the kernels know by name
+for _mod in (BIAS, ALIBI, KERPLE, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, TREE):  # which the kernels know by name
     object.__setattr__(_mod, "code", _ALIVE.setdefault(_mod.name, Code(_mod.name, _mod.name)))
 
 
@@ -218,6 +219,24 @@ def _per_token(name: str, x: Any) -> torch.Tensor:
     if not isinstance(x, torch.Tensor) or x.dim() not in (1, 2) or x.is_floating_point():
         raise TypeError(f"{name}: expected an integer tensor [N] or [B, N]; got {getattr(x, 'shape', x)!r}")
     return x if x.dim() == 2 else x[None]
+
+
+def _per_head(name: str, x: Any) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: expected a float tensor [H] or [B, H]; got {getattr(x, 'dtype', x)!r}")
+    if x.dim() not in (1, 2):
+        raise ValueError(f"{name}: expected shape [H] or [B, H]; got {tuple(x.shape)}")
+    return x[..., None, None]
+
+
+def kerple(r1: torch.Tensor, r2: torch.Tensor) -> Bound:
+    """Scores lose r1 * log(1 + r2 * |q - k|), q and k the positions: ``attention(..., score_mod=kerple(r1, r2))``.
+
+    ``r1`` and ``r2`` hold a positive number for each head, floats [H] or [B, H], and have gradients; that they are positive
+    is the caller's to see to, as by a softplus. Source: Chi et al. 2022, "KERPLE: Kernelized Relative Positional Embedding
+    for Length Extrapolation", its logarithmic variant.
+    """
+    return KERPLE(_per_head("r1", r1), _per_head("r2", r2))
 
 
 def document_mask(of_keys: torch.Tensor, of_queries: torch.Tensor | None = None) -> Bound:

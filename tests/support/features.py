@@ -157,6 +157,12 @@ def _slopes(draw: Draw) -> Drawn:
     return {"slopes": draw.normal(draw.shape.batch, draw.shape.heads).abs() / 4}, lambda slopes: {"alibi_slopes": slopes}
 
 
+def _kerple(draw: Draw) -> Drawn:
+    heads = draw.shape.heads
+    return {"r1": draw.normal(draw.shape.batch, heads).abs(), "r2": draw.normal(heads).abs()}, lambda r1, r2: {
+        "score_mod": fused_attn.kerple(r1, r2)}
+
+
 def _sinks(draw: Draw) -> Drawn:
     return {"sinks": draw.normal(draw.shape.heads) + 1}, lambda sinks: {"sinks": sinks}
 
@@ -212,6 +218,7 @@ FEATURES = (
     Feature("relative", "relative bias by k - q, never Nq x Nk", SCORES, _relative, "relative values", group="bias"),
     Feature("t5", "T5's bias", SCORES, _t5, "T5's table", group="bias"),
     Feature("alibi", "ALiBi", SCORES, _slopes, "slopes"),
+    Feature("kerple", "KERPLE's logarithmic bias", SCORES, _kerple, "KERPLE's r1 and r2", group="score_mod"),
     Feature("mask", "bool mask, empty tiles skipped", MASKS, _mask),
     Feature("key_lengths", "key lengths", MASKS, _key_lengths, without=RAGGED, packed=False, note="packed: `seqused_k`"),
     Feature("document", "document mask", MASKS, _document, group="mask_mod"),
