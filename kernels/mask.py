@@ -42,13 +42,23 @@ def prefix_lm(q_pos, k_idx, head, batch, args):
 
 
 @triton.jit
+def dilated_window(q_pos, k_idx, head, batch, args):
+    """|q - k| is a multiple of the dilation, of the reach at most; args = (dilation, reach). Source: Beltagy et al. 2020."""
+    DILATION: tl.constexpr = args[0]
+    REACH: tl.constexpr = args[1]
+    distance = tl.abs(q_pos - k_idx)
+    return (distance % DILATION == 0) & (distance <= REACH)
+
+
+@triton.jit
 def tree(q_pos, k_idx, head, batch, args):
     """True where key k is an ancestor of query q, or q; args = (enter of q, enter of k, leave of k), see ``soft_tree``."""
     return (args[1] <= args[0]) & (args[0] < args[2])
 
 
 # The masks that ship, by the names of fused_attn.call.mods.
-KEEPS: dict[str, Any] = {"mask": stored, "hide": hidden, "document": document, "prefix_lm": prefix_lm, "tree": tree}
+KEEPS: dict[str, Any] = {"mask": stored, "hide": hidden, "document": document, "prefix_lm": prefix_lm,
+                         "dilated_window": dilated_window, "tree": tree}
 
 
 @triton.jit

@@ -47,8 +47,8 @@ def test_public_names():
               if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     assert public == set(fused_attn.__all__)
     assert {"attention", "attention_varlen", "explain", "reference_attention", "scaled_dot_product_attention", "strict",
-            "MaskMod", "RelativeBias", "ScoreMod", "document_mask", "kerple", "prefix_lm_mask", "soft_tree_mask", "t5_bias",
-            "tree_intervals", "tree_mask"} <= public
+            "MaskMod", "RelativeBias", "ScoreMod", "dilated_window_mask", "document_mask", "kerple", "prefix_lm_mask",
+            "soft_tree_mask", "t5_bias", "tree_intervals", "tree_mask"} <= public
     for name in fused_attn.__all__:
         assert len(inspect.getdoc(getattr(fused_attn, name)) or "") > 40, f"{name} is not documented"
 

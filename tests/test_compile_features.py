@@ -88,6 +88,20 @@ def test_checkpointing_draws_the_same_dropout(call):
     check_same(run(lambda *xs: checkpoint(function, *xs, use_reentrant=False), leaves), run(function, leaves))
 
 
+def test_masks_made_before_compile_whole_where_numbers_vary():
+    """The numbers of a mask are compile-time constants, also to a compiler that has those vary which it did not see made."""
+    leaves = normal(B, H, N, D), normal(B, 2, N, D), normal(B, 2, N, D)
+
+    def function(q, k, v, mask):
+        return fused_attn.attention(q, k, v, mask_mod=mask, backend="triton")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for mask in (fused_attn.dilated_window_mask(5, 2), fused_attn.dilated_window_mask(4, 3)):
+        check_same(run(lambda *xs, mask=mask: compiled(*xs, mask), leaves),
+                   run(lambda *xs, mask=mask: function(*xs, mask), leaves))
+
+
 def test_packed_sequences_compile_whole():
     cu = torch.tensor([0, 13, 40], dtype=torch.int32)
     leaves = normal(N, H, D), normal(N, 2, D), normal(N, 2, D)

@@ -99,7 +99,7 @@ def test_what_is_drawn_covers_every_axis():
     seen, shapes = Counter(), []
 
     @hypothesis.given(trials())
-    @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None,
+    @hypothesis.settings(max_examples=800, deadline=None, derandomize=True, database=None,
                          suppress_health_check=list(hypothesis.HealthCheck))
     def every(trial):
         seen.update([*trial.features, *trial.layouts, *trial.arguments, trial.shape.layout, f"operands {trial.operands}"])

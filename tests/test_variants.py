@@ -9,7 +9,7 @@ from support.guard import is_poison
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import attention, attention_varlen, document_mask, prefix_lm_mask
+from fused_attn import attention, attention_varlen, dilated_window_mask, document_mask, prefix_lm_mask
 from fused_attn.call import describe
 from fused_attn.call.spec import TileConfig
 from fused_attn.kernels import launch
@@ -193,8 +193,8 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["document", "prefix_lm", "tree", "relative", "t5", "key_lengths", "bias_keys", "alibi",
-                                  "kerple", "soft_tree", "dropout", "sinks", "precise", "packed"])
+@pytest.mark.parametrize("name", ["document", "prefix_lm", "dilated_window", "tree", "relative", "t5", "key_lengths",
+                                  "bias_keys", "alibi", "kerple", "soft_tree", "dropout", "sinks", "precise", "packed"])
 def test_nothing_of_the_size_of_the_scores_is_allocated(name, monkeypatch):
     """Launches are left out, so that the length can be one at which N x N stands out."""
     n = 4096
@@ -338,6 +338,23 @@ def test_prefix_alone_sees_the_prefix():
         same = run(*tensors, mask_mod=prefix_lm_mask(torch.tensor([length])))
         for x, expected in zip(same, run(*tensors, **arguments), strict=True):
             torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(70, 70), (45, 70), (70, 45)])
+def test_a_dilated_window_keeps_every_nth_key_of_a_reach(n_queries, n_keys):
+    tensors = qkv(n_queries, n_keys)
+    apart = torch.arange(n_queries)[:, None] + n_keys - n_queries - torch.arange(n_keys)
+    mask = sum(apart == 3 * step for step in range(-4, 5)) > 0
+    assert_close(run(*tensors, mask_mod=dilated_window_mask(4, 3)), run(*tensors, mask=mask))
+    assert_close(run(*tensors, mask_mod=dilated_window_mask(4, 3), causal=True), run(*tensors, mask=mask & (apart >= 0)))
+
+
+@pytest.mark.parametrize(("radius", "dilation", "window"), [
+    (6, 1, (6, 6)), (0, 5, (0, 0)), (2**70, 1, None), (1, 2**70, (0, 0))])
+def test_dilated_windows_at_their_ends_are_windows(radius, dilation, window):
+    """Without dilation, of no radius, beyond all keys, and with a dilation that no other key is as far as."""
+    tensors = qkv(40, 40)
+    assert_close(run(*tensors, mask_mod=dilated_window_mask(radius, dilation)), run(*tensors, window=window))
 
 
 def test_the_switches_of_one_call_do_not_reach_the_next():

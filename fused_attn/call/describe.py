@@ -3,6 +3,7 @@
 import itertools
 import math
 import numbers
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -346,7 +347,8 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
             operands.append(operand.detach() if isinstance(bound.mod, MaskMod) else operand)  # a mask has no slope
             kinds.append(TENSOR)
         else:
-            kinds.append(repr(int(arg)) if isinstance(arg, numbers.Integral) else repr(float(arg)))
+            # Where a compiler has an int vary, operator.index has it take the value that it has.
+            kinds.append(repr(operator.index(arg)) if isinstance(arg, numbers.Integral) else repr(float(arg)))
     return Member(bound.mod.code, tuple(kinds), bound.mod.reference)
 
 

@@ -186,9 +186,11 @@ def checked(name: str, mod: Any, args: tuple[Any, ...], kind: type) -> Bound | N
     if not isinstance(bound.mod, kind):
         raise TypeError(f"{name}: expected a fused_attn.{kind.__name__}, or one bound to its arguments; got {mod!r}")
     for i, arg in enumerate(bound.args):
-        if not isinstance(arg, torch.Tensor) and (isinstance(arg, bool) or not isinstance(arg, numbers.Real)):
+        if isinstance(arg, torch.Tensor):
+            continue
+        if isinstance(arg, bool) or not isinstance(arg, numbers.Real):
             raise TypeError(f"{name}: expected argument {i} to be a tensor or a number; got {arg!r}")
-        if not isinstance(arg, torch.Tensor) and not math.isfinite(arg):
+        if not -math.inf < arg < math.inf:  # type: ignore[operator]  # math.isfinite breaks graphs in which a number varies
             raise ValueError(f"{name}: expected argument {i} to be finite; got {arg!r}")
     return bound
 
@@ -209,9 +211,12 @@ MASK = MaskMod("mask", reference=lambda q, k, h, b, args: args[0] != 0)
 HIDE = MaskMod("hide", reference=lambda q, k, h, b, args: args[0] == 0)  # a mask that is True where a pair must not attend
 DOCUMENT = MaskMod("document", reference=lambda q, k, h, b, args: args[0] == args[1])
 PREFIX_LM = MaskMod("prefix_lm", reference=lambda q, k, h, b, args: (k < args[0]) | (k <= q))
+DILATED_WINDOW = MaskMod("dilated_window", reference=lambda q, k, h, b, args: (
+    ((q - k) % args[0] == 0) & ((q - k).abs() <= args[1])))
 TREE = MaskMod("tree", reference=lambda q, k, h, b, args: _is_ancestor(args))
 
-for _mod in (BIAS, ALIBI, KERPLE, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, TREE):  # which the kernels know by name
+# The kernels know them by name.
+for _mod in (BIAS, ALIBI, KERPLE, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, DILATED_WINDOW, TREE):
     object.__setattr__(_mod, "code", _ALIVE.setdefault(_mod.name, Code(_mod.name, _mod.name)))
 
 
@@ -254,6 +259,19 @@ def prefix_lm_mask(lengths: torch.Tensor) -> Bound:
     if not isinstance(lengths, torch.Tensor) or lengths.dim() != 1 or lengths.is_floating_point():
         raise TypeError(f"lengths: expected an integer tensor [B]; got {getattr(lengths, 'shape', lengths)!r}")
     return PREFIX_LM(lengths[:, None, None, None])
+
+
+def dilated_window_mask(radius: int, dilation: int) -> Bound:
+    """Queries attend to every ``dilation``-th key on both sides of them, ``radius`` of them on each, and to their own.
+
+    ``radius`` is an int of 0 or more, ``dilation`` of 1 or more; a new value of either compiles once. Of the two sides one is
+    left with ``attention(..., mask_mod=dilated_window_mask(4, 3), causal=True)``. Source: Beltagy et al. 2020, "Longformer".
+    """
+    for name, number, least in (("radius", radius, 0), ("dilation", dilation, 1)):
+        if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < least:
+            raise ValueError(f"{name}: expected an int of {least} or more; got {number!r}")
+    farthest = 2**31 - 1  # of any distance that there is, and so a bound on what fits a kernel's integers
+    return DILATED_WINDOW(min(int(dilation), farthest), min(int(radius) * int(dilation), farthest))
 
 
 def tree_intervals(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

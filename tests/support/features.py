@@ -223,6 +223,8 @@ FEATURES = (
     Feature("key_lengths", "key lengths", MASKS, _key_lengths, without=RAGGED, packed=False, note="packed: `seqused_k`"),
     Feature("document", "document mask", MASKS, _document, group="mask_mod"),
     Feature("prefix_lm", "prefix-LM mask", MASKS, _prefix_lm, group="mask_mod"),
+    Feature("dilated_window", "dilated sliding window", MASKS, constant(mask_mod=fused_attn.dilated_window_mask(9, 2)),
+            group="mask_mod", note="a new value compiles once"),
     Feature("tree", "tree mask", MASKS, _tree, group="mask_mod", without=("lengths",)),
     Feature("mask_mod", "custom mask function", MASKS, _mask_mod, group="mask_mod"),
     Feature("soft_tree", "soft tree mask", SCORES, _soft_tree, "penalty", group="score_mod", without=("lengths",)),
