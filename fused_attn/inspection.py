@@ -16,12 +16,14 @@ class AttentionStats(NamedTuple):
     """Aggregates of attention weights, before dropout, in fp32 (fp64 for fp64 inputs).
 
     received [B, H, Nk]: what each key receives, summed over queries. entropy [B, H, Nq]: -sum(p ln p) over the keys, in
-    nats. maximum [B, H, Nq]: the largest weight of each query. A query without keys has entropy and maximum 0.
+    nats. maximum [B, H, Nq]: the largest weight of each query. distance [B, H, Nq]: the mean attended distance of each query,
+    sum(p |position - key|) over the keys, to which a sink adds nothing. A query without keys has 0 in the last three.
     """
 
     received: torch.Tensor
     entropy: torch.Tensor
     maximum: torch.Tensor
+    distance: torch.Tensor
 
 
 def _described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, arguments: dict[str, Any]) -> Described:
@@ -113,10 +115,13 @@ def _reference_weights(call: Described) -> torch.Tensor:
 
 def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, *, backend: str | None = None,
                     strict: bool | None = None, **arguments: Any) -> AttentionStats:
-    """Received weight per key, entropy and largest weight per query, in O(N) memory.
+    """Received weight per key; entropy, largest weight and mean attended distance per query, in O(N) memory.
 
-    It multiplies Q and K twice, as much as one forward multiplies: once along rows, for entropy, maximum and LSE, once along
-    columns, which need the LSE of every row. (One sweep would add one of the two with atomics, in no fixed order.)
+    It multiplies Q and K twice, as much as one forward multiplies: once along rows, for what is per query and the LSE, once
+    along columns, which need the LSE of every row. (One sweep would add one of the two with atomics, in no fixed order.)
+
+    The mean of ``distance`` over queries is the "mean attention distance" of Dosovitskiy et al. 2020, "An Image is Worth 16x16
+    Words".
 
     ``v`` may be None. ``arguments`` are those of ``attention`` that shape the scores, except for dropout. The kernels give no
     gradients; ``backend="reference"`` does, with memory quadratic in the length.
@@ -129,4 +134,5 @@ def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = N
     with _as_it_is(call.q.device):
         p, _ = reference.weights(call.q, call.k, call.spec, call.others)
     maximum = p.amax(-1) if p.shape[-1] else p.sum(-1)
-    return AttentionStats(p.sum(-2), torch.special.entr(p).sum(-1), maximum)
+    distance = (p * reference.distances(call.spec, p.shape[2], p.shape[3], p.device)).sum(-1)
+    return AttentionStats(p.sum(-2), torch.special.entr(p).sum(-1), maximum, distance)

@@ -15,6 +15,12 @@ from fused_attn.call.spec import NO_OTHERS, RELATIVE, TENSOR, AttentionSpec, Mem
 from fused_attn.torch_private import known
 
 
+def distances(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
+    """Int64 [Nq, Nk]: how far the position of a query and a key are apart."""
+    position = torch.arange(n_queries, device=device)[:, None] + spec.offset(n_queries, n_keys)
+    return (position - torch.arange(n_keys, device=device)).abs()
+
+
 def window_mask(spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device,
                 offset: torch.Tensor | None = None) -> torch.Tensor:
     """Bool [Nq, Nk]: True where the window keeps the key; [S, 1, Nq, Nk] with the ``offset`` [S, 1, 1, 1] of each sequence."""

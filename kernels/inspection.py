@@ -12,6 +12,7 @@ from fused_attn.kernels.backward import weights
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, kind_of, programs, with_lse
 from fused_attn.kernels.mask import keep_tile
+from fused_attn.kernels.operand import per_key, per_query
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import NO_SLOPE, apply_mods
 from fused_attn.kernels.softmax import LN2, LOG2E, load_lse, lse_views, softmax_finish, softmax_sink
@@ -29,13 +30,23 @@ from fused_attn.kernels.tiles import (
 from fused_attn.kernels.window import Rule, side
 
 
+@triton.jit
+def distances(place, ACC: tl.constexpr, TILE: tl.constexpr):
+    """[BLOCK_M, BLOCK_N]: how far a query's position and a key are apart."""
+    q_pos = per_query(place.q_first + place.offset + tl.arange(0, TILE.block_m), False)
+    k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), False)
+    return tl.abs(q_pos - k_idx).to(ACC)
+
+
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
-def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr, strides,
+def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, distance_ptr, sinks_ptr, strides,
                      H, Nq, Nk, offset, left, right, scale: tl.float64, extras,
                      KIND: tl.constexpr, TILE: tl.constexpr):
-    """One program: LSE, entropy -sum(p ln p) over the keys, and largest weight, each [B, H, Nq], of BLOCK_M queries.
+    """One program: LSE, entropy -sum(p ln p) over the keys, largest weight, and mean attended distance sum(p |q - k|), each
+    [B, H, Nq], of BLOCK_M queries; ``distance_ptr`` may be None.
 
-    Beside the maximum m and the sum l of exp(s - m) it carries t, the sum of exp(s - m) (s - m); the entropy is ln l - t / l.
+    Beside the maximum m and the sum l of exp(s - m) it carries t, the sum of exp(s - m) (s - m), for the entropy ln l - t / l,
+    and the sum of exp(s - m) |q - k|. Source of the distance: Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words".
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -50,6 +61,7 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
     row_max = tl.full([BLOCK_M], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
     row_dot = tl.zeros([BLOCK_M], ACC)
+    row_distance = tl.zeros([BLOCK_M], ACC)
     bounds = bounds_of(first + work.offset, work.n_keys, rule.left, rule.right, BLOCK_M, BLOCK_N)
     for start in tl.range(bounds.lo, bounds.hi, BLOCK_N, num_stages=1):
         place = tile_of_keys(work, start)
@@ -66,6 +78,8 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
         p = tl.exp2(below * LOG2E)
         shrink = tl.exp2((row_max - pivot) * LOG2E)
         row_dot = shrink * (row_dot + shift * row_sum) + tl.sum(tl.where(p == 0.0, 0.0, p * below), 1)
+        if distance_ptr is not None:
+            row_distance = row_distance * shrink + tl.sum(p * distances(place, ACC, TILE), 1)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         row_max = new_max
 
@@ -85,6 +99,8 @@ def row_stats_kernel(q_ptr, k_ptr, lse_ptr, entropy_ptr, maximum_ptr, sinks_ptr,
         store_rows(views[1], first, rest, BLOCK_M)
     store_rows(query_rows(entropy_ptr, sequences, work, Nq), first, entropy, BLOCK_M)
     store_rows(query_rows(maximum_ptr, sequences, work, Nq), first, largest, BLOCK_M)
+    if distance_ptr is not None:
+        store_rows(query_rows(distance_ptr, sequences, work, Nq), first, largest * row_distance, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "Nk", "offset", "left", "right"])
@@ -153,10 +169,11 @@ def _arguments(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[object, ..
 
 
 def row_stats_launch(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, maximum: torch.Tensor,
-                     sinks: torch.Tensor | None, call: Call, *, config: TileConfig) -> Launch:
-    """The launch that fills ``lse``, ``entropy``, ``maximum`` [B, H, Nq]; ``lse`` is [2, B, H, Nq] to come with its rest."""
+                     distance: torch.Tensor | None, sinks: torch.Tensor | None, call: Call, *, config: TileConfig) -> Launch:
+    """The launch that fills ``lse``, ``entropy``, ``maximum`` and, unless it is None, ``distance`` [B, H, Nq]; ``lse`` is
+    [2, B, H, Nq] to come with its rest."""
     lse, call = with_lse(call, lse)
-    args = (q, k, lse, entropy, maximum, sinks, *_arguments(q, k, call))
+    args = (q, k, lse, entropy, maximum, distance, sinks, *_arguments(q, k, call))
     return Launch(row_stats_kernel, programs(call.n_queries, config.block_m, call.batch * q.shape[1]), args,
                   fit_offsets(config, call, q, k))
 

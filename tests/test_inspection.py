@@ -55,16 +55,39 @@ def test_kernels_equal_the_reference(call):
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.kernels), "reference"])
 def test_uniform_weights_by_hand(backend):
-    """Queries of zeros see their keys alike: query i of 4, causal, has i + 1 keys, entropy ln(i + 1), maximum 1 / (i + 1)."""
+    """Queries of zeros see their keys alike: query i of 4, causal, has i + 1 keys, entropy ln(i + 1), maximum 1 / (i + 1), and
+    keys from 0 to i away."""
     q, k = torch.zeros(1, 1, 4, 16), torch.randn(1, 1, 4, 16)
     stats = attention_stats(q, k, causal=True, backend=backend)
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(stats.entropy[0, 0], torch.tensor([0.0, math.log(2), math.log(3), math.log(4)]), **close)
     torch.testing.assert_close(stats.maximum[0, 0], torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]), **close)
+    torch.testing.assert_close(stats.distance[0, 0], torch.tensor([0, 1 / 2, 1, 3 / 2]), **close)
     received = [1 + 1 / 2 + 1 / 3 + 1 / 4, 1 / 2 + 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4]
     torch.testing.assert_close(stats.received[0, 0], torch.tensor(received), **close)
     weights = attention_weights(q, k, causal=True, backend=backend)
     torch.testing.assert_close(weights[0, 0], torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None], **close)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.kernels), "reference"])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(NQ, NK), (NK, NQ)])
+def test_the_distance_is_of_weights_and_positions(n_queries, n_keys, backend):
+    """The last query stands at the last key, and of more queries than keys the first ones before all of them."""
+    q, k, sinks = normal(2, 4, n_queries, 24), normal(2, 2, n_keys, 24), normal(4)
+    scores = q @ k.repeat_interleave(2, 1).mT / 24**0.5
+    weights = torch.softmax(torch.cat((scores, sinks[:, None, None].expand(2, 4, n_queries, 1)), -1), -1)[..., :-1]
+    apart = torch.tensor([[abs(i + n_keys - n_queries - j) for j in range(n_keys)] for i in range(n_queries)])
+    stats = attention_stats(q, k, sinks=sinks, backend=backend)
+    torch.testing.assert_close(stats.distance, (weights * apart).sum(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_distance_of_the_reference_is_differentiable():
+    q, k = tensors(grad=True)
+    gradients = torch.autograd.grad(attention_stats(q, k, backend="reference").distance.sin().sum(), (q, k))
+    apart = (torch.arange(NQ)[:, None] + NK - NQ - torch.arange(NK)).abs()
+    exact = (torch.softmax(q @ k.repeat_interleave(2, 1).mT / 24**0.5, -1) * apart).sum(-1)
+    for mine, theirs in zip(gradients, torch.autograd.grad(exact.sin().sum(), (q, k)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.kernels), "reference"])

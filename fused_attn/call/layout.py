@@ -1,8 +1,13 @@
 """How the results of a call lie in memory, for the kernels and for FakeTensors that stand for results. Free of Triton."""
 
+from typing import TypeAlias
+
 import torch
 
 from fused_attn.call.spec import AttentionSpec, OtherTensors
+
+# received [B, H, Nk], entropy, maximum and distance [B, H, Nq]
+Statistics: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def accumulates(q: torch.Tensor) -> torch.dtype:
@@ -61,10 +66,10 @@ def like_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q.new_empty(*q.shape[:3], k.shape[2])
 
 
-def like_statistics(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty (received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
+def like_statistics(q: torch.Tensor, k: torch.Tensor) -> Statistics:
+    """Empty received, entropy, maximum and distance."""
     received = q.new_empty(*q.shape[:2], k.shape[2], dtype=accumulates(q))
-    return received, received.new_empty(q.shape[:3]), received.new_empty(q.shape[:3])
+    return received, received.new_empty(q.shape[:3]), received.new_empty(q.shape[:3]), received.new_empty(q.shape[:3])
 
 
 def keeps_residual(spec: AttentionSpec, others: OtherTensors) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 import torch
 
-from fused_attn.call.layout import check_rotary, like, like_statistics, like_weights, lse_like
+from fused_attn.call.layout import Statistics, check_rotary, like, like_statistics, like_weights, lse_like
 from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.inspection import column_sums_launch, row_stats_launch, weights_launch
 from fused_attn.kernels.launch import Launch
@@ -13,22 +13,22 @@ from fused_attn.plan.problem import Problem
 from fused_attn.plan.tiles import choose_rotary
 
 
-def statistics(problem: Problem) -> Generator[Launch, None, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Makes (received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
+def statistics(problem: Problem) -> Generator[Launch, None, Statistics]:
+    """Makes the received weight, entropy, maximum and distance."""
     q, k, config = problem.q, problem.k, problem.config("operand_grad")  # whose tiles hold one [BLOCK_M, BLOCK_N] of weights
-    received, entropy, maximum = like_statistics(q, k)
+    received, entropy, maximum, distance = like_statistics(q, k)
     lse = lse_like(q, problem.spec, packed=False)
-    yield row_stats_launch(q, k, lse, entropy, maximum, problem.others.sinks, problem.call, config=config)
+    yield row_stats_launch(q, k, lse, entropy, maximum, distance, problem.others.sinks, problem.call, config=config)
     yield column_sums_launch(q, k, lse, received, problem.call, config=config)
-    return received, entropy, maximum
+    return received, entropy, maximum, distance
 
 
 def weights(problem: Problem) -> Generator[Launch, None, torch.Tensor]:
     """Makes the weights [B, H, Nq, Nk] in q's dtype."""
     q, k, config = problem.q, problem.k, problem.config("operand_grad")
-    _, entropy, maximum = like_statistics(q, k)
+    _, entropy, maximum, _ = like_statistics(q, k)
     lse, p = lse_like(q, problem.spec, packed=False), like_weights(q, k)
-    yield row_stats_launch(q, k, lse, entropy, maximum, problem.others.sinks, problem.call, config=config)
+    yield row_stats_launch(q, k, lse, entropy, maximum, None, problem.others.sinks, problem.call, config=config)
     yield weights_launch(q, k, lse, p, problem.call, config=config)
     return p
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fused_attn.call.layout import Statistics
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
 from fused_attn.kernels.launch import UnfitTilesError
@@ -56,9 +57,8 @@ def backward(saved: Saved, spec: AttentionSpec, others: OtherTensors, needs: Nee
     return _finish(call, lambda problem: schedules.of_backward(problem, needs).steps(problem, saved, needs))
 
 
-def statistics(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec,
-               others: OtherTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq])."""
+def statistics(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTensors) -> Statistics:
+    """(received [B, H, Nk], entropy, maximum and distance [B, H, Nq])."""
     return _finish((q, k, k[..., :1], spec, others), inspection.statistics)
 
 

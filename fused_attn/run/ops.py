@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fused_attn import torch_private
 from fused_attn.call.describe import Described
-from fused_attn.call.layout import check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
+from fused_attn.call.layout import Statistics, check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
 from fused_attn.call.schema import BACKWARD, FORWARD, INSPECTION, Inputs, Needs, Pair, Saved
 from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.tracing import watched
@@ -24,7 +24,7 @@ from fused_attn.tracing import watched
 LIBRARY = torch.library.Library("fused_attn", "DEF")
 LIBRARY.define(f"forward({FORWARD.text}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(f"backward({BACKWARD.text}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])")
-LIBRARY.define(f"statistics({INSPECTION.text}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(f"statistics({INSPECTION.text}) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(f"weights({INSPECTION.text}) -> Tensor")
 LIBRARY.define("seed(Tensor like) -> Tensor")
 LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor")
@@ -63,15 +63,13 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 @torch.no_grad()
-def statistics(q: torch.Tensor, k: torch.Tensor, others: OtherTensors,
-               spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(received [B, H, Nk], entropy [B, H, Nq], maximum [B, H, Nq]), without gradients."""
+def statistics(q: torch.Tensor, k: torch.Tensor, others: OtherTensors, spec: AttentionSpec) -> Statistics:
+    """Received, entropy, maximum and distance, without gradients."""
     if not watched((q, k, *others.flat())):
         from fused_attn.run import execution
 
         return execution.statistics(q, k, spec, others)
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _OPS.statistics.default(
-        *INSPECTION.flat(Pair(q, k), others, spec))
+    found: Statistics = _OPS.statistics.default(*INSPECTION.flat(Pair(q, k), others, spec))
     return found
 
 
