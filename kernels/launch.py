@@ -207,7 +207,7 @@ def _launch_as_it_is(launch: Launch, device: torch.device) -> Any:
         if _capturing():
             raise
         raise UnfitTilesError(launch, f"does not fit: {str(error).splitlines()[0]}") from error
-    if _is_card(device) and compiled is not None:
+    if _is_card(device) and type(compiled) is CompiledKernel:
         _look(launch, compiled)
     return compiled
 

@@ -365,7 +365,7 @@ def test_launch_on_the_tensors_device(monkeypatch, device, current, entered, fai
     tensor, config = SimpleNamespace(device=torch.device(device)), TileConfig(16, 32, 8, 3, options=(("waves_per_eu", 2),))
     with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
         launch.run(launch.Launch(Kernel(), 7, (tensor, 5), config))
-    options = {"num_warps": 8, "num_stages": 3, "waves_per_eu": 2}
+    options = {"num_warps": 8, "num_stages": 3, "waves_per_eu": 2, "enable_fp_fusion": True}
     assert seen == [((7,), torch.device(device).index, (tensor, 5, config), options)]
     assert accelerator.current == current
     assert accelerator.entered == entered
