@@ -38,10 +38,15 @@ def _kind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
             spec.precise, spec.fp32_precision, spec.longest is None, others.score_weight is None, operands, spec.hopper)
 
 
-def safer(config: TileConfig) -> TileConfig | None:
-    """The next step of the ladder: without a pipeline, then half of the longer side each time; None after the smallest."""
+def safer(config: TileConfig, two_sums: bool = False) -> TileConfig | None:
+    """The next step of the ladder, or None after the smallest tiles.
+
+    The pipeline goes first, then ``two_sums``, dK and dV, get a launch each, then the longer side is halved each time.
+    """
     if config.num_stages > 1:
         return dataclasses.replace(config, num_stages=1, edge_stages=None)
+    if two_sums and not config.separate:
+        return dataclasses.replace(config, separate=True)
     if max(config.block_m, config.block_n) <= SMALLEST:
         return None
     longer = "block_m" if config.block_m > config.block_n else "block_n"
@@ -57,10 +62,12 @@ def step_down(call: Call, unfit: UnfitTilesError) -> None:
         taken[unfit.schedule] = None
         _warn(unfit, "another schedule is taken instead")
         return
-    following = safer(dataclasses.replace(unfit.config, wide=False, fenced=False))  # without what launching adds
+    kernel = _kernel(unfit.launch)
+    config = dataclasses.replace(unfit.config, wide=False, fenced=False)  # without what launching adds
+    following = safer(config, kernel == "dkv")
     if following is None:
         raise unfit
-    taken[_kernel(unfit.launch)] = following
+    taken[kernel] = following
     _warn(unfit, f"{following} is taken instead")
 
 
