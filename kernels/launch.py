@@ -26,6 +26,7 @@ if settings.interpreted():
 
 # A tile has at most 256 rows and 256 columns: below this stride its 32-bit offsets cannot overflow.
 WIDEST_STRIDE = 2**31 // 512
+EIGHT = tl.constexpr(8)
 
 
 class Extras(NamedTuple):
@@ -67,10 +68,18 @@ class Call(NamedTuple):
         return bool(self.extras.mods or self.extras.keeps or self.extras.dropout)
 
     def strides(self, *tensors: torch.Tensor) -> tuple[tuple[Any, ...], ...]:
-        """Strides of [B, H, N, D] tensors; the batch stride of packed ones is a compile-time 0."""
-        if not self.extras.sequences.total_q:
+        """Strides of [B, H, N, D] tensors in the form that ``tiles.head_view`` takes; packed ones have none of the batch."""
+        packed = bool(self.extras.sequences.total_q)
+        if not packed and not any(t.shape[3] % 16 == 8 for t in tensors):
             return tuple([t.stride() for t in tensors])
-        return tuple((tl.constexpr(0), *t.stride()[1:]) for t in tensors)
+        return tuple([_with_unit((tl.constexpr(0), *t.stride()[1:]) if packed else t.stride(), t) for t in tensors])
+
+
+def _with_unit(strides: tuple[Any, ...], x: torch.Tensor) -> tuple[Any, ...]:
+    """``strides`` and, where all are multiples of 8 though not of 16, that: Triton tells apart multiples of 16 alone."""
+    *rows, column = x.stride()
+    eighths = x.shape[3] % 16 == 8 and column == 1 and not any(stride % 8 for stride in rows)
+    return (*strides, EIGHT) if eighths else strides
 
 
 class Launch(NamedTuple):

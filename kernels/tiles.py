@@ -142,10 +142,18 @@ def query_rows(ptr, sequences, work, Nq):
 
 @triton.jit
 def head_view(ptr, strides, batch, head, start, length):
-    """View of one head from row ``start`` on; ``strides`` are those of a [B, H, N, D] tensor, in elements."""
+    """View of one head from row ``start`` on; ``strides`` are those of a [B, H, N, D] tensor, in elements.
+
+    After them may come a number that divides all of them but the last.
+    """
+    batch_stride, head_stride, row_stride = strides[0], strides[1], strides[2]
+    if len(strides) > 4:  # written so that the compiler sees it, and loads whole rows of it at a time
+        batch_stride = batch_stride // strides[4] * strides[4]
+        head_stride = head_stride // strides[4] * strides[4]
+        row_stride = row_stride // strides[4] * strides[4]
     # 64 bits before the product with a stride: batch * stride alone can pass 2**31.
-    base = ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
-    return base + tl.cast(start, tl.int64) * strides[2], length, strides[2], strides[3]
+    base = ptr + tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride
+    return base + tl.cast(start, tl.int64) * row_stride, length, row_stride, strides[3]
 
 
 @triton.jit

@@ -59,6 +59,26 @@ def test_cards_that_take_anothers_tiles_compile_them(target):
         assert row["matrix"] or row["kernel"] == "delta", row
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("dim", [72, pytest.param(40, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)])
+def test_rows_of_eight_elements_are_loaded_whole(dim):
+    """Head dims that 8 divides and 16 does not: 16 bytes at a time, which Triton does not find by itself."""
+    found = python("-c", f"""
+import re
+from triton.runtime import driver
+from fused_attn.tools.compile import offline
+driver.set_active(offline._NoDriver(offline.gpu_target("sm_80")))
+for kernel in ("forward", "dq", "dkv"):
+    for launch in offline.launches("sm_80", kernel, {dim}, "bf16", True, 1, "plain", {dim}, None, "pointers"):
+        ptx = offline._compile(launch, "sm_80")[0].asm["ptx"]
+        print(kernel, len(re.findall(r"ld.global\\S*.b16", ptx)), len(re.findall(r"cp.async.cg.shared.global", ptx)))
+""")
+    assert found.returncode == 0, found.stderr
+    for kernel, narrow, whole in (line.split() for line in found.stdout.splitlines()):
+        assert narrow == "0", found.stdout
+        assert int(whole) > 0, kernel
+
+
 def test_full_precision_compiles():
     for row in compiled("--target", "sm_80", "--head-dim", "64", "--dtype", "fp64", "--pass", "forward"):
         assert any(name.startswith("DMMA") for name in row["matrix"])

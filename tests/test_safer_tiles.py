@@ -58,7 +58,8 @@ def close(got, want):
         torch.testing.assert_close(x.float(), y.float(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize(("kernel", "taken"), [("forward", "32x16 w1 s1"), ("dq", "32x16 w1 s1"), ("dkv", "32x16 w1 s1 separate")])
+@pytest.mark.parametrize(("kernel", "taken"), [
+    ("forward", "32x16 w1 s1"), ("dq", "32x16 w1 s1"), ("dkv", "32x16 w1 s1 separate")])
 def test_the_next_tiles_that_fit_are_taken_once(monkeypatch, kernel, taken):
     """Down to half of both sides; one warning a step, and none in later calls, whose results are the same to the bit."""
     tensors = qkv()
