@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_R = TypeVar("_R")
+_ALLOCATING = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty")
 
 
 def _private(path: str, instead: Any) -> Any:
@@ -50,6 +52,25 @@ below_autograd: Callable[[], Any] | None = _private("_C._AutoDispatchBelowAutogr
 _function_modes: Callable[[], list[Any]] = _private("overrides._get_current_function_mode_stack", list)
 # What torch.compile keeps of the present trace; where torch does not say, all traces of the process count as one.
 current_trace: Callable[[], Any] = _private("_guards.TracingContext.try_get", lambda: torch)
+
+
+_DispatchMode: Any = _private("utils._python_dispatch.TorchDispatchMode", None)
+
+
+def observed(function: Callable[[], _R]) -> tuple[_R, bool]:
+    """(the result of ``function``, whether torch did more in it than to allocate and to view); True where nobody can tell."""
+    if _DispatchMode is None:
+        return function(), True
+    computed = []
+
+    class Observer(_DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+            if not func.is_view and func.__name__.partition(".")[0] not in _ALLOCATING:
+                computed.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Observer():
+        return function(), bool(computed)
 
 
 def forward_mode() -> bool:

@@ -107,7 +107,7 @@ class UnfitTilesError(RuntimeError):
     """
 
     def __init__(self, launch: Launch, reason: str) -> None:
-        super().__init__(f"{launch.name} with tiles {launch.config} {reason}")
+        super().__init__(f"{launch.name} with tiles {launch.config.words} {reason}")
         self.launch, self.config = launch, launch.config
 
     @property

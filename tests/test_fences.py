@@ -1,5 +1,6 @@
 """Fences that are put into Triton's code: where, into which kernels, and into nobody else's."""
 
+import dataclasses
 import itertools
 import threading
 
@@ -10,7 +11,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from fused_attn.call.spec import TileConfig
+from fused_attn.call.spec import Kind, TileConfig
 from fused_attn.kernels import fences, launch
 
 FENCE = "\tfence.proxy.async.shared::cta;"
@@ -133,3 +134,14 @@ def test_launches_are_fenced_where_the_card_lacks_fences(monkeypatch):
         monkeypatch.setattr(launch, "arch_of", lambda device, arch=arch: arch)
         launch.run(launch.Launch(Kernel(), 1, (torch.empty(1),), config))
     assert made == [(fences.fenced(config), True), (config, False)]
+
+
+def test_a_configuration_is_known_by_all_that_it_says():
+    """Triton finds compiled kernels by the text of their constants: one that leaves a field out would find another's."""
+    plain = TileConfig(32, 64, 4, 2)
+    changed = [dataclasses.replace(plain, **{field.name: 1 if getattr(plain, field.name) != 1 else 2})
+               for field in dataclasses.fields(plain)]
+    assert len({str(config) for config in (plain, *changed)}) == 1 + len(changed)
+    kind = Kind(2, 64, 32, "fp32")
+    changed = [dataclasses.replace(kind, **{field.name: "another"}) for field in dataclasses.fields(kind)]
+    assert len({str(each) for each in (kind, *changed)}) == 1 + len(changed)

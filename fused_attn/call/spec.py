@@ -117,8 +117,9 @@ class TileConfig:
     fenced: bool = False  # proxy fences that Triton leaves out are put in; launching sets it
     options: tuple[tuple[str, int], ...] = ()  # further compiler options of the target
 
-    def __str__(self) -> str:
-        """In one line: ``128x64 w8 s2 edge1 wide nolicm``."""
+    @property
+    def words(self) -> str:
+        """In one line: ``128x64 w8 s2 edge1 wide nolicm``. Not ``__str__``, by which Triton tells kernels apart."""
         words = [f"{self.block_m}x{self.block_n}", f"w{self.num_warps}", f"s{self.num_stages}"]
         if self.edge_stages is not None:
             words.append(f"edge{self.edge_stages}")

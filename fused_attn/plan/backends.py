@@ -230,5 +230,5 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
             every = schedules.EVERY_GRADIENT
             against_asked = {"forward": schedules.against(schedules.FORWARD, call.spec.hopper, problem),
                              "backward": schedules.against(schedules.BACKWARD, call.spec.hopper, problem, every)}
-        safer = {name: "" if config is None else str(config) for name, config in problem.tiles.items()}
+        safer = {name: "" if config is None else config.words for name, config in problem.tiles.items()}
     return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule, safer)

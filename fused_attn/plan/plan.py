@@ -5,8 +5,8 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_attn import torch_private
 from fused_attn.kernels.launch import Launch, run
 
 Result = TypeVar("Result")
@@ -122,26 +122,14 @@ def unstored(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-class _Watch(TorchDispatchMode):
-    """Notes whether torch does anything but allocate and view, since a plan would lose it."""
-
-    done = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        allocates = func.__name__.partition(".")[0] in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty")
-        self.done |= not (allocates or func.is_view)
-        return func(*args, **(kwargs or {}))
-
-
 def plan(steps: Generator[Made, None, Any], given: tuple[torch.Tensor, ...]) -> Plan | None:
     """The plan of steps over ``given``, tensors without storage; results of the steps may be None.
 
     Returns None where torch computes something that the steps do not yield, where the tensors of a step (or a None in place of
     one) are not its first arguments, or where a result or what is allocated is only a part of a tensor.
     """
-    with _Watch() as watch:
-        found, results = collect(steps)
-    if watch.done:
+    (found, results), computes = torch_private.observed(lambda: collect(steps))
+    if computes:
         return None
     tensors: list[torch.Tensor] = []
     storages: list[Any] = []  # of these tensors; a tensor and its views have one object for it

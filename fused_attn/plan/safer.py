@@ -68,7 +68,7 @@ def step_down(call: Call, unfit: UnfitTilesError) -> None:
     if following is None:
         raise unfit
     taken[kernel] = following
-    _warn(unfit, f"{following} is taken instead")
+    _warn(unfit, f"{following.words} is taken instead")
 
 
 def _kernel(launch: Launch) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,12 +29,12 @@ def gluon(config: TileConfig | None = None, seed: int = 0, modules: dict[str, Mo
     launches: list[str] = []
     own, started = [], launching._launch  # kernels that Triton's interpreter does not take; how the others start
 
-    def scheduled(one: Launch, device: torch.device) -> None:
+    def scheduled(one: Launch, *more: Any) -> None:
         if one.kernel in own:
             launches.append(one.name)
             launch(*one, seed=seed)
         else:
-            started(one, device)
+            started(one, *more)
 
     plans.forget()  # which would launch other kernels than these
     with contextlib.ExitStack() as stack:

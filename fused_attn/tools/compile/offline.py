@@ -274,7 +274,7 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
     return [
         Report(
             target=target, kernel=name, dtype=dtype, head_dim=head_dim, causal=causal, feature=feature, hopper=hopper,
-            config=str(launch.config),
+            config=launch.config.words,
             shared_bytes=binary.metadata.shared, shared_limit=target_of(target).shared,
             tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
             compile_seconds=round(seconds, 2), triton=triton.__version__,
