@@ -52,6 +52,17 @@ def test_default_kernels_neither_spill_nor_miss_the_matrix_units(target, dim, dt
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_86"])
+@pytest.mark.parametrize(("feature", "dims"), [("plain", ("96", "136", "160", "192")), ("bias", ("96", "144", "160")),
+                                               ("mask", ("96", "160"))])
+def test_two_blocks_of_columns_do_not_break_ptxas(target, feature, dims):
+    """Gradients at head dims whose sums lie in two blocks: some tiles make it fall to 32 registers, and spill 12 KB."""
+    rows = compiled("--target", target, "--head-dim", *dims, "--feature", feature, "--pass", "backward", "--causal")
+    assert {row["head_dim"] for row in rows} == set(map(int, dims))
+    assert max(row["spill_bytes"] for row in rows) <= 64
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [name for name in targets.KNOWN if name not in targets.COMPILED])
 def test_cards_that_take_anothers_tiles_compile_them(target):
     """Those that the compile matrix does not have."""

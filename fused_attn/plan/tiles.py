@@ -26,16 +26,18 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3, wide=True),
                     192: T(128, 32, 8, 2), 256: T(64, 64, 8, 2)},
-        "dq": {32: T(64, 64, 4, 3), 64: T(64, 64, 4, 2), 128: T(128, 32, 8, 2), 192: T(64, 32, 8, 2), 256: T(32, 32, 4, 1)},
-        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1), 128: T(64, 64, 8, 2),
-                192: T(32, 32, 4, 1), 256: T(64, 64, 8, 1, wide=True)},
+        "dq": {32: T(64, 64, 4, 3), 64: T(64, 64, 4, 2), 96: T(128, 32, 8, 2), 128: T(128, 32, 8, 2), 160: T(64, 32, 8, 2),
+               192: T(64, 32, 8, 2), 256: T(32, 32, 4, 1)},
+        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1), 96: T(64, 64, 8, 2),
+                128: T(64, 64, 8, 2), 160: T(16, 64, 4, 2), 192: T(32, 32, 4, 1), 256: T(64, 64, 8, 1, wide=True)},
     },
     # 99 KiB of shared memory
     "sm_86": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 2, wide=True), 128: T(128, 32, 8, 3), 256: T(32, 32, 4, 2)},
-        "dq": {32: T(64, 64, 4, 3), 64: T(128, 64, 8, 2), 128: T(128, 32, 8, 2), 256: T(32, 32, 4, 1)},
-        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(32, 128, 8, 2), 128: T(64, 64, 8, 2),
-                256: T(32, 32, 4, 1, wide=True)},
+        "dq": {32: T(64, 64, 4, 3), 64: T(128, 64, 8, 2), 96: T(128, 32, 8, 2), 128: T(128, 32, 8, 2), 160: T(64, 32, 8, 2),
+               256: T(32, 32, 4, 1)},
+        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(32, 128, 8, 2), 96: T(64, 64, 8, 2), 128: T(64, 64, 8, 2),
+                160: T(16, 64, 4, 2), 256: T(32, 32, 4, 1, wide=True)},
     },
     # A pipelined edge loop makes ptxas serialise every wgmma (C7515), so that loop has one stage.
     "sm_90": {
@@ -75,14 +77,18 @@ _HALVES["sm_120"] = {**_HALVES["sm_86"], "forward": {**_HALVES["sm_86"]["forward
 _HEAVY: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
         "forward": {64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3)},
-        "dq": {64: T(128, 32, 8, 2), 128: T(64, 64, 8, 2)},
-        "dkv": {64: T(32, 128, 8, 2, edge_stages=1)},
+        "dq": {64: T(128, 32, 8, 2), 96: T(64, 32, 8, 2), 128: T(64, 64, 8, 2), 160: T(32, 16, 4, 1)},
+        "dkv": {64: T(32, 128, 8, 2, edge_stages=1), 96: T(16, 64, 4, 1), 160: T(16, 64, 4, 1, separate=True)},
     },
     "sm_90": {
         "forward": {64: T(128, 64, 8, 3, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
         "dkv": {64: T(32, 128, 8, 2, edge_stages=1), 128: T(32, 64, 4, 2, edge_stages=1, disable_licm=True, wide=True)},
     },
-    "sm_86": {"forward": {64: T(128, 64, 8, 2)}, "dq": {64: T(128, 32, 8, 2), 128: T(64, 64, 8, 2)}},
+    "sm_86": {
+        "forward": {64: T(128, 64, 8, 2)},
+        "dq": {64: T(128, 32, 8, 2), 96: T(64, 32, 8, 2), 128: T(64, 64, 8, 2), 160: T(32, 16, 4, 1)},
+        "dkv": {96: T(16, 64, 4, 1), 160: T(16, 64, 4, 1, separate=True)},
+    },
     "sm_100": {"forward": {64: T(128, 64, 8, 2, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1)}},
     "gfx942": {"dkv": {64: T(32, 64, 4, 1, options=_CDNA)}},
 }
@@ -165,10 +171,11 @@ def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
     return next((width for width in sorted(widths) if widest <= width), widest)
 
 
-# One kernel for dK, dV and, by atomics, dQ of plain attention in fp16 and bf16; targets and widths not listed have two kernels.
-_FUSED: dict[str, dict[int, T]] = {
+# One kernel for dK, dV and, by atomics, dQ of plain attention in fp16 and bf16; targets and widths not listed have two kernels,
+# and so have those of None: a second block of 16 or 32 columns breaks ptxas there.
+_FUSED: dict[str, dict[int, T | None]] = {
     "sm_80": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True),
-              256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
+              160: None, 192: T(32, 64, 8, 1, disable_licm=True), 256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
     "sm_86": {64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True)},
     "sm_90": {64: T(64, 128, 8, 2, edge_stages=1)},  # at 128, tiles that do not spill cost as much as seven products after all
     "sm_100": {64: T(64, 128, 8, 2), 128: T(64, 64, 8, 1)},
