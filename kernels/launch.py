@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import CompilationError, CompiledKernel
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from fused_attn import interpreter, settings
@@ -212,13 +212,18 @@ def _launch_as_it_is(launch: Launch, device: torch.device) -> Any:
             compiled = contextvars.copy_context().run(_with_scratch, kernel[(programs,)], (*arguments, config), options)
         else:
             compiled = kernel[(programs,)](*arguments, config, **options)
-    except (OutOfResources, CompilationError, PTXASError) as error:
-        if _capturing():
+    except Exception as error:
+        if not _is_of_tiles(error) or _capturing():
             raise
-        raise UnfitTilesError(launch, f"does not fit: {str(error).splitlines()[0]}") from error
+        raise UnfitTilesError(launch, f"does not fit: {' '.join(str(error).split())[:200]}") from error
     if _is_card(device) and type(compiled) is CompiledKernel:
         _look(launch, compiled)
     return compiled
+
+
+def _is_of_tiles(error: Exception) -> bool:
+    """Whether smaller tiles may take an error away, which is not so where a source is wrong, such as that of a user's mod."""
+    return isinstance(error, (OutOfResources, PTXASError)) or "PassManager::run failed" in str(error)
 
 
 def _with_scratch(launcher: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -329,12 +329,12 @@ def test_threads_at_once_and_kernels_that_fail_leave_it_whole(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stdout + done.stderr[-2000:]
 
 
-OTHERS = [f"kernels.{name}" for name in ("backward", "combine", "mask", "operand_grad", "inspection", "rotary",
+OTHERS = [f"kernels.{name}" for name in ("backward", "combine", "tile_list", "operand_grad", "inspection", "rotary",
                                          "hopper.workspace")]
 
 
 @pytest.mark.parametrize("module", ["kernels.forward", *(pytest.param(name, marks=pytest.mark.slow)
-                                                         for name in (*OTHERS, "tune", "check", "weights"))])
+                                                         for name in (*OTHERS, "tools.tune", "tools.check", "run.execution"))])
 def test_whoever_imports_a_kernel_has_the_interpreter_repaired(module):
     """In a process that imports nothing else."""
     program = (f"import fused_attn.{module}; from triton.runtime.interpreter import InterpreterBuilder as builder; "

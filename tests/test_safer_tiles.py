@@ -7,6 +7,7 @@ import torch
 from support.emulation import Worker
 from support.features import Shape
 from support.launching import Launching
+from triton.runtime.errors import OutOfResources, PTXASError
 
 import fused_attn
 from fused_attn import attention
@@ -149,6 +150,29 @@ def test_plans_are_made_of_safer_tiles(monkeypatch):
 
 
 # --- what Triton and a card say ---
+
+
+class Failing:
+    """A kernel that cannot be launched."""
+
+    def __init__(self, error):
+        self.error, self.fn = error, test_plans_are_made_of_safer_tiles
+
+    def __getitem__(self, grid):
+        def launched(*arguments, **options):
+            raise self.error
+
+        return launched
+
+
+@pytest.mark.parametrize(("error", "of_tiles"), [
+    (OutOfResources(300_000, 200_000, "shared memory"), True), (PTXASError("too many registers"), True),
+    (RuntimeError("PassManager::run failed"), True), (ValueError("a mistake in a mod"), False),
+    (RuntimeError("CUDA error: an illegal memory access"), False)], ids=repr)
+def test_only_what_smaller_tiles_may_cure_is_of_tiles(error, of_tiles):
+    with pytest.raises(UnfitTilesError if of_tiles else type(error)) as raised:
+        launch.run(launch.Launch(Failing(error), 1, (torch.ones(1), 5), TileConfig(64, 64, 4, 1)))
+    assert (raised.value.__cause__ is error) if of_tiles else (raised.value is error)
 
 
 @pytest.fixture(scope="module")
