@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _R = TypeVar("_R")
@@ -65,9 +66,13 @@ def observed(function: Callable[[], _R]) -> tuple[_R, bool]:
 
     class Observer(_DispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-            if not func.is_view and func.__name__.partition(".")[0] not in _ALLOCATING:
+            result = func(*args, **(kwargs or {}))
+            given = [x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            made = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            views = func.is_view and all(any(own is x for x in given) for own in made)  # in inference mode some copy after all
+            if not views and func.__name__.partition(".")[0] not in _ALLOCATING:
                 computed.append(func)
-            return func(*args, **(kwargs or {}))
+            return result
 
     with Observer():
         return function(), bool(computed)

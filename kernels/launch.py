@@ -103,20 +103,30 @@ class Launch(NamedTuple):
 class UnfitTilesError(RuntimeError):
     """A kernel does not fit the card with the tiles that it was given, for a reason that smaller ones may take away.
 
-    ``schedule``: the one with tiles of its own that it is of, or None for those that have smaller ones.
+    ``schedule``: the one with tiles of its own that the kernel is of, or None for those that have smaller ones. ``compiled``: a
+    kernel that does run, and spills ``spilled`` bytes a thread. The tensors of the launch are not kept.
     """
 
-    def __init__(self, launch: Launch, reason: str) -> None:
+    def __init__(self, launch: Launch, reason: str, compiled: Any = None) -> None:
         super().__init__(f"{launch.name} with tiles {launch.config.words} {reason}")
-        self.launch, self.config = launch, launch.config
+        self.name, self.config, self.compiled = launch.name, launch.config, compiled
+        self.argument_types = tuple([type(x) for x in launch.arguments])
+        self.schedule: str | None = None
+        if launch.kernel.fn.__module__.startswith("fused_attn.kernels.hopper"):
+            self.schedule = "gluon"
+        elif self.config.specialize or self.config.descriptors:
+            self.schedule = "specialized" if self.config.specialize else "descriptors"
+        elif getattr(launch.arguments[-1], "fused", False):
+            self.schedule = "fused"
 
     @property
-    def schedule(self) -> str | None:
-        if self.launch.kernel.fn.__module__.startswith("fused_attn.kernels.hopper"):
-            return "gluon"
-        if self.config.specialize or self.config.descriptors:
-            return "specialized" if self.config.specialize else "descriptors"
-        return "fused" if getattr(self.launch.arguments[-1], "fused", False) else None
+    def spilled(self) -> int:
+        return 0 if self.compiled is None else _spill(self.compiled)
+
+
+def accept(compiled: Any) -> None:
+    """Lets a kernel that spills be launched from now on."""
+    _fitting.add(compiled)
 
 
 _counters: list[Counter[str]] = []
@@ -170,9 +180,13 @@ def _look(launch: Launch, compiled: Any) -> None:
     """Raises UnfitTilesError where what Triton compiled spills too much; its first launch is then made in vain."""
     if compiled in _fitting or _capturing():
         return
-    if 4 * (compiled.n_spills or 0) > MOST_SPILL:
-        raise UnfitTilesError(launch, f"spills {4 * compiled.n_spills} bytes a thread")
+    if _spill(compiled) > MOST_SPILL:
+        raise UnfitTilesError(launch, f"spills {_spill(compiled)} bytes a thread", compiled)
     _fitting.add(compiled)
+
+
+def _spill(compiled: Any) -> int:
+    return 4 * (compiled.n_spills or 0)
 
 
 def _capturing() -> bool:
@@ -223,7 +237,10 @@ def _launch_as_it_is(launch: Launch, device: torch.device) -> Any:
 
 def _is_of_tiles(error: Exception) -> bool:
     """Whether smaller tiles may take an error away, which is not so where a source is wrong, such as that of a user's mod."""
-    return isinstance(error, (OutOfResources, PTXASError)) or "PassManager::run failed" in str(error)
+    text = str(error)
+    if isinstance(error, PTXASError):
+        return "too much shared data" in text or "register" in text
+    return isinstance(error, OutOfResources) or "PassManager::run failed" in text
 
 
 def _with_scratch(launcher: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -87,6 +87,7 @@ def test_calls_that_do_not_say_follow_torch_and_the_environment(monkeypatch, cal
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_the_environment_asks_for_determinism():
     command = [sys.executable, "-c", "import fused_attn.settings as s; print(s.DETERMINISTIC)"]
     for value, expected in (("1", "True"), ("0", "False"), ("", "False")):

@@ -10,7 +10,7 @@ from support.guard import memory_guard
 from torch.utils.checkpoint import checkpoint
 
 import fused_attn
-from fused_attn import attention
+from fused_attn import attention, torch_private
 from fused_attn.kernels.launch import Launch, counted
 from fused_attn.plan import schedules, tiles
 from fused_attn.plan.plan import Operation, plan, unstored
@@ -210,3 +210,36 @@ def test_the_backwards_steps_are_a_plan(deterministic):
     found = execution.plan_backward(saved, spec, schedules.EVERY_GRADIENT)
     assert found is not None
     assert len(found.steps) == (3 if deterministic else 4)
+
+
+@pytest.mark.parametrize("operation", [lambda x: x.transpose(1, 2).contiguous(), lambda x: x.to(torch.float16),
+                                       lambda x: x.transpose(1, 2).flatten(0, 1)], ids=["contiguous", "to", "flatten"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_copies_are_seen_in_every_mode(operation, context):
+    """In inference mode they reach a dispatch mode whole, and call themselves views."""
+    with context():
+        assert torch_private.observed(lambda: operation(torch.empty(2, 3, 4, 5, device="meta")))[1]
+        assert not torch_private.observed(lambda: torch.empty(2, 3, 4, 5, device="meta").flatten(0, 1)[1:].mT)[1]
+
+
+def test_operations_take_whole_tensors():
+    """torch is told no strides: in a plan a part of a tensor would be another one."""
+    def steps(x):
+        y = torch.empty_like(x)
+        yield made(x, y, 3)
+        yield Operation(torch.Tensor.zero_, (y[:, :, 1:],))
+        return (y,)
+
+    given = (unstored(torch.randn(2, 3, 4, 5)),)
+    assert plan(steps(*given), given) is None
+
+
+def test_a_backward_of_unaligned_gradients_has_no_plan_on_hopper(monkeypatch):
+    """Gluon's steps copy them, which steps over tensors without storage would not see."""
+    tensors = qkv()
+    spec = fused_attn.call.describe.describe(*tensors).spec._replace(hopper="gluon")
+    monkeypatch.setattr(execution, "plan_backward", lambda *_: pytest.fail("planned"))
+    dout = torch.randn(4 * 40 * 16 + 1).bfloat16()[1:].view(1, 4, 40, 16)
+    saved = fused_attn.call.schema.Saved(dout, None, *tensors, dout, None, torch.randn(1, 4, 40))
+    for _ in range(3):
+        assert plans.backward(("key",), saved, spec, schedules.EVERY_GRADIENT) is None

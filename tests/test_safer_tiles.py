@@ -1,6 +1,8 @@
 """Tiles that do not fit a card: safer ones are taken, once and for all, and the answers stay right."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fused_attn.emulator import build
 from fused_attn.kernels import launch
 from fused_attn.kernels.launch import UnfitTilesError
 from fused_attn.plan import safer, tiles
+from fused_attn.plan.problem import Problem
 from fused_attn.run import plans
 
 pytestmark = pytest.mark.kernels
@@ -124,18 +127,90 @@ def test_splits_have_tiles_of_their_own(monkeypatch):
 
 def test_at_the_end_of_the_ladder_the_error_comes_out(monkeypatch):
     refusing(monkeypatch, lambda name, config: False)
-    with pytest.warns(RuntimeWarning), pytest.raises(UnfitTilesError, match="forward_kernel with tiles 16x16 w1 s1 spills"):
+    with pytest.warns(RuntimeWarning), pytest.raises(UnfitTilesError, match=r"16x16 w1 s1 spills.*at first.*64x32"):
         attention(*qkv(), backend="triton")
 
 
-@pytest.mark.parametrize("two_sums", [False, True])
-def test_the_ladder_ends_with_the_smallest_tiles(two_sums):
+LADDERS = {
+    "forward": ["128x64 w8 s1 nolicm", "64x64 w8 s1 nolicm", "64x32 w8 s1 nolicm", "32x32 w4 s1 nolicm", "32x16 w4 s1 nolicm",
+                "16x16 w4 s1 nolicm"],
+    "dkv": ["128x64 w8 s1 nolicm", *(f"{tile} s1 nolicm separate" for tile in (
+        "128x64 w8", "64x64 w8", "64x32 w8", "32x32 w4", "32x16 w4", "16x16 w4"))],
+    "operand_grad": ["128x64 w8 s1 nolicm", "32x32 w4 s1 nolicm", "16x16 w4 s1 nolicm"],  # square
+}
+
+
+@pytest.mark.parametrize("kernel", LADDERS)
+def test_the_ladder_ends_with_the_smallest_tiles(kernel):
     config, steps = TileConfig(128, 64, 8, 3, edge_stages=1, disable_licm=True), []
-    while (config := safer.safer(config, two_sums)) is not None:
+    while (config := safer.safer(config, kernel)) is not None:
         steps.append(config.words)
-    apart = " separate" if two_sums else ""
-    halved = [f"{tile} s1 nolicm{apart}" for tile in ("64x64 w8", "64x32 w8", "32x32 w4", "32x16 w4", "16x16 w4")]
-    assert steps == ["128x64 w8 s1 nolicm", *["128x64 w8 s1 nolicm separate"] * two_sums, *halved]
+    assert steps == LADDERS[kernel]
+
+
+def test_gradients_of_a_relative_bias_stay_right(monkeypatch):
+    """Their sums along diagonals want square tiles."""
+    q, k, v = qkv(70, 70, dtype=torch.float32)
+    values = torch.randn(4, 139, requires_grad=True)
+
+    def gradient(backend):
+        out = attention(q, k, v, bias=fused_attn.RelativeBias(values), backend=backend)
+        return torch.autograd.grad(out.sin().sum(), values)
+
+    launched = refusing(monkeypatch, lambda name, config: name != "operand_grad_kernel" or config.block_m <= 16)
+    with pytest.warns(RuntimeWarning):
+        got = gradient("triton")
+    assert ("operand_grad_kernel", "16x16 w1 s1") in launched
+    torch.testing.assert_close(got, gradient("reference"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_without_tiles_of_its_own_is_no_endless_loop(monkeypatch):
+    refusing(monkeypatch, lambda name, config: name != "list_kernel")
+    with pytest.raises(UnfitTilesError, match="list_kernel"):
+        attention(*qkv(), mask=torch.rand(40, 70) < 0.5, backend="triton")
+
+
+class Spilling:
+    """What Triton compiles of a kernel that spills."""
+
+    def __init__(self, n_spills):
+        self.n_spills = n_spills
+
+
+def test_where_every_step_spills_the_least_is_kept(monkeypatch):
+    """A kernel that runs is never refused: the call is answered, by the tiles that spill least, and so are later ones."""
+    spills = {"64x32 w1 s1": 600, "32x32 w1 s1": 300, "32x16 w1 s1": 500, "16x16 w1 s1": 400}
+    compiled, ran, real = {}, [], launch._launch
+
+    def looked_at(one, device, kept):
+        result = real(one, device, None)
+        if one.name == "forward_kernel":
+            ran.append(one.config.words)
+            launch._look(one, compiled.setdefault(one.config.words, Spilling(spills[one.config.words])))
+        return result
+
+    monkeypatch.setattr(launch, "_launch", looked_at)
+    tensors = qkv()
+    with pytest.warns(RuntimeWarning) as said:
+        first = attention(*tensors, backend="triton")
+    assert "32x32 w1 s1, which spills least, is kept" in str(said[-1].message)
+    assert ran == [*spills, "32x32 w1 s1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(attention(*tensors, backend="triton"), first)
+    assert ran[-1] == "32x32 w1 s1"
+    close([first], [attention(*tensors, backend="reference")])
+
+
+def test_what_did_not_fit_keeps_no_tensor(monkeypatch):
+    tensors = qkv()
+    refusing(monkeypatch, lambda name, config: config.block_m <= 32)
+    with pytest.warns(RuntimeWarning):
+        attention(*tensors, backend="triton")
+    gone = [weakref.ref(x) for x in tensors]
+    del tensors
+    gc.collect()
+    assert [x() for x in gone] == [None] * 3
 
 
 def test_plans_are_made_of_safer_tiles(monkeypatch):
@@ -200,3 +275,13 @@ def test_what_does_not_fit_a_card_is_seen(worker, planted, said):
     assert len(kept) == 5, "each turn ends with a launch that fits"
     assert len({launch["grid"][0] for launch in kept[:3]}) == 1
     assert kept[-1]["grid"] == kept[3]["grid"], "what an unaligned call was found to need holds for all of its kind"
+
+
+def test_schedules_with_tiles_of_their_own_keep_them():
+    """What the default kernel steps down to is not for them, who are given up whole."""
+    call = fused_attn.call.describe.describe(*qkv(dim=64))
+    own = Problem.of(*call, arch="sm_90", tiles={}).hopper_config("gluon")
+    stepped = Problem.of(*call, arch="sm_90", tiles={"forward": TileConfig(16, 16, 4, 1)})
+    assert stepped.hopper_config("gluon") == own
+    assert stepped.config("forward") == TileConfig(16, 16, 4, 1)
+    assert Problem.of(*call, arch="sm_90", tiles={"gluon": None}).gives_up("gluon")

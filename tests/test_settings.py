@@ -336,6 +336,7 @@ def test_what_means_nothing_is_an_error(name, value, expected, monkeypatch):
         settings._choice(f"FUSED_ATTN_{name}", choices[name]) if name in choices else settings._flag(f"FUSED_ATTN_{name}")
 
 
+@pytest.mark.slow
 def test_every_variable_is_checked_at_import():
     """One process for each: an error that names the variable, or a warning for a name that means nothing."""
     for name in ("STRICT", "DETERMINISTIC", "BACKEND", "HOPPER"):

@@ -159,6 +159,10 @@ def plan(steps: Generator[Made, None, Any], given: tuple[torch.Tensor, ...]) -> 
         if not all(is_tensor or x is None for is_tensor, x in zip(are_tensors, made.arguments[:count], strict=False)):
             return None
         places = tuple([None if x is None else place(x) for x in made.arguments[:count]])
+        if isinstance(made, Operation) and not all(
+                isinstance(i, int) and (x.shape, x.stride()) == (tensors[i].shape, tensors[i].stride())
+                for i, x in zip(places, made.arguments, strict=False)):
+            return None  # unlike kernels, which are told strides, torch takes tensors by their shapes
         planned.append(Step(made._replace(arguments=()), places, made.arguments[count:]))
     made_anew = tensors[len(given) :]
     whole = all(x.numel() * x.element_size() == x.untyped_storage().nbytes() for x in made_anew)

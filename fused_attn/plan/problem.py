@@ -90,7 +90,7 @@ class Problem(NamedTuple):
 
     def hopper_config(self, schedule: str) -> TileConfig:
         """The tiles of the forward by one of Hopper's schedules above pointers."""
-        if (given := self.tiles.get("forward")) is not None:
+        if (given := self.tiles.get(schedule)) is not None:
             return given
         return self._fitted(choose_hopper(schedule, self.q.shape[3], self.v.shape[3], self.call.heavy))
 

@@ -20,6 +20,7 @@ _HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting
 _MOST = 4096  # plans, and kinds of calls, that are kept; past them all are forgotten
 _plans: dict[Any, Any] = {}  # by key; None for what came once, as a plan costs a few calls; False for what has no plan
 _specs: dict[Any, AttentionSpec] = {}  # by kind
+_NOTHING = object()
 
 
 def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, backend: Any,
@@ -104,8 +105,8 @@ def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[
         return None
     # A hook may have moved what autograd saved, and gradients may have any layout.
     whole: Key = key, needs, *[x if x is None else (x.stride(), x.dtype) for x in saved]
-    if spec.hopper != "pointers":
-        whole += tuple([x.data_ptr() % 16 for x in saved if x is not None])
+    if spec.hopper != "pointers" and any(x is not None and x.data_ptr() % 16 for x in saved):
+        return None  # steps over tensors without storage would not see it
     plan = _plans.get(whole)
     if plan is None and _comes_again(whole):
         from fused_attn.run import execution
@@ -122,8 +123,9 @@ def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[
 
 def _comes_again(key: Any) -> bool:
     """Whether a plan is worth making: the key came before and has no plan yet. The first time, the key is noted."""
-    if key in _plans:
-        return _plans[key] is None
+    found = _plans.get(key, _NOTHING)
+    if found is not _NOTHING:
+        return found is None
     if len(_plans) >= _MOST:
         _plans.clear()
     _plans[key] = None

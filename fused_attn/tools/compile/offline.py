@@ -223,7 +223,7 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields,
                          fp32_precision=dtype if dtype.startswith("tf32") else "ieee")
     whose = {"statistics": "backward", "ordered": "backward", "list": "forward"}.get(kernel, kernel)
-    whose = "fused" if feature == "fused" else whose
+    whose = "fused" if feature == "fused" else hopper if (whose, hopper != "pointers") == ("forward", True) else whose
     problem = Problem.of(q, k, v, spec, others, target, {} if config is None else {whose: config})
     first = hopper if hopper != "pointers" else "splits" if feature == "decode" else "pointers"
     steps = schedules.named(schedules.FORWARD, first).steps(problem)
