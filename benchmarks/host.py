@@ -6,6 +6,7 @@ tensors stand in for a GPU's; allocating is about as quick there. Triton's own l
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,12 +20,12 @@ import torch
 
 import fused_attn
 from fused_attn.kernels.forward import forward_kernel
-from fused_attn.run import plans
 from fused_attn.tools.bench.timing import measure as measure_ms
 
 SHAPES = (("one tile", 1, 8, 8, 64, 64), ("decode", 1, 32, 8, 1, 4096))  # name, batch, heads, key heads, queries, keys
 
-CALLS = ("forward, no gradients, made before", "forward, no gradients, first of its kind", "forward with gradients", "backward")
+CALLS = ("forward, no gradients, made before", "forward, no gradients, first of its kind",
+         "forward, no gradients, of a new length", "forward with gradients", "backward")
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -47,15 +48,22 @@ def _calls(batch: int, heads: int, kv_heads: int, n_queries: int, n_keys: int) -
     for _ in range(3):  # the third call of a kind has all that is kept of it
         trained = fused_attn.attention(*leaves, causal=True, backend="triton")
 
-    def attend(*tensors: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = fused_attn.attention(*tensors, causal=True, backend="triton")
+    def attend(*tensors: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        out: torch.Tensor = fused_attn.attention(*tensors, causal=True, backend="triton", **arguments)
         return out
 
-    def first() -> None:
-        plans.forget()
-        attend(q, k, v)
+    numbers = itertools.count(1)
 
-    calls = (lambda: attend(q, k, v), first, lambda: attend(*leaves),
+    def first() -> None:  # calls of different scales are of different kinds, and one of these was never made
+        attend(q, k, v, scale=1.0 + next(numbers) / 2**20)
+
+    def of_a_new_length() -> None:
+        n = n_keys - next(numbers) % (n_keys // 2)
+        attend(q, k[:, :, :n], v[:, :, :n])
+
+    for _ in range(3):  # the third call of a kind has all that is kept of it
+        attend(q, k, v)
+    calls = (lambda: attend(q, k, v), first, of_a_new_length, lambda: attend(*leaves),
              lambda: torch.autograd.grad(trained, leaves, dout, retain_graph=True))
     return dict(zip(CALLS, calls, strict=True))
 
