@@ -9,24 +9,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-from support.emulation import SEVERAL, Worker
+from support.emulation import SEVERAL
 from support.features import FEATURES, Shape
-from support.launching import LAYOUTS, Configuration, Launching, TensorMap
-
-from fused_attn.emulator import build
+from support.launching import LAYOUTS, Configuration, Launching, TensorMap, process
 
 pytestmark = pytest.mark.kernels
 
 
 @pytest.fixture(scope="module")
 def worker():
-    try:
-        build.compiler()
-    except RuntimeError as error:
-        pytest.skip(f"the stub of the driver is compiled as the emulator is: {error}")
-    process = Worker("tests.support.launching")
-    yield process
-    process.close()
+    yield from process()
 
 
 def one(*arguments, slow=False, **others):

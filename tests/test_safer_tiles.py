@@ -6,15 +6,13 @@ import weakref
 
 import pytest
 import torch
-from support.emulation import Worker
 from support.features import Shape
-from support.launching import Launching
+from support.launching import Launching, process
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import fused_attn
 from fused_attn import attention
 from fused_attn.call.spec import TileConfig
-from fused_attn.emulator import build
 from fused_attn.kernels import launch
 from fused_attn.kernels.launch import UnfitTilesError
 from fused_attn.plan import safer, tiles
@@ -252,13 +250,7 @@ def test_only_what_smaller_tiles_may_cure_is_of_tiles(error, of_tiles):
 
 @pytest.fixture(scope="module")
 def worker():
-    try:
-        build.compiler()
-    except RuntimeError as error:
-        pytest.skip(f"the stub of the driver is compiled as the emulator is: {error}")
-    process = Worker("tests.support.launching")
-    yield process
-    process.close()
+    yield from process()
 
 
 WIDE = Shape(1, 2, 2, 300, 300, 128, 128)

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT / "tests") not in sys.path:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
+import pytest
 import torch
 
-from support.emulation import DTYPES
+from support.emulation import DTYPES, Worker
 from support.features import Call, Inputs, Shape
 
 MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
@@ -213,6 +215,19 @@ class Configuration:
         parameters = (ctypes.c_void_p * 512)(*[ctypes.addressof(memory)] * 512)
         code = code or driver.cuLaunchKernelEx(ctypes.byref(config), function, parameters, None)
         return {"verdict": stub.refusal(code)}
+
+
+def process() -> Iterator[Worker]:
+    """A process that makes calls as this module's command does, for a fixture; skips where nothing compiles the stub."""
+    from fused_attn.emulator import build
+
+    try:
+        build.compiler()
+    except RuntimeError as error:
+        pytest.skip(f"the stub of the driver is compiled as the emulator is: {error}")
+    worker = Worker("tests.support.launching")
+    yield worker
+    worker.close()
 
 
 _cards: list[Any] = []
