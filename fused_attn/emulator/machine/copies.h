@@ -34,7 +34,7 @@ static void copy_async(Cta *c, Warp *w, const Ins *i, const s32 *o, int pc, u32 
         flying(w, valid);
     }
     charge(c, pc, GLOBAL, from, reading, size);
-    charge(c, pc, SHARED, to, active, size); c->machine->job->counts[pc].requests--;
+    charge(c, pc, SHARED, to, active, size); c->machine->job->counts[pc].requests -= active != 0;   /* one request */
     if (c->machine->job->landing == EAGER) land_copies(c, w, ~0u);
 }
 static void copies_wait(Cta *c, Warp *w, s64 pending) {     /* until at most so many groups are; < 0: for all that was issued */
@@ -148,6 +148,7 @@ static void bulk(Cta *c, Warp *w, const Ins *i, const s32 *o, int pc, u32 active
         if (!store) flying(w, bytes);
         if (c->n_boxes == MAX_COPIES) fail(c, w, pc, "more than %d bulk copies in flight", MAX_COPIES);
         m->job->counts[pc].requests++; m->job->counts[pc].sectors += bytes / 32; m->job->counts[pc].least_sectors += bytes / 32;
+        charge_engine(c, pc, bytes);
         c->boxes[c->n_boxes++] = x;
         if (m->job->landing == EAGER) land_box(c, c->n_boxes - 1);
     }

@@ -106,7 +106,7 @@ static u8 *access_at(Cta *c, Warp *w, int pc, int space, u64 at, u32 count, int 
 
 /* ---- costs: 32-byte sectors of global memory, wavefronts of shared memory, and the least that would do ---- */
 static void charge(Cta *c, int pc, int space, const u64 *at, u32 mask, u32 count) {
-    Count *n = c->machine->job->counts + pc; n->requests++;
+    Count *n = c->machine->job->counts + pc; n->requests += mask != 0;
     if (space == GLOBAL) {
         u64 seen[64]; int k = 0;
         LANES if (mask >> l & 1) for (u64 s = at[l] / 32; s <= (at[l] + count - 1) / 32; s++) {
@@ -127,4 +127,9 @@ static void charge(Cta *c, int pc, int space, const u64 *at, u32 mask, u32 count
         }
         n->wavefronts += worst; n->least_wavefronts += worst > 0;
     }
+}
+/* `bytes` that an engine reads or writes in shared memory: layouts made for it have no conflicts. */
+static void charge_engine(Cta *c, int pc, u32 bytes) {
+    Count *n = c->machine->job->counts + pc;
+    n->wavefronts += (bytes + 127) / 128; n->least_wavefronts += (bytes + 127) / 128;
 }

@@ -146,6 +146,7 @@ static void wgmma_start(Cta *c, Warp *w, const Ins *i, const s32 *o, int pc, u32
         }
     }
     wgmma_touch(c, w, i, pc, x.a, x.b);
+    charge_engine(c, pc, (from_registers ? 0 : 512) + (w->id % 4 ? 0 : i->size * 32));   /* B is read once for four warps */
     w->products[w->n_products++] = x;
     if (c->machine->job->landing == EAGER) wgmma_land(c, w);
 }

@@ -116,6 +116,7 @@ static void tensor_multiply(Cta *c, Warp *w, const Ins *i, const s32 *o, int pc,
     }
     for (int side = i->mode ? 1 : 0; side < 2; side++) {
         int across = FIELD(x.kind, side ? 16 : 15, 1); u32 n = side ? columns : rows;
+        charge_engine(c, pc, n * 32);
         for (u32 at = 0; at < n; at += across ? 8 : 1) for (int k = 0; k < 16; k += across ? 1 : 8) {
             u32 place = shared_at(c, w, pc, element_at(side ? x.b : x.from_a, at, k, across), 16, 0);
             touch(c, w, pc, place, 16, 0, events, x.event, 1, 0);

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_attn import files
+from fused_attn.plan.tiles import Kernel
 from fused_attn.settings import HOPPER_SCHEDULES
 from fused_attn.targets import COMPILED
 from fused_attn.tools import options
-from fused_attn.tools.compile import offline, profile
+from fused_attn.tools.compile import offline, profile, traffic
+from fused_attn.tools.compile.traffic import Traffic
 from fused_attn.tools.report import print_table, track
 
 # Configurations that a change must not make worse than the rules of Report.problems: fp16 and bf16 at these head dims.
@@ -84,9 +86,11 @@ def compile_one(arguments: argparse.Namespace) -> int:
             except Exception as error:  # whatever the compiler or ptxas has against it
                 failed.append(f"{kernel} {dtype} D{head_dim}: {type(error).__name__}: {' '.join(str(error).split())[-300:]}")
                 continue
-            for report in found:
+            moved = _traffic(arguments, kernel, head_dim, dtype) if arguments.profile else []
+            for number, report in enumerate(found):
                 reports.append(report)
-                rows.append(dataclasses.asdict(profile.profile(report)) if arguments.profile else report.row())
+                each = moved[number] if moved else None
+                rows.append(dataclasses.asdict(profile.profile(report, each)) if arguments.profile else report.row())
                 if arguments.json:
                     print(json.dumps(rows[-1]), flush=True)
     if rows and not arguments.json:
@@ -100,6 +104,15 @@ def compile_one(arguments: argparse.Namespace) -> int:
     if complete and not rows and not failed:
         raise options.BadInputError(f"{arguments.target} has no kernel of this pass, feature and schedule at these sizes")
     return options.status(complete, not failed and not (arguments.gate and any(broken.values())))
+
+
+def _traffic(arguments: argparse.Namespace, kernel: Kernel, head_dim: int, dtype: str) -> list[Traffic]:
+    """What a tile of a kernel moves, by its launches; nothing where it is not counted."""
+    known = kernel in traffic.KERNELS and arguments.feature in traffic.FEATURES and dtype in ("fp16", "bf16")
+    if not known or not arguments.target.startswith("sm_"):
+        return []
+    return traffic.traffic(arguments.target, kernel, head_dim, dtype, arguments.causal, feature=arguments.feature,
+                           hopper=arguments.hopper)
 
 
 def _show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:

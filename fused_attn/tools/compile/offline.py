@@ -11,7 +11,7 @@ import io
 import os
 import re
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -169,11 +169,27 @@ def gpu_target(name: str) -> GPUTarget:
     raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(COMPILED)}; got {name!r}")
 
 
-def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.dtype) -> tuple[dict[str, Any], OtherTensors]:
+class Sizes(NamedTuple):
+    """Of a call whose kernels are compiled: of long sequences, without storage. The emulator runs shorter ones."""
+
+    batch: int = 2
+    heads: int = 8
+    length: int = 4096
+    device: str = "meta"
+
+    def tensor(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+
+LONG = Sizes()
+
+
+def _feature(name: str, sizes: Sizes, head_dim: int, element: torch.dtype) -> tuple[dict[str, Any], OtherTensors]:
     """A feature of ``FEATURES`` as fields of the spec, and its tensors."""
+    heads, length = sizes.heads, sizes.length
 
     def meta(*shape: int, dtype: torch.dtype = element) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return sizes.tensor(*shape, dtype=dtype)
 
     def member(mod: Any, kind: str = TENSOR) -> tuple[Member, ...]:
         return (Member(mod.code, (kind,)),)
@@ -206,20 +222,21 @@ def _feature(name: str, length: int, heads: int, head_dim: int, element: torch.d
 
 
 def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, group: int, feature: str, head_dim_v: int,
-             config: TileConfig | None, hopper: str) -> list[Launch]:
-    """The launches of a kernel that a call on long sequences makes, taken from its schedules, on tensors without storage."""
+             config: TileConfig | None, hopper: str, sizes: Sizes = LONG) -> list[Launch]:
+    """The launches of a kernel that a call makes, taken from its schedules."""
     element = DTYPES[dtype]
-    batch, heads, length = (1 if feature == "packed" else 2), 8, 4096
+    heads, length = sizes.heads, sizes.length
+    batch = 1 if feature == "packed" else sizes.batch
 
     def tensor(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=element, device="meta")
+        return sizes.tensor(*shape, dtype=element)
 
     q = tensor(batch, heads, 1 if feature == "decode" else length, head_dim)
     k, v = (tensor(batch, heads // group, length, dim) for dim in (head_dim, head_dim_v))
     if kernel == "rotary":
-        angles = torch.empty(batch, length, head_dim // 2, device="meta")
+        angles = sizes.tensor(batch, length, head_dim // 2, dtype=torch.float32)
         return list(inspection.rotary(q, angles, angles, False, False, config))
-    fields, others = _feature(feature, length, heads, head_dim, element)
+    fields, others = _feature(feature, sizes, head_dim, element)
     spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields,
                          fp32_precision=dtype if dtype.startswith("tf32") else "ieee")
     whose = {"statistics": "backward", "ordered": "backward", "list": "forward"}.get(kernel, kernel)

@@ -8,19 +8,24 @@ one iteration, a tile, costs in cycles of each pipe of a multiprocessor, with th
 - Two bounds: *overlapped*, where the busiest pipe hides all others, and *in turn*, where the tensor cores wait while the
   busiest of the other pipes does its part. What a program reaches lies between them; other programs on the multiprocessor,
   and exp2 issued while a wgmma is in flight, move it towards the first.
-- There are no latencies, no waits, no bank conflicts and no memory: traffic to shared memory is counted in instructions, its
-  bandwidth is not. Both sides of a branch in the loop count. Address arithmetic by uniform registers costs its issue slot.
+- Shared memory moves one wavefront, at most 128 bytes, in a cycle. Wavefronts are counted in the emulator, bank conflicts
+  among them, with the operands that wgmma and tcgen05 read and what bulk copies write (``traffic.py``); they are put down to
+  the loop over tiles that need no mask. Local memory takes the same way, a wavefront an access. AMD's are not counted.
+- There are no latencies, no waits and no caches: global memory and its atomics are counted in sectors, for which no rate is
+  published, and bind no loop. Both sides of a branch in the loop count. Address arithmetic by uniform registers costs its
+  issue slot.
 - In a warp-specialised kernel a main loop is run by one warpgroup.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fused_attn.targets import Machine, Rates, target_of
 from fused_attn.tools.compile.offline import Report
 from fused_attn.tools.compile.sass import FAMILIES, Loop
+from fused_attn.tools.compile.traffic import Traffic
 
 TITLE = "# Static profile of the kernels"  # the first line of the readable table
 SCHEDULERS = 4  # of an NVIDIA multiprocessor; SIMDs of AMD's compute unit
@@ -58,7 +63,8 @@ class Profile:
     """The static report on one kernel. Registers are those of a thread, ``spill_bytes`` the bytes of local memory that each
     thread writes, ``shared_bytes`` those of a program. ``programs`` is how many fit on a multiprocessor (CTAs on an SM,
     workgroups on a compute unit), as ``limited_by`` allows; ``waves_per_simd`` is AMD's measure of the same. ``warnings`` are
-    those of ptxas on serialised wgmma (C7510 to C7515). ``loops`` come in the order of their addresses."""
+    those of ptxas on serialised wgmma (C7510 to C7515). ``loops`` come in the order of their addresses. ``traffic`` is
+    a tile's, None where it is not counted."""
 
     target: str
     kernel: str
@@ -78,10 +84,11 @@ class Profile:
     waves_per_simd: float | None
     warnings: list[str]
     loops: list[LoopProfile]
+    traffic: Traffic | None = None
 
 
-def profile(report: Report) -> Profile:
-    """The static report on a kernel that ``offline.compile_kernel`` has read."""
+def profile(report: Report, traffic: Traffic | None = None) -> Profile:
+    """The static report on a kernel that ``offline.compile_kernel`` has read, with what its tiles move."""
     assert report.code is not None, "the report of a kernel just compiled"
     target = target_of(report.target)
     machine, lanes = target.machine, target.lanes
@@ -91,11 +98,14 @@ def profile(report: Report) -> Profile:
     waves = round(programs * warps / SCHEDULERS, 2) if programs and report.target.startswith("gfx") else None
     specialised = any(x.op.startswith("USETMAXREG") for x in report.code.listing.instructions)
     rates = machine.rates if machine and report.dtype in ("fp16", "bf16") else None
+    found = report.code.listing.main_loops()
+    leanest = min(range(len(found)), key=lambda i: _leanness(len(found[i].instructions), found[i].count())) if found else None
+    loops = [profile_loop(loop, 4 if specialised else warps, report.code.threads, rates, traffic if i == leanest else None)
+             for i, loop in enumerate(found)]
     return Profile(
         report.target, report.kernel, report.dtype, report.head_dim, report.causal, report.feature, report.hopper,
         report.config, report.triton, report.registers, report.spill_bytes, report.shared_bytes, warps, programs, limited_by,
-        waves, report.warnings, [profile_loop(loop, 4 if specialised else warps, report.code.threads, rates)
-                          for loop in report.code.listing.main_loops()])
+        waves, report.warnings, loops, traffic)
 
 
 def occupancy(machine: Machine, registers: int, shared_bytes: int, warps: int, tensor_columns: int = 0) -> tuple[int, str]:
@@ -117,10 +127,14 @@ def occupancy(machine: Machine, registers: int, shared_bytes: int, warps: int, t
     return least, ", ".join(name for name, limit in limits.items() if limit == least)
 
 
-def profile_loop(loop: Loop, warps: int, threads: int, rates: Rates | None) -> LoopProfile:
+def profile_loop(loop: Loop, warps: int, threads: int, rates: Rates | None, traffic: Traffic | None = None) -> LoopProfile:
     """The model of one main loop that ``warps`` run, of a program of ``threads``."""
     mix = loop.count()
     cycles = pipe_cycles(loop, warps, rates) if rates else {}
+    if traffic is not None and rates and "tensor" in cycles:
+        # of a tile, whose products several warpgroups may share
+        part = cycles["tensor"] * SCHEDULERS * rates.tensor / traffic.multiply_adds if traffic.multiply_adds else 1.0
+        cycles = {**cycles, "shared": round(part * traffic.wavefronts) + warps * mix["local"]}
     others = [value for pipe, value in cycles.items() if pipe != "tensor"]
     tensor = cycles.get("tensor")
     together, in_turn = (max(tensor, *others), tensor + max(others)) if tensor else (None, None)
@@ -162,7 +176,11 @@ def pipe_cycles(loop: Loop, warps: int, rates: Rates) -> dict[str, int]:
 
 def steady(loops: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The loop over tiles that need no mask, where long sequences spend their time: the leanest for its matrix products."""
-    return min(loops, key=lambda loop: loop["instructions"] / max(1, loop["mix"].get("tensor", 0)))
+    return min(loops, key=lambda loop: _leanness(loop["instructions"], loop["mix"]))
+
+
+def _leanness(instructions: int, mix: Mapping[str, int]) -> float:
+    return instructions / max(1, mix.get("tensor", 0))
 
 
 def worse(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
@@ -181,6 +199,8 @@ def worse(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
         found.append(f"programs a multiprocessor from {before['programs']} to {now['programs']} ({now['limited_by']})")
     if new := sorted(set(now["warnings"]) - set(before["warnings"])):
         found.append(f"warnings from {before['warnings']} to {now['warnings']}: {', '.join(new)} new")
+    for figure in ("wavefronts", "sectors", "atomic_sectors") if now["traffic"] and before.get("traffic") else ():
+        rises(f"{figure.replace('_', ' ')} of a tile", now["traffic"][figure], before["traffic"][figure], 1.02)
     if len(now["loops"]) != len(before["loops"]):
         return [*found, f"main loops from {len(before['loops'])} to {len(now['loops'])}"]
     for number, (loop, old) in enumerate(zip(now["loops"], before["loops"], strict=True)):
@@ -205,16 +225,27 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     } for row in rows]
     loops = [({"kernel": row["kernel"], "dtype": row["dtype"], "D": row["head_dim"], "loop": number}, loop)
              for row in rows for number, loop in enumerate(row["loops"])]
+    moved = [{"kernel": row["kernel"], "dtype": row["dtype"], "D": row["head_dim"], "config": row["config"],
+              **{name.replace("_", " "): value for name, value in row["traffic"].items()}} for row in rows if row["traffic"]]
     pipes = dict.fromkeys(pipe for _, loop in loops for pipe in loop["cycles"])
     found = {
         "how many programs fit on a multiprocessor": occupied,
         "main loops: instructions of a warp": [
             {**name, **{family: loop["mix"].get(family, 0) for family in (*FAMILIES, "other")}, "all": loop["instructions"],
              "other per matrix": _shown(loop["other_per_matrix"])} for name, loop in loops],
+        "what a tile moves, counted in the emulator": moved,
         "main loops: cycles of a tile by pipe (static model)": [
             {**name, **{pipe: _shown(loop["cycles"].get(pipe)) for pipe in pipes}, **_judged(loop)} for name, loop in loops],
     }
     return {title: table for title, table in found.items() if table}
+
+
+def _moved(traffic: dict[str, int] | None) -> dict[str, Any]:
+    """The figures of a tile's traffic, each beside the least."""
+    if traffic is None:
+        return dict.fromkeys(("wavefronts", "sectors", "by atomics"), "-")
+    return {"wavefronts": f"{traffic['wavefronts']} of {traffic['least_wavefronts']}",
+            "sectors": f"{traffic['sectors']} of {traffic['least_sectors']}", "by atomics": traffic["atomic_sectors"]}
 
 
 def _judged(loop: dict[str, Any]) -> dict[str, Any]:
@@ -237,9 +268,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     text = [
         TITLE,
         "",
-        f"Made by `make profile` with Triton {rows[0]['triton']}. All of it is static: read from machine code and modelled; "
-        "nothing was run or",
-        "timed. It ranks variants of a kernel and predicts no times; `profile.py` says what the model assumes, and",
+        f"Made by `make profile` with Triton {rows[0]['triton']}. All of it is read from machine code, counted in the emulator "
+        "and modelled;",
+        "nothing was timed. It ranks variants of a kernel and predicts no times; `profile.py` says what the model assumes, and",
         "[profile.json](profile.json) holds every main loop with its instruction mix. This table has the loop over tiles that "
         "need no mask.",
         "",
@@ -247,7 +278,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "Utilisation: of the",
         "tensor cores, from where no pipe hides another to where the busiest hides all others. Other per matrix: instructions "
         "to each matrix",
-        "instruction. Exp2 under wgmma: the share issued while the warpgroup's own wgmma is in flight.",
+        "instruction. Exp2 under wgmma: the share issued while the warpgroup's own wgmma is in flight. Wavefronts of shared "
+        "memory and sectors",
+        "of global memory are those of a tile, beside the least that its bytes need; of the sectors, those that atomics touch.",
     ]
     for target in sorted({row["target"] for row in rows}):
         lines = []
@@ -260,7 +293,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                     "window": "causal" if row["causal"] else "full", "config": row["config"], "registers": row["registers"],
                     "spill bytes": row["spill_bytes"], "programs": f"{row['programs']} ({row['limited_by']})",
                     "instructions": loop["instructions"], "other per matrix": _shown(loop["other_per_matrix"]),
-                    "cycles": ", ".join(f"{pipe} {value}" for pipe, value in loop["cycles"].items()), **_judged(loop)})
+                    "cycles": ", ".join(f"{pipe} {value}" for pipe, value in loop["cycles"].items()), **_judged(loop),
+                    **_moved(row["traffic"])})
         if not lines:  # kernels without a main loop
             continue
         text += ["", f"## {target}", "", "| " + " | ".join(lines[0]) + " |", "|---" * len(lines[0]) + "|"]
