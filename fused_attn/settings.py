@@ -6,7 +6,7 @@ FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch or reference
 FUSED_ATTN_STRICT   1 or 0: raise where the quadratic reference would run unasked
 FUSED_ATTN_DETERMINISTIC  1 or 0: gradients equal to the bit, for calls that do not say, like torch.use_deterministic_algorithms
 FUSED_ATTN_TILES    a file of `fused-attn tune`, in place of the one it keeps for the card; none: the shipped tiles
-FUSED_ATTN_HOPPER   kernels of sm_90: pointers, descriptors, specialized or gluon (``hopper``)
+FUSED_ATTN_HOPPER   kernels of sm_90: auto, pointers, descriptors, specialized or gluon (``hopper``)
 TRITON_INTERPRET    1: Triton's own switch; backend "triton" then runs on CPU tensors
 """
 
@@ -27,6 +27,7 @@ from fused_attn import torch_private
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 BACKENDS = ("triton", "torch", "reference")
 HOPPER_SCHEDULES = ("pointers", "descriptors", "specialized", "gluon")
+HOPPER_CHOICES = ("auto", *HOPPER_SCHEDULES)
 
 
 def _flag(name: str) -> bool:
@@ -49,7 +50,7 @@ DETERMINISTIC = _flag("FUSED_ATTN_DETERMINISTIC")
 
 # Settings that a ``with`` changes. STRICT and HOPPER are attributes of this module, and ``__getattr__`` gives their values in
 # the caller's context: torch.compile cannot trace a context variable, but guards a compiled call on a module's attribute.
-_defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "HOPPER": _choice("FUSED_ATTN_HOPPER", HOPPER_SCHEDULES) or "pointers"}
+_defaults = {"STRICT": _flag("FUSED_ATTN_STRICT"), "HOPPER": _choice("FUSED_ATTN_HOPPER", HOPPER_CHOICES) or "auto"}
 _entered: dict[str, ContextVar[tuple[list[Any], ...]]] = {name: ContextVar(name, default=()) for name in _defaults}
 # Those of a ``with`` in a function that is being compiled, {trace: {(name, number): value}}, which end at the latest when their
 # trace ends.
@@ -158,7 +159,7 @@ def strict(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
 
 
 def hopper_schedule() -> str:
-    """Which of ``HOPPER_SCHEDULES`` is asked for on sm_90."""
+    """Which of ``HOPPER_CHOICES`` is asked for on sm_90."""
     asked: str = _now("HOPPER")
     return asked
 
@@ -167,9 +168,10 @@ def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
     """Within this context, calls on sm_90 (H100, H200) in fp16 and bf16 run these kernels where they can; others are unchanged.
 
     Each of these schedules uses more of what only this card has than the one before it. What a schedule does not take runs on
-    ``"pointers"``, the default and the same source as on every other card. No GPU has timed the others yet, so they must be
-    asked for.
+    ``"pointers"``, the same source as on every other card. No GPU has timed the others yet, so they must be asked for, by name
+    or by what ``fused-attn tune`` has timed on the card at hand.
 
+    ``"auto"``          the default: what tune found quickest on this card, else ``"pointers"``
     ``"pointers"``      Triton, tiles loaded by pointers
     ``"descriptors"``   Triton, queries, keys and values loaded by the tensor memory accelerator (forward)
     ``"specialized"``   that, and Triton gives loads and products warps of their own (forward)
@@ -179,6 +181,6 @@ def hopper(kernels: str) -> contextlib.AbstractContextManager[None]:
     also in autograd's own threads, where activation checkpointing repeats calls on a GPU. ``explain`` names the kernels of a
     call. Raises ValueError for another name.
     """
-    if kernels not in HOPPER_SCHEDULES:
-        raise ValueError(f"kernels: expected one of {', '.join(HOPPER_SCHEDULES)}; got {kernels!r}")
+    if kernels not in HOPPER_CHOICES:
+        raise ValueError(f"kernels: expected one of {', '.join(HOPPER_CHOICES)}; got {kernels!r}")
     return _within("HOPPER", kernels)

@@ -288,16 +288,16 @@ def test_spread():
 
 def test_on_a_hopper_every_schedule_is_checked_and_timed(monkeypatch):
     """There, and nowhere else; a case that does not run on the schedule it names fails."""
-    assert not any(subject.hopper != "pointers" for subject in (*timing_cases(), *correctness_cases()))
+    assert not any(subject.hopper != "auto" for subject in (*timing_cases(), *correctness_cases()))
     monkeypatch.setattr(cases, "on_hopper", lambda: True)
     monkeypatch.setattr(gpu, "on_hopper", lambda: True)
     for found in (timing_cases(), correctness_cases()):
-        assert {subject.hopper for subject in found} == {"pointers", *proven.offered()}
+        assert {subject.hopper for subject in found} == {"auto", *proven.offered()}
         assert len({subject.name for subject in found}) == len(found)
     monkeypatch.setattr(problem, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(settings, "DETERMINISTIC", False)
     for subject in correctness_cases():
-        if subject.hopper != "pointers" and subject.n_keys < 1000:
+        if subject.hopper != "auto" and subject.n_keys < 1000:
             small = replace(subject, backend="triton", batch=1)
             assert small.not_as_asked(*small.inputs("cpu")[:3]) == {}, subject.name
     lost = case(20, 20, backend="triton", hopper="gluon")

@@ -153,7 +153,7 @@ def test_a_bad_environment_is_an_exception_elsewhere(command):
 
 def test_tiles_of_the_environment_are_read_before_the_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(settings, "TILES", str(tmp_path / "none.json"))
-    tuned.tuned.cache_clear()
+    tuned.forget()
     for line in ("check", "bench", "demo"):
         assert cli.main(words(line)) == 2
         assert capsys.readouterr().err.startswith(f"fused-attn {line}: FUSED_ATTN_TILES: expected a file")

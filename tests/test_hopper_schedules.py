@@ -122,22 +122,22 @@ def test_pointers_are_the_default_and_another_card_keeps_them():
         told = fused_attn.explain(*tensors, backend="triton")
         assert told.against_asked["forward"] == ("the card is no Hopper",)
         assert attention(*tensors, backend="triton").isfinite().all()
-    assert settings.hopper_schedule() == "pointers"
+    assert settings.hopper_schedule() == "auto"
 
 
 def test_an_unknown_schedule_is_an_error():
-    with pytest.raises(ValueError, match=r"kernels: expected one of pointers, descriptors, specialized, gluon; got 'cuda'"), \
-            fused_attn.hopper("cuda"):
+    expected = "kernels: expected one of auto, pointers, descriptors, specialized, gluon; got 'cuda'"
+    with pytest.raises(ValueError, match=expected), fused_attn.hopper("cuda"):
         pass
 
 
 def test_the_environment_chooses_a_schedule():
     command = [sys.executable, "-c", "import fused_attn.settings as s; print(s.hopper_schedule())"]
-    for value, expected in (("gluon", "gluon"), ("", "pointers")):
+    for value, expected in (("gluon", "gluon"), ("", "auto"), ("pointers", "pointers")):
         done = subprocess.run(command, env={**os.environ, "FUSED_ATTN_HOPPER": value}, capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == expected, done.stderr
     done = subprocess.run(command, env={**os.environ, "FUSED_ATTN_HOPPER": "cuda"}, capture_output=True, text=True, cwd=ROOT)
-    assert "FUSED_ATTN_HOPPER: expected one of pointers" in done.stderr
+    assert "FUSED_ATTN_HOPPER: expected one of auto, pointers" in done.stderr
 
 
 def test_a_call_on_another_schedule_is_not_repeated_from_this_one(monkeypatch):

@@ -19,7 +19,7 @@ from fused_attn import settings
 ROOT = Path(__file__).parents[1]
 SWITCHES = {  # a way in, what it makes of the default, and how that reads
     "strict": (fused_attn.strict, lambda: settings.is_strict(None), False, True),
-    "hopper": (lambda: fused_attn.hopper("gluon"), settings.hopper_schedule, "pointers", "gluon"),
+    "hopper": (lambda: fused_attn.hopper("gluon"), settings.hopper_schedule, "auto", "gluon"),
 }
 switches = pytest.mark.parametrize(("enter", "now", "off", "on"), SWITCHES.values(), ids=SWITCHES)
 
@@ -49,7 +49,7 @@ def test_the_one_entered_last_holds_whichever_is_left_first():
         with fused_attn.hopper("pointers"):
             assert settings.hopper_schedule() == "pointers"
         assert settings.hopper_schedule() == "descriptors"
-    assert settings.hopper_schedule() == "pointers"
+    assert settings.hopper_schedule() == "auto"
 
 
 @switches
@@ -240,8 +240,8 @@ def test_contexts_inside_a_compiled_function():
     x = torch.randn(1, 2, 4, 8)
     call = torch.compile(attend, backend="eager", fullgraph=True)
     torch.testing.assert_close(call(x), attend(x))
-    assert seen[:2] == ["gluon", "pointers"]
-    assert (settings.is_strict(None), settings.hopper_schedule()) == (False, "pointers")
+    assert seen[:2] == ["gluon", "auto"]
+    assert (settings.is_strict(None), settings.hopper_schedule()) == (False, "auto")
 
     def refused(x):
         with fused_attn.strict():
@@ -298,7 +298,7 @@ def test_contexts_that_overlap_inside_a_compiled_function():
         inner.__exit__(None, None, None)
         return x + 1, (seen, settings.hopper_schedule())
 
-    assert torch.compile(attend, backend="eager", fullgraph=True)(torch.ones(3))[1] == ("descriptors", "pointers")
+    assert torch.compile(attend, backend="eager", fullgraph=True)(torch.ones(3))[1] == ("descriptors", "auto")
 
 
 # --- the environment ---
@@ -321,13 +321,13 @@ TRUE, FALSE = ("1", "true", "TRUE ", " On", "yes"), ("0", "False", "off ", "NO",
 @pytest.mark.parametrize("value", [*TRUE, *FALSE])
 def test_switches_are_on_or_off(value):
     out, _ = read(FUSED_ATTN_STRICT=value, FUSED_ATTN_DETERMINISTIC=value)
-    assert out == f"None None {value in TRUE} {value in TRUE} pointers"
+    assert out == f"None None {value in TRUE} {value in TRUE} auto"
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), [
     ("STRICT", "2", "1, true, yes, on, 0, false, no or off"), ("DETERMINISTIC", "2", "1, true"), ("STRICT", "tru", "1, true"),
     ("DETERMINISTIC", "enabled", "1, true"), ("STRICT", "-1", "1, true"), ("STRICT", "None", "1, true"),
-    ("BACKEND", "cudnn", "one of triton, torch, reference"), ("HOPPER", "1", "one of pointers, descriptors"),
+    ("BACKEND", "cudnn", "one of triton, torch, reference"), ("HOPPER", "1", "one of auto, pointers, descriptors"),
 ])
 def test_what_means_nothing_is_an_error(name, value, expected, monkeypatch):
     monkeypatch.setenv(f"FUSED_ATTN_{name}", value)

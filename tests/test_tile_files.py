@@ -31,11 +31,11 @@ def use(monkeypatch, tmp_path):
         file = tmp_path / "tiles.json"
         file.write_text(text if isinstance(text, str) else json.dumps({**HERE, "tiles": [text]}))
         monkeypatch.setattr(settings, "TILES", str(file))
-        tuned.tuned.cache_clear()
+        tuned.forget()
         return file
 
     yield chosen
-    tuned.tuned.cache_clear()
+    tuned.forget()
 
 
 def launched():

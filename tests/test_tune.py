@@ -48,6 +48,7 @@ def unlimited(monkeypatch):
     """Every tile may be tried, and none is run: the search alone is looked at."""
     monkeypatch.setattr(tune.Subject, "fits", lambda self, config: True)
     monkeypatch.setattr(tune.Subject, "results", lambda self, config: [torch.ones(1)])
+    monkeypatch.setattr(tune.Subject, "wrong", lambda self, config: None)
     monkeypatch.setattr(tune.Subject, "launches", lambda self, config: config)
 
 
@@ -108,13 +109,13 @@ def test_every_kernel_gives_the_results_of_attention(kernel):
     one = subject(kernel)
     config = dataclasses.replace(one.shipped, block_n=32)
     results = one.results(config)
-    own = one.launches(config)
+    own, large = one.launches(config), one.trial.large
     assert [launch.config for launch in own] == [config] * 2, "one launch for the full pass and one for the causal one"
-    leaves = [x.clone().requires_grad_() for x in (one.q, one.k, one.v)]
+    leaves = [x.clone().requires_grad_() for x in (large.q, large.k, large.v)]
     want = []
     for causal in (False, True):
         out, lse = fused_attn.attention(*leaves, causal=causal, return_lse=True, backend="triton")
-        dq, dk, dv = torch.autograd.grad(out, leaves, one.dout)
+        dq, dk, dv = torch.autograd.grad(out, leaves, large.dout)
         want += {"forward": [out, lse], "dq": [dq], "dkv": [dk, dv], "fused": [dq, dk, dv]}[kernel]
     for got, expected in zip(results, want, strict=True):
         torch.testing.assert_close(got.float(), expected.float(), rtol=2e-2, atol=2e-2)
@@ -162,7 +163,7 @@ def test_an_entry_is_timed_at_the_widest_head_dim_that_it_serves(monkeypatch, tm
 def test_a_run_without_time_keeps_what_the_file_has(tmp_path, monkeypatch, capsys):
     file = saved(tmp_path, tuned.row("dq", 16, TileConfig(32, 32, 1, 1), ms=1.0, shipped_ms=2.0, tried=9, complete=True))
     before = file.read_text()
-    assert cli.main(["tune", "--kernel", "dq", "--head-dim", "16", "--again", "--minutes", "0", "--out", str(file)]) == 0
+    assert cli.main(["tune", "--kernel", "dq", "--head-dim", "16", "--again", "--minutes=0", "--out", str(file)]) == 0
     assert "no time is left" in capsys.readouterr().out
     assert file.read_text() == before
 
@@ -184,7 +185,7 @@ def test_a_file_found_by_itself_breaks_no_call(monkeypatch, tmp_path, use):
         file.write_text(text)
         monkeypatch.setattr(settings, "TILES", None)
         monkeypatch.setattr(tuned, "path", lambda device: file)
-        tuned.tuned.cache_clear()
+        tuned.forget()
         with pytest.warns(RuntimeWarning, match="expected tiles"):
             assert launched()
 
@@ -201,10 +202,10 @@ def use(monkeypatch):
 
     def chosen(file):
         monkeypatch.setattr(settings, "TILES", str(file))
-        tuned.tuned.cache_clear()
+        tuned.forget()
 
     yield chosen
-    tuned.tuned.cache_clear()
+    tuned.forget()
 
 
 def launched(**arguments):
@@ -282,7 +283,8 @@ def test_the_command_searches_writes_and_goes_on(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(tune.Subject, "fits", lambda self, config: True)
     monkeypatch.setattr(tuned, "choose", lambda kernel, *_: TileConfig(64, 32, 1, 1))
     file = tmp_path / "tiles.json"
-    asked = ["tune", "--kernel", "forward", "dq", "--head-dim", "16", "--length", "64", "--out", str(file)]
+    asked = ["tune", "--part", "tiles", "--kernel", "forward", "dq", "--head-dim", "16", "--length", "64",
+             "--out", str(file)]
     assert cli.main(asked) == 0
     rows = json.loads(file.read_text())["tiles"]
     assert [(row["kernel"], row["head_dim"], row["tried"], row["complete"]) for row in rows] == [
@@ -333,7 +335,8 @@ def test_an_interrupted_search_is_kept(unlimited, tmp_path, monkeypatch, capsys,
 
     monkeypatch.setattr(tune, "_timer", lambda device: timer)
     monkeypatch.setattr(tuned, "shipped", lambda *_: TileConfig(64, 32, 4, 2))
-    asked = ["tune", "--kernel", "forward", "dq", "--head-dim", "16", "--length", "64", "--out", str(file)]
+    asked = ["tune", "--part", "tiles", "--kernel", "forward", "dq", "--head-dim", "16", "--length", "64",
+             "--out", str(file)]
     assert cli.main(asked) == 130
     (row,) = json.loads(file.read_text())["tiles"]
     assert (row["kernel"], row["complete"]) == ("forward", False)

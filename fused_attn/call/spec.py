@@ -57,7 +57,7 @@ class AttentionSpec(NamedTuple):
     fp32_precision: str | None = None
     longest: Longest | None = None
     deterministic: bool = True
-    hopper: str = "pointers"
+    hopper: str = "auto"
 
     def offset(self, n_queries: int, n_keys: int) -> int:
         """Position of query 0 among the keys."""

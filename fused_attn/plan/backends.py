@@ -34,7 +34,7 @@ class Explanation:
 
     backend: str
     reasons: dict[str, tuple[str, ...]]
-    asked: str = "pointers"
+    asked: str = "auto"
     against_asked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     schedule: dict[str, str] = field(default_factory=dict)
     safer: dict[str, str] = field(default_factory=dict)
@@ -226,7 +226,7 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
 
         problem = Problem.of(*call)
         schedule = {"forward": schedules.of_forward(problem).name, "backward": schedules.of_backward(problem).name}
-        if call.spec.hopper != "pointers":
+        if call.spec.hopper not in ("auto", "pointers"):
             every = schedules.EVERY_GRADIENT
             against_asked = {"forward": schedules.against(schedules.FORWARD, call.spec.hopper, problem),
                              "backward": schedules.against(schedules.BACKWARD, call.spec.hopper, problem, every)}

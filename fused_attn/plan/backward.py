@@ -15,6 +15,7 @@ from fused_attn.kernels.tile_list import list_launch
 from fused_attn.plan import hopper
 from fused_attn.plan.plan import Made, Operation
 from fused_attn.plan.problem import Problem
+from fused_attn.plan.tiles import separate_first
 
 
 class Gradients(NamedTuple):
@@ -50,6 +51,11 @@ def against_fused(problem: Problem, needs: Needs) -> tuple[str, ...]:
         return ("it makes dQ, dK and dV together, and not all of them are asked for",)
     if reasons := problem.gives_up("fused"):
         return reasons
+    asked = problem.asked("backward")
+    if asked == "separate":
+        return ("two kernels were quicker when they were timed on this card",)
+    if asked != "fused" and separate_first(problem.q.shape[3], problem.v.shape[3], problem.arch):
+        return (f"by the model two kernels are quicker on {problem.arch} at this head dim (docs/profile.md)",)
     return () if problem.fused_config() else (f"{problem.arch} has no tiles for it at this head dim and type",)
 
 

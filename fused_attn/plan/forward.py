@@ -64,7 +64,8 @@ def _unseen(problem: Problem) -> int:
 
 def _n_splits(problem: Problem) -> int:
     (q, k), call, unseen = problem[:2], problem.call, _unseen(problem)
-    return n_splits(q.shape[2], k.shape[2] - unseen, call.n_queries, call.n_keys - unseen, q.shape[1] // k.shape[1])
+    return n_splits(q.shape[2], k.shape[2] - unseen, call.n_queries, call.n_keys - unseen, q.shape[1] // k.shape[1],
+                    problem.split)
 
 
 def splits(problem: Problem) -> Forward:

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     """A call, and the ``device`` and ``arch`` that it is for: tensors without storage may stand for those of any card.
 
     ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, in place of the tables' own, and
-    None for a schedule that is not to be used.
+    None for a schedule that is not to be used. ``split``: how many keys a split of decoding has at least.
     """
 
     q: torch.Tensor
@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     call: Call
     roles: tuple[tuple[int, int] | None, ...]
     tiles: safer.Tiles
+    split: int
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,
@@ -49,7 +50,7 @@ class Problem(NamedTuple):
         arch = arch_of(device) if arch is None else arch
         lowered = lower(q, k, spec, others, arch)
         tiles = safer.tiles(q, k, v, spec, others, arch) if tiles is None else tiles
-        return cls(q, k, v, spec, others, device, arch, *lowered, tiles)
+        return cls(q, k, v, spec, others, device, arch, *lowered, tiles, tuned.split(device))
 
     @property
     def packed(self) -> bool:
@@ -98,6 +99,12 @@ class Problem(NamedTuple):
         if (given := self.tiles.get("backward")) is not None:
             return given
         return choose_gluon_backward(self.q.shape[3], self.v.shape[3])
+
+    def asked(self, which: tuned.Pass) -> str | None:
+        """The schedule of a pass that the user asks for, or that was timed to be the quickest on this card, if any."""
+        if self.spec.hopper != "auto":
+            return self.spec.hopper
+        return tuned.schedule(which, self.q, self.v, self.device)
 
     def gives_up(self, schedule: str) -> tuple[str, ...]:
         """The reason not to use a schedule whose kernel did not fit the card, if it is one."""

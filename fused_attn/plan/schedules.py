@@ -25,7 +25,7 @@ class Schedule(NamedTuple):
     name: str
     against: Callable[..., tuple[str, ...]]
     steps: Callable[..., Any]
-    asked: bool = False  # used only where ``settings.hopper`` asks for it
+    asked: bool = False  # used only where ``settings.hopper`` or a record of `fused-attn tune` asks for it
 
 
 def _nothing(*_: Any) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ BACKWARD = (
 
 def of_forward(problem: Problem) -> Schedule:
     """The schedule of a call's forward."""
-    asked = problem.spec.hopper
+    asked = problem.asked("forward")
     for schedule in FORWARD:
         if (not schedule.asked or schedule.name == asked) and not schedule.against(problem):
             return schedule
@@ -57,7 +57,7 @@ def of_forward(problem: Problem) -> Schedule:
 
 def of_backward(problem: Problem, needs: Needs = EVERY_GRADIENT) -> Schedule:
     """The schedule of a call's backward."""
-    asked = problem.spec.hopper
+    asked = problem.asked("backward")
     for schedule in BACKWARD:
         if (not schedule.asked or schedule.name == asked) and not schedule.against(problem, needs):
             return schedule

@@ -24,12 +24,13 @@ _CDNA2 = (*_CDNA, ("waves_per_eu", 2))
 # target -> kernel -> widest head dim it serves -> T(queries, keys, warps, pipeline stages), for fp16 and bf16.
 _HALVES: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
-        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 64, 8, 3, wide=True),
-                    192: T(128, 32, 8, 2), 256: T(64, 64, 8, 2)},
-        "dq": {32: T(64, 64, 4, 3), 64: T(64, 64, 4, 2), 96: T(128, 32, 8, 2), 128: T(128, 32, 8, 2), 160: T(64, 32, 8, 2),
-               192: T(64, 32, 8, 2), 256: T(32, 32, 4, 1)},
-        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1), 96: T(32, 64, 4, 2),
-                128: T(64, 64, 8, 2), 160: T(16, 64, 4, 2), 192: T(32, 32, 4, 1), 256: T(64, 64, 8, 1, wide=True)},
+        "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 32, 4, 2), 192: T(128, 64, 8, 2),
+                    256: T(64, 64, 4, 2, disable_licm=True)},
+        "dq": {32: T(128, 64, 4, 2), 64: T(128, 32, 4, 2), 96: T(128, 32, 4, 2), 128: T(128, 32, 4, 2), 160: T(128, 32, 8, 2),
+               192: T(128, 32, 8, 2), 256: T(64, 64, 8, 1)},
+        "dkv": {32: T(64, 128, 4, 2), 64: T(32, 128, 4, 2, edge_stages=1), 96: T(32, 64, 4, 2), 112: T(32, 64, 4, 2),
+                128: T(64, 64, 4, 2, disable_licm=True), 160: T(16, 64, 4, 2), 192: T(16, 64, 4, 2),
+                256: T(64, 64, 8, 1, wide=True)},
     },
     # 99 KiB of shared memory
     "sm_86": {
@@ -44,9 +45,10 @@ _HALVES: dict[str, dict[str, dict[int, T]]] = {
         "forward": {32: T(128, 64, 4, 3, edge_stages=1), 64: T(128, 64, 4, 3, edge_stages=1),
                     128: T(128, 128, 8, 2, edge_stages=1), 256: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
         "dq": {32: T(128, 64, 8, 3, edge_stages=1), 64: T(128, 64, 8, 3, edge_stages=1),
-               128: T(128, 64, 8, 2, edge_stages=1), 256: T(128, 32, 8, 2, edge_stages=1)},
+               128: T(128, 128, 8, 2, edge_stages=1), 256: T(128, 32, 8, 2, edge_stages=1)},
         "dkv": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(64, 128, 8, 2, edge_stages=1),
-                128: T(32, 128, 8, 2, edge_stages=1), 256: T(32, 128, 8, 1, disable_licm=True, separate=True)},
+                128: T(64, 128, 8, 2, edge_stages=1, disable_licm=True),
+                256: T(32, 128, 8, 1, disable_licm=True, separate=True)},
     },
     "sm_100": {
         "forward": {32: T(128, 64, 4, 3), 64: T(128, 64, 4, 3), 128: T(128, 128, 8, 2, edge_stages=1),
@@ -76,12 +78,15 @@ _HALVES["sm_120"] = {**_HALVES["sm_86"], "forward": {**_HALVES["sm_86"]["forward
 # What replaces these entries where a bias, a mask or dropout takes registers beside each tile of scores.
 _HEAVY: dict[str, dict[str, dict[int, T]]] = {
     "sm_80": {
-        "forward": {64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3)},
-        "dq": {64: T(128, 32, 8, 2), 96: T(64, 32, 8, 2), 128: T(64, 64, 8, 2), 160: T(32, 16, 4, 1)},
-        "dkv": {64: T(32, 128, 8, 2, edge_stages=1), 96: T(16, 64, 4, 1), 160: T(16, 64, 4, 1, separate=True)},
+        "forward": {64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3), 192: T(128, 32, 8, 2), 256: T(64, 64, 8, 2)},
+        "dq": {32: T(64, 64, 4, 3), 64: T(128, 32, 8, 2), 96: T(64, 32, 8, 2), 128: T(64, 64, 8, 2), 160: T(32, 16, 4, 1),
+               192: T(64, 32, 8, 2), 256: T(32, 32, 4, 1)},
+        "dkv": {32: T(32, 128, 4, 2, edge_stages=1), 64: T(32, 128, 8, 2, edge_stages=1), 96: T(16, 64, 4, 1),
+                112: T(64, 64, 8, 2), 128: T(64, 64, 8, 2), 160: T(16, 64, 4, 1, separate=True), 192: T(32, 32, 4, 1)},
     },
     "sm_90": {
         "forward": {64: T(128, 64, 8, 3, edge_stages=1), 128: T(128, 64, 8, 2, edge_stages=1, disable_licm=True)},
+        "dq": {128: T(128, 64, 8, 2, edge_stages=1)},
         "dkv": {64: T(32, 128, 8, 2, edge_stages=1), 128: T(32, 64, 4, 2, edge_stages=1, disable_licm=True, wide=True)},
     },
     "sm_86": {
@@ -172,16 +177,23 @@ def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
 
 
 # One kernel for dK, dV and, by atomics, dQ of plain attention in fp16 and bf16; targets and widths not listed have two kernels,
-# and so have those of None: a second block of 16 or 32 columns breaks ptxas there.
+# and so have those of None: a second block of 16 or 32 columns breaks ptxas there. _SEPARATE_FIRST: where two kernels come
+# first all the same, until a card's own timing says otherwise, since shared memory binds the one, or it spills.
 _FUSED: dict[str, dict[int, T | None]] = {
-    "sm_80": {32: T(64, 128, 8, 2, edge_stages=1), 64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True),
-              160: None, 192: T(32, 64, 8, 1, disable_licm=True), 256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
+    "sm_80": {32: T(32, 128, 4, 2), 64: T(64, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True), 160: None,
+              192: T(32, 64, 8, 1, disable_licm=True), 256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
     "sm_86": {64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True)},
-    "sm_90": {64: T(64, 128, 8, 2, edge_stages=1)},  # at 128, tiles that do not spill cost as much as seven products after all
+    "sm_90": {64: T(64, 128, 8, 2, edge_stages=1), 128: T(64, 128, 8, 2, edge_stages=1, disable_licm=True)},
     "sm_100": {64: T(64, 128, 8, 2), 128: T(64, 64, 8, 1)},
     "gfx942": {64: T(32, 64, 4, 1, options=_CDNA), 128: T(32, 64, 4, 1, options=_CDNA)},
 }
 _FUSED["sm_120"] = _FUSED["sm_86"]
+_SEPARATE_FIRST = {"sm_80": (32, 64, 128, 192, 256), "sm_90": (128,)}
+
+
+def separate_first(head_dim: int, head_dim_v: int, arch: str) -> bool:
+    """Whether the model has dQ made by a kernel of its own, as the quicker way, where one kernel could make all three."""
+    return served("fused", head_dim, head_dim_v, arch) in _SEPARATE_FIRST.get(target_of(arch).tables, ())
 
 
 @functools.cache
@@ -199,7 +211,7 @@ _SPECIALIZED = {64: T(128, 128, 4, 2), 128: T(128, 128, 4, 2), 256: T(128, 64, 4
 _GLUON_OPTIONS = (("maxnreg", 168), ("enable_fp_fusion", True))
 _GLUON = {64: T(128, 128, 4, 4, options=_GLUON_OPTIONS), 128: T(128, 128, 4, 2, options=_GLUON_OPTIONS),
           256: T(128, 64, 4, 2, options=_GLUON_OPTIONS)}
-_DESCRIPTORS = {64: T(128, 128, 8, 2, edge_stages=1), 128: T(128, 128, 8, 2, edge_stages=1),
+_DESCRIPTORS = {64: T(128, 64, 4, 3, edge_stages=1), 128: T(128, 64, 4, 2, edge_stages=1, disable_licm=True),
                 256: T(128, 64, 8, 2, edge_stages=1)}
 
 
@@ -227,18 +239,19 @@ def choose_hopper(schedule: str, head_dim: int, head_dim_v: int, heavy: bool = F
 # Few queries over many keys, as in decoding: the keys are cut into splits, to have enough programs to fill a GPU.
 FEW_QUERIES, MANY_KEYS = 64, 1024
 MAX_SPLITS = 128
-SPLIT = 256  # least number of keys in a split
+SPLIT = 256  # least number of keys in a split, where a card's own timing says nothing else
 SPLIT_A_ROW = 8  # and for each row of queries, so that what splits write and read again stays below a quarter
 
 
-def n_splits(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int) -> int:
+def n_splits(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int, least: int = SPLIT) -> int:
     """How many splits the keys are cut into: by lengths alone, so that a batch entry's result is the same in any batch.
 
-    ``n_queries`` and ``n_keys`` are those of the tensors, ``longest_q`` and ``longest_k`` of the longest sequence in them.
+    ``n_queries`` and ``n_keys`` are those of the tensors, ``longest_q`` and ``longest_k`` of the longest sequence in them;
+    ``least``: of the keys in a split, a power of two.
     """
     if longest_q > FEW_QUERIES or longest_k < MANY_KEYS:
         return 1
-    split = max(SPLIT, 1 << (-(-longest_k // MAX_SPLITS) - 1).bit_length())
+    split = max(least, 1 << (-(-longest_k // MAX_SPLITS) - 1).bit_length())
     return max(1, min(-(-longest_k // split), n_keys // (SPLIT_A_ROW * max(1, n_queries) * group)))
 
 

@@ -1,9 +1,10 @@
 """Tiles that ``fused-attn tune`` found on a card: the file that keeps them, and which of them a launch takes.
 
 The file is JSON and can be given to others who have the same card: {"format": 1, "arch", "gpu", "triton", "torch",
-"fused_attn", "tiles": [{"kernel", "head_dim", "config": {fields of TileConfig}, "ms", "shipped_ms", ...}]}. It is not trusted:
-an entry must be a configuration that the search itself would try on this card, so that a file may make a kernel slow, but
-never makes it wrong, and never tells the compiler anything that the shipped tables do not.
+"fused_attn", "tiles": [{"kernel", "head_dim", "config": {fields of TileConfig}, "ms", "shipped_ms", ...}], "schedules":
+[{"pass", "head_dim", "schedule", "ms": {schedule: milliseconds}, ...}], "split": {"keys", ...}}. It is not trusted: an entry
+must be a configuration, or a schedule, that the search itself would try on this card, so that a file may make a kernel slow,
+but never makes it wrong, and never tells the compiler anything that the shipped tables do not.
 """
 
 import dataclasses
@@ -13,13 +14,13 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from fused_attn import files, settings
 from fused_attn.call.spec import TileConfig
-from fused_attn.plan.tiles import Kernel, choose, choose_fused, served
+from fused_attn.plan.tiles import SPLIT, Kernel, choose, choose_fused, served
 from fused_attn.targets import arch_of, target_of, triton_name
 
 FORMAT = 1
@@ -31,6 +32,21 @@ STEPS: dict[str, tuple[Any, ...]] = {
     "edge_stages": (None, 1), "disable_licm": (False, True),
 }
 Found = dict[tuple[str, int], TileConfig]  # (kernel, widest head dim it serves) -> configuration
+Pass = Literal["forward", "backward"]
+# The schedules that may be timed, and the kernel whose entries of the tables say which head dims are served alike.
+SCHEDULES: dict[Pass, tuple[str, ...]] = {"forward": ("pointers", "descriptors", "specialized", "gluon"),
+                                          "backward": ("fused", "separate", "gluon")}
+_SERVED_AS: dict[Pass, Kernel] = {"forward": "forward", "backward": "dkv"}
+Chosen = dict[tuple[str, int], str]  # (pass, widest head dim it serves) -> schedule
+SPLITS = (128, 256, 512, 1024)  # least numbers of keys in a split that are timed
+
+
+class Record(NamedTuple):
+    """What a file of a card says."""
+
+    tiles: Found
+    schedules: Chosen
+    split: int = SPLIT
 
 
 def gpu_name(device: torch.device) -> str:
@@ -53,12 +69,39 @@ def path(device: torch.device) -> Path | None:
     return None if settings.TILES == "none" else Path(settings.TILES)
 
 
-@functools.cache
 def tuned(device: torch.device) -> Found:
     """The tiles of a device; those of another kind of card or another Triton are left alone, with a warning."""
+    return _record(device).tiles
+
+
+def schedules(device: torch.device) -> Chosen:
+    """The schedules of a device that were timed to be the quickest."""
+    return {} if device.type == "meta" else _record(device).schedules
+
+
+def schedule(which: Pass, q: torch.Tensor, v: torch.Tensor, device: torch.device) -> str | None:
+    """The schedule that was timed to be the quickest for a pass on a device, or None."""
+    found = schedules(device)
+    if not found or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[3], v.shape[3]) > WIDEST:
+        return None
+    return found.get((which, served_as(which, q.shape[3], v.shape[3], arch_of(device))))
+
+
+def split(device: torch.device) -> int:
+    """How many keys a split of decoding has at least on a device."""
+    return SPLIT if device.type == "meta" else _record(device).split
+
+
+def served_as(which: Pass, head_dim: int, head_dim_v: int, arch: str) -> int:
+    """The widest head dim of those whose pass is made alike."""
+    return served(_SERVED_AS[which], head_dim, head_dim_v, arch)
+
+
+@functools.cache
+def _record(device: torch.device) -> Record:
     file = path(device)
     if file is None:
-        return {}
+        return Record({}, {})
     if not file.is_file():
         raise ValueError(f"FUSED_ATTN_TILES: expected a file of `fused-attn tune`, or none; got {str(file)!r}")
     try:
@@ -66,14 +109,19 @@ def tuned(device: torch.device) -> Found:
         here = {"arch": arch_of(device), "triton": triton_name()}
         other = [f"{name} {content.get(name)}, here {value}" for name, value in here.items() if content.get(name) != value]
         if not other:
-            return tiles(file, content)
+            return Record(tiles(file, content), chosen(file, content), _split(file, content))
     except ValueError as error:
         if settings.TILES is not None:
             raise
         warnings.warn(f"fused_attn: {error}", RuntimeWarning, stacklevel=2)  # not asked for: no call may fail because of it
-        return {}
+        return Record({}, {})
     warnings.warn(f"fused_attn: the tiles in {file} are not used: {'; '.join(other)}", RuntimeWarning, stacklevel=2)
-    return {}
+    return Record({}, {})
+
+
+def forget() -> None:
+    """Reads the files anew at the next call."""
+    _record.cache_clear()
 
 
 def instead(config: TileConfig, kernel: str, q: torch.Tensor, v: torch.Tensor, device: torch.device) -> TileConfig:
@@ -146,6 +194,33 @@ def tiles(file: Path, content: dict[str, Any]) -> Found:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: expected tiles as `fused-attn tune` writes them; entry {i}: {error}") from None
     return found
+
+
+def chosen(file: Path, content: dict[str, Any]) -> Chosen:
+    """The schedules of a file that was read. Raises ValueError for one that tune would not time on this card."""
+    found: Chosen = {}
+    for i, row in enumerate(content.get("schedules", ())):
+        try:
+            which = _one_of("pass", row["pass"], tuple(SCHEDULES))
+            name = _one_of("schedule", row["schedule"], SCHEDULES[which])
+            head_dim = row["head_dim"]
+            if type(head_dim) is not int or not 1 <= head_dim <= WIDEST \
+                    or served_as(which, head_dim, head_dim, content["arch"]) != head_dim:
+                raise ValueError(f"head_dim: expected the widest that an entry serves; got {head_dim!r:.80}")
+            found[which, head_dim] = name
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            told = f"{file}: expected schedules as `fused-attn tune` writes them"
+            raise ValueError(f"{told}; entry {i}: {error!r:.200}") from None
+    return found
+
+
+def _split(file: Path, content: dict[str, Any]) -> int:
+    try:
+        given = content.get("split", {"keys": SPLIT})
+        keys: int = _one_of("keys", given["keys"], SPLITS)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: expected a split as `fused-attn tune` writes it; got {error!r:.200}") from None
+    return keys
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from fused_attn import settings, torch_private
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec
+from fused_attn.plan import tuned
 from fused_attn.tracing import PLAIN_CLASSES, watched
 
 Key: TypeAlias = tuple[Any, ...]
@@ -39,14 +40,20 @@ def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: A
     if q.device.type not in ("cpu", "cuda", "xpu") or torch.is_autocast_enabled(q.device.type):
         return None
     hopper = settings.hopper_schedule()
-    # Kernels of the other schedules depend on where a tensor begins.
-    aligned = hopper == "pointers" or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
+    aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0 or _anywhere(hopper, q.device)
     wanted = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
     if deterministic is None:
         deterministic = settings.DETERMINISTIC or torch.are_deterministic_algorithms_enabled()
     return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
             v.device, causal, window, scale, softcap, backend, settings.BACKEND, settings.emulated_target(), hopper, aligned,
             deterministic, wanted)
+
+
+def _anywhere(hopper: str, device: torch.device) -> bool:
+    """Whether tensors may begin anywhere for the kernels of a call, which is not so for those of sm_90 alone."""
+    if hopper != "auto":
+        return hopper == "pointers"
+    return settings.TILES is None if device.type == "cpu" else not tuned.schedules(device)
 
 
 def _kind(key: Key) -> tuple[Any, ...]:
@@ -105,7 +112,7 @@ def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[
         return None
     # A hook may have moved what autograd saved, and gradients may have any layout.
     whole: Key = key, needs, *[x if x is None else (x.stride(), x.dtype) for x in saved]
-    if spec.hopper != "pointers" and any(x is not None and x.data_ptr() % 16 for x in saved):
+    if any(x is not None and x.data_ptr() % 16 for x in saved) and not _anywhere(spec.hopper, saved.q.device):
         return None  # steps over tensors without storage would not see it
     plan = _plans.get(whole)
     if plan is None and _comes_again(whole):

@@ -16,7 +16,7 @@ from fused_attn.kernels import launch
 from fused_attn.plan.backends import kernel_device
 from fused_attn.targets import arch_of
 from fused_attn.tools import options
-from fused_attn.tools.bench.oracle import max_r
+from fused_attn.tools.bench.oracle import error_ratio, max_r
 from fused_attn.tools.report import conditions, print_table
 
 Draw: TypeAlias = Callable[..., torch.Tensor]
@@ -44,12 +44,6 @@ CASES: tuple[Case, ...] = (
 )
 RATIOS = ("R_out", "R_dq", "R_dk", "R_dv")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def error_ratio(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """R of ``x`` against the fp64 result ``exact``."""
-    rounding = (exact.to(x.dtype).double() - exact).norm()
-    return float((x.double() - exact).norm() / rounding)
 
 
 def run(target: str | None = None, schedule: Schedule | None = None) -> dict[str, Any]:

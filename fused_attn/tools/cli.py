@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                        help=f"compile for a card that is not here and execute what comes: {', '.join(emulator.TARGETS)}")
     check.add_argument("--counts", action="store_true", help="what the emulated kernels did, by kind and by line")
     check.add_argument("--seed", type=options.whole(*options.SEEDS), default=0, help="of the emulator's schedule")
-    check.add_argument("--hopper", choices=settings.HOPPER_SCHEDULES, default=settings.hopper_schedule(),
+    check.add_argument("--hopper", choices=settings.HOPPER_CHOICES, default=settings.hopper_schedule(),
                        help="kernels of sm_90 (fused_attn.hopper)")
     check.set_defaults(run=partial(_check, check))
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.set_defaults(run=_bench)
 
     _add_compile(commands.add_parser("compile", help="compile the kernels for any target, no GPU needed"))
-    _add_tune(commands.add_parser("tune", help="search better tiles for this card, by timing, and keep them in a file"))
+    _add_tune(commands.add_parser("tune", help="find what is quickest on this card, prove it, and keep it in a file"))
 
     demo = commands.add_parser("demo", help="check, then train a small GPT on real text and look at it")
     demo.add_argument("--out", type=options.folder, default=Path("demo-output"), help="folder for pictures, sample and summary")
@@ -90,7 +90,9 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", choices=TUNED, nargs="+", default=list(TUNED))
+    parser.add_argument("--part", choices=("tiles", "schedules", "splits"), nargs="+", default=["tiles", "schedules", "splits"],
+                        help="tiles of kernels, schedules of both passes, splits of decoding (all)")
+    parser.add_argument("--kernel", choices=TUNED, nargs="+", default=list(TUNED), help="whose tiles are searched (all)")
     parser.add_argument("--head-dim", type=options.whole(1, tuned.WIDEST), metavar="D", nargs="+", default=[64, 128],
                         help=f"1 to {tuned.WIDEST} (64 128)")
     parser.add_argument("--dtype", choices=("fp16", "bf16"), default="bf16", help="both use what is found")

@@ -1,38 +1,44 @@
-"""``fused-attn tune``: better tiles for the card at hand, by timing, kept in a file that can be shared.
+"""``fused-attn tune``: what is quickest on the card at hand, by timing, kept in a file that can be shared.
 
-From the shipped configuration the search goes to whichever neighbour is fastest, one number changed at a time, until none is
-faster by more than the noise. A neighbour must give the shipped one's results. What is timed is one pass over 16384 queries,
-full and causal; a length never matters, and nothing is tuned while a program runs.
+Tiles first: from the shipped configuration the search goes to whichever neighbour is fastest, one number changed at a time,
+until none is faster by more than the noise. Then, with these tiles, the schedules of either pass and the splits of decoding
+(``quickest.py``). Whatever is tried is held to fp64 on this card first, and tiles must give the shipped ones' results. What is
+timed is one pass over 16384 queries, full and causal; a length never matters, and nothing is tuned while a program runs.
 """
 
 import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_attn import settings
-from fused_attn.call.schema import Needs, Saved
-from fused_attn.call.spec import NO_OTHERS, AttentionSpec, TileConfig, Window
+from fused_attn.call.schema import Needs
+from fused_attn.call.spec import TileConfig
 from fused_attn.kernels.launch import Launch
 from fused_attn.kernels.launch import run as run_launch
 from fused_attn.plan import schedules, tuned
-from fused_attn.plan.plan import Made, collect, finish, perform
-from fused_attn.plan.problem import Problem
 from fused_attn.plan.tiles import Kernel, served
-from fused_attn.plan.tuned import STEPS
+from fused_attn.plan.tuned import STEPS, Pass
 from fused_attn.targets import arch_of, triton_name
 from fused_attn.tools import options, report
 from fused_attn.tools.bench.timing import measure
+from fused_attn.tools.quickest import GAIN, Timer, choose_schedule, choose_split, passes
+from fused_attn.tools.trial import Trial, told
 
-GAIN = 0.98  # of the time: a smaller gain is noise
 MAX_DIFFERENCE = 0.02  # relative, of results in fp16 and bf16 whose sums are taken in another order
 
-Timer = Callable[[dict[str, Callable[[], Any]]], dict[str, float]]  # calls by name -> milliseconds
+# kernel of the tables -> (pass, schedule, gradients that are made, name of what is launched)
+OF_KERNEL: dict[str, tuple[Pass, str, Needs, str]] = {
+    "forward": ("forward", "pointers", schedules.EVERY_GRADIENT, "forward_kernel"),
+    "dq": ("backward", "separate", Needs(True, False, False, False, False, ()), "dq_kernel"),
+    "dkv": ("backward", "separate", Needs(False, True, True, False, False, ()), "dkv_kernel"),
+    "fused": ("backward", "fused", schedules.EVERY_GRADIENT, "dkv_kernel"),
+}
 
 
 class Subject:
@@ -40,54 +46,24 @@ class Subject:
 
     def __init__(self, kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype, length: int = 4096) -> None:
         self.kernel, self.head_dim, self.device = kernel, head_dim, device
-        heads, batch = max(1, 2048 // head_dim), max(1, 16384 // length)
-        if device.type == "cpu":
-            heads, batch = 2, 1
-        generator = torch.Generator(device).manual_seed(0)
-        self.q, self.k, self.v, self.dout = (
-            torch.randn(batch, heads, length, head_dim, device=device, generator=generator).to(dtype) for _ in range(4))
         shipped = tuned.shipped(kernel, head_dim, dtype, arch_of(device))
         assert shipped is not None, f"{arch_of(device)} has no fused backward at head dim {head_dim}"
         self.shipped: TileConfig = shipped
-        self.specs = [AttentionSpec(head_dim**-0.5, Window(None, right), deterministic=kernel != "fused")
-                      for right in (None, 0)]
-        self.saved: list[Saved] = []  # of each spec's forward, for the kernels of the backward
-        for spec in self.specs if kernel != "forward" else ():
-            out, lse, _ = finish(schedules.named(schedules.FORWARD, "pointers").steps(self._problem(spec)))
-            self.saved.append(Saved(self.dout, None, self.q, self.k, self.v, out, None, lse))
-
-    def _problem(self, spec: AttentionSpec, config: TileConfig | None = None) -> Problem:
-        """A call whose kernels have the shipped tiles, except for the kernel that is searched, which has ``config``."""
-        tiles: dict[str, TileConfig] = {}
-        for kernel in tuned.KERNELS:
-            shipped = tuned.shipped(kernel, self.head_dim, self.q.dtype, arch_of(self.device))
-            tiles |= {} if shipped is None else {kernel: shipped}
-        tiles |= {} if config is None else {self.kernel: config}
-        return Problem.of(self.q, self.k, self.v, spec, NO_OTHERS, tiles=tiles)
-
-    def _steps(self, config: TileConfig) -> Iterator[Generator[Made, None, Any]]:
-        """The steps of the full and of the causal pass in which this configuration is used."""
-        for i, spec in enumerate(self.specs):
-            problem = self._problem(spec, config)
-            if self.kernel == "forward":
-                yield schedules.named(schedules.FORWARD, "pointers").steps(problem)
-            else:
-                dq, dkv = self.kernel != "dkv", self.kernel != "dq"
-                name = "fused" if self.kernel == "fused" else "separate"
-                needs = Needs(dq, dkv, dkv, False, False, ())
-                yield schedules.named(schedules.BACKWARD, name).steps(problem, self.saved[i], needs)
+        which, self.schedule, needs, self.name = OF_KERNEL[kernel]
+        self.trial = Trial(which, head_dim, device, dtype, length, tiles=shipped_tiles(head_dim, dtype, device), needs=needs)
 
     def results(self, config: TileConfig) -> list[torch.Tensor]:
-        """The results of both passes, as this configuration gives them."""
-        return [x for steps in self._steps(config) for x in finish(steps) if isinstance(x, torch.Tensor)]
+        """The results of both passes that are timed, as this configuration gives them."""
+        return [x for found in self.trial.results(self.schedule, {self.kernel: config}) for x in found.values()]
+
+    def wrong(self, config: TileConfig) -> str | None:
+        """What is wrong with a configuration, held to fp64 on smaller passes, if anything."""
+        return self.trial.wrong(self.schedule, {self.kernel: config})
 
     def launches(self, config: TileConfig) -> list[Launch]:
         """The kernel's own launches in both passes, after all of their steps have been performed once."""
-        own = {"forward": "forward_kernel", "dq": "dq_kernel"}.get(self.kernel, "dkv_kernel")
-        found = [made for steps in self._steps(config) for made in collect(steps)[0]]
-        for made in found:
-            perform(made)
-        return [made for made in found if isinstance(made, Launch) and made.name == own]
+        found = self.trial.made(self.schedule, {self.kernel: config})
+        return [made for made in found if isinstance(made, Launch) and made.name == self.name]
 
     def fits(self, config: TileConfig) -> bool:
         """Whether a configuration may run at all."""
@@ -102,6 +78,12 @@ def neighbours(config: TileConfig) -> Iterator[TileConfig]:
         for other in (at - 1, at + 1):
             if 0 <= other < len(values):
                 yield dataclasses.replace(config, **{name: values[other]})
+
+
+def shipped_tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, TileConfig]:
+    """The tables' configurations of all kernels that are tuned, by kernel."""
+    tiles = {kernel: tuned.shipped(kernel, head_dim, dtype, arch_of(device)) for kernel in tuned.KERNELS}
+    return {kernel: config for kernel, config in tiles.items() if config is not None}
 
 
 class Search:
@@ -154,12 +136,14 @@ class Search:
 
     def _wrong(self, config: TileConfig) -> str | None:
         """What is wrong with a configuration, if anything."""
+        if (verdict := self.subject.wrong(config)) is not None:
+            return verdict
         try:
             results = self.subject.results(config)
             if self.subject.device.type != "cpu":
                 torch.cuda.synchronize(self.subject.device)
-        except Exception as error:  # too much shared memory, or whatever the compiler has against it
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        except Exception as error:
+            return told(error)
         for got, want in zip(results, self.expected, strict=True):
             difference = float((got.double() - want.double()).norm() / want.double().norm())
             if not difference <= MAX_DIFFERENCE:
@@ -181,7 +165,7 @@ def _timer(device: torch.device) -> Timer:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Searches every kernel and head dim that was asked for; each result is in the file as soon as it is found."""
+    """Decides everything that was asked for; each result is in the file as soon as it is found."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -189,50 +173,101 @@ def run(arguments: argparse.Namespace) -> int:
     file: Path = arguments.out or tuned.default_path(device)
     options.writable(file)
     content, starts = _content(file, device)
-    known = {(row["kernel"], row["head_dim"]): row for row in content["tiles"]}
-    dtype = torch.float16 if arguments.dtype == "fp16" else torch.bfloat16
-    # What is timed is the widest head dim that an entry of the tables serves: what launches there launches for all of them.
-    work = list(dict.fromkeys((kernel, served(kernel, head_dim, head_dim, arch_of(device)))
-                              for head_dim in arguments.head_dim for kernel in arguments.kernel))
-    deadline = time.monotonic() + 60 * arguments.minutes
-    rows, console = [], Console()
+    console = Console()
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                   TextColumn("{task.fields[last]}"), console=console) as progress, options.until_interrupted() as interrupted:
-        task = progress.add_task("tuning", total=len(work), last="")
-
-        def told(config: TileConfig, verdict: str) -> None:
-            progress.update(task, last=f"{_words(config)}: {verdict}")
-
-        for kernel, head_dim in work:
-            progress.update(task, description=f"{kernel} D{head_dim}")
-            before = known.get((kernel, head_dim))
-            done = before is not None and before.get("complete") is True and not arguments.again
-            why = _against(kernel, head_dim, device, dtype, done)
-            if time.monotonic() > deadline:
-                why = "no time is left"
-            if why is None:
-                subject = Subject(kernel, head_dim, device, dtype, arguments.length)
-                start = None if arguments.again else starts.get((kernel, head_dim))
-                search = Search(subject, _timer(device), deadline, told, start)
-                rows.append(search.run())
-                known[kernel, head_dim] = rows[-1]
-                tuned.write(file, {**content, "tiles": list(known.values())})
-                if search.interrupted:
-                    raise KeyboardInterrupt
-            else:
-                console.print(f"{kernel} D{head_dim}: {why}")
+        task = progress.add_task("tuning", last="")
+        tuning = Tuning(arguments, device, file, content, starts, lambda last: progress.update(task, last=last))
+        work = tuning.work()
+        progress.update(task, total=len(work))
+        for name, decide in work:
+            progress.update(task, description=name)
+            why = "no time is left" if time.monotonic() > tuning.deadline else decide()
+            if why is not None:
+                console.print(f"{name}: {why}")
             progress.advance(task)
-    if rows:
-        report.print_table([{"kernel": row["kernel"], "head dim": row["head_dim"], **_shown(row)} for row in rows],
-                           f"{content['gpu']}, {arguments.dtype}: tiles in {file}")
+    for title, rows in tuning.found.items():
+        report.print_table(rows, f"{content['gpu']}, {arguments.dtype}: {title} in {file}")
     return options.status(complete=not interrupted.is_set(), ok=True)
 
 
-def _against(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype, done: bool) -> str | None:
-    """Why a kernel is not searched, if it is not."""
-    if tuned.shipped(kernel, head_dim, dtype, arch_of(device)) is None:
-        return "there is none for this card"
-    return "the file has it already; --again searches anew" if done else None
+class Tuning:
+    """What one command decides. Each step keeps what it found in the file, or returns why it does nothing."""
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device, file: Path, content: dict[str, Any],
+                 starts: tuned.Found, show: Callable[[str], None]) -> None:
+        self.asked, self.device, self.file, self.content, self.starts = arguments, device, file, content, starts
+        self.show, self.arch, self.timer = show, arch_of(device), _timer(device)
+        self.dtype = torch.float16 if arguments.dtype == "fp16" else torch.bfloat16
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+        self.found: dict[str, list[dict[str, Any]]] = {}
+
+    def work(self) -> list[tuple[str, Callable[[], str | None]]]:
+        """(name, step). What is timed is the widest head dim that an entry of the tables serves, for all of them."""
+        steps: list[tuple[str, Callable[[], str | None]]] = []
+        if "tiles" in self.asked.part:
+            kernels = dict.fromkeys((kernel, served(kernel, head_dim, head_dim, self.arch))
+                                    for head_dim in self.asked.head_dim for kernel in self.asked.kernel)
+            steps += [(f"{kernel} D{head_dim}", functools.partial(self.tiles, kernel, head_dim))
+                      for kernel, head_dim in kernels]
+        if "schedules" in self.asked.part:
+            steps += [(f"{which} D{head_dim}", functools.partial(self.schedule, which, head_dim))
+                      for which, head_dim in passes(self.asked.head_dim, self.arch)]
+        return [*steps, ("splits", self.split)] if "splits" in self.asked.part else steps
+
+    def tiles(self, kernel: Kernel, head_dim: int) -> str | None:
+        """The tiles of a kernel."""
+        if tuned.shipped(kernel, head_dim, self.dtype, self.arch) is None:
+            return "there is none for this card"
+        rows = {(row["kernel"], row["head_dim"]): row for row in self.content["tiles"]}
+        before = rows.get((kernel, head_dim))
+        if before is not None and before.get("complete") is True and not self.asked.again:
+            return _KNOWN
+        subject = Subject(kernel, head_dim, self.device, self.dtype, self.asked.length)
+        start = None if self.asked.again else self.starts.get((kernel, head_dim))
+        search = Search(subject, self.timer, self.deadline, lambda config, verdict: self.show(f"{_words(config)}: {verdict}"),
+                        start)
+        row = rows[kernel, head_dim] = search.run()
+        self._keep("tiles", list(rows.values()), {"kernel": kernel, "head dim": head_dim, **_shown(row)})
+        if search.interrupted:
+            raise KeyboardInterrupt
+        return None
+
+    def schedule(self, which: Pass, head_dim: int) -> str | None:
+        """The schedule of a pass, with the tiles that the file has."""
+        rows = {(row["pass"], row["head_dim"]): row for row in self.content.get("schedules", ())}
+        if (which, head_dim) in rows and not self.asked.again:
+            return _KNOWN
+        of_file = tuned.tiles(self.file, self.content)
+        tiles: dict[str, TileConfig] = {
+            kernel: config for kernel in tuned.KERNELS
+            if (config := of_file.get((kernel, served(kernel, head_dim, head_dim, self.arch)))) is not None}
+        trial = Trial(which, head_dim, self.device, self.dtype, self.asked.length, tiles=tiles)
+        row = rows[which, head_dim] = choose_schedule(trial, self.timer)
+        shown = {"pass": which, "head dim": head_dim, "schedule": row["schedule"], "own": row["own"],
+                 "ms": _listed(row["ms"]), "not timed": _listed(row["refused"])}
+        self._keep("schedules", list(rows.values()), shown)
+        return None
+
+    def split(self) -> str | None:
+        """How many keys a split of decoding has."""
+        if "split" in self.content and not self.asked.again:
+            return _KNOWN
+        row = choose_split(self.device, self.dtype, self.timer)
+        self._keep("split", row, {"keys": row["keys"], "own": row["own"], "ms": _listed(row["ms"])})
+        return None
+
+    def _keep(self, name: str, value: Any, shown: dict[str, Any]) -> None:
+        self.content[name] = value
+        tuned.write(self.file, self.content)
+        self.found.setdefault(name, []).append(shown)
+
+
+_KNOWN = "the file has it already; --again searches anew"
+
+
+def _listed(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items()) or "-"
 
 
 def _content(file: Path, device: torch.device) -> tuple[dict[str, Any], tuned.Found]:

@@ -1,5 +1,6 @@
 """One call to be measured: what is attended, how it lies in memory, and what it costs in FLOPs and bytes."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -51,7 +52,7 @@ class Case:
     """One call of attention(). ``family`` groups cases in tables and plots; ``amplitude`` multiplies unit-normal queries.
 
     ``backend`` is named in the call; it is not part of the name, as conditions tell what answers. ``hopper``: the kernels asked
-    for on a Hopper (``fused_attn.hopper``).
+    for on a Hopper (``fused_attn.hopper``), which are not where it is "auto".
     """
 
     batch: int
@@ -72,7 +73,7 @@ class Case:
     family: str = "grid"
     deterministic: bool | None = None
     backend: str | None = None
-    hopper: str = "pointers"
+    hopper: str = "auto"
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ class Case:
         parts += [f"scale{self.scale:g}"] if self.scale is not None else []
         parts += [f"qx{self.amplitude:g}"] if self.amplitude != 1 else []
         parts += [] if self.deterministic is None else ["deterministic"] if self.deterministic else ["by atomics"]
-        parts += [f"on {self.hopper}"] if self.hopper != "pointers" else []
+        parts += [f"on {self.hopper}"] if self.hopper != "auto" else []
         return " ".join(parts + ([self.layout] if self.layout != "bhnd" else []))
 
     @property
@@ -134,8 +135,11 @@ class Case:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: Any) -> Any:
         """The call as a user makes it."""
-        with fused_attn.hopper(self.hopper):
+        with self._asked():
             return fused_attn.attention(q, k, v, **self.arguments, backend=self.backend, **extra)
+
+    def _asked(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.hopper == "auto" else fused_attn.hopper(self.hopper)
 
     def answered_by(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """The backend that answers ``attend``."""
@@ -143,7 +147,7 @@ class Case:
 
     def not_as_asked(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, tuple[str, ...]]:
         """Passes that do not run on the schedule asked for though it has kernels for them, with the reasons."""
-        if self.hopper == "pointers":
+        if self.hopper == "auto":
             return {}
         with fused_attn.hopper(self.hopper):
             told = fused_attn.explain(q, k, v, **self.arguments, backend=self.backend)

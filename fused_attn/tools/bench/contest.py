@@ -220,7 +220,7 @@ def subject_of(case: Case, device: str, peers: list[Peer]) -> Subject:
         gate, case.flops, case.bytes,
         {"family": case.family, "dtype": case.dtype, "head_dim": case.head_dim, "causal": case.causal,
          "n_queries": case.n_queries, "n_keys": case.n_keys, "backend": case.answered_by(q, k, v),
-         "default": case.backend is None and case.deterministic is None and case.hopper == "pointers"})
+         "default": case.backend is None and case.deterministic is None and case.hopper == "auto"})
 
 
 def time_case(case: Case, device: str, peers: list[Peer], rounds: int | None = None) -> Iterator[Row]:

@@ -39,6 +39,12 @@ def max_r(dtype: torch.dtype, dim: int) -> tuple[float, float]:
     return (1.5, 2.0) if dtype in (torch.float16, torch.bfloat16) else (math.inf, math.inf)
 
 
+def error_ratio(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """R of ``x`` against the fp64 result ``exact``."""
+    rounding = (exact.to(x.dtype).double() - exact).norm()
+    return float((x.double() - exact).norm() / rounding)
+
+
 class Oracle:
     """out, lse, dq, dk, dv of a call in fp64, from the formulas and without autograd: ``results[name]`` is (ref, A, floor).
 

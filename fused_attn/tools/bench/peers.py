@@ -103,7 +103,7 @@ def _flex(case: Case, device: str) -> Attend:
 def _against_flex(case: Case) -> str | None:
     if case.family == "grid" and case.n_keys not in FLEX_LENGTHS:
         return f"compiles anew for every length; timed at {' and '.join(map(str, FLEX_LENGTHS))}"
-    if case.deterministic is not None or case.hopper != "pointers":
+    if case.deterministic is not None or case.hopper != "auto":
         return "timed beside the default kernels"
     return None
 
