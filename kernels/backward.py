@@ -223,7 +223,7 @@ def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE:
         dk = pulled(ds, k, q, dk, place.head, extras.additive, KIND)
         if KIND.fused:
             part = outer_transposed(ds.to(k[0].dtype), k, ACC, PRECISION)
-            add_tile(views.dq, place.q_first, part, KIND.dim, BLOCK_M, TILE.wide)
+            add_tile(views.dq, place.q_first, part, KIND.dim, BLOCK_M, TILE)
     return dk, dv
 
 

@@ -265,8 +265,11 @@ def store_tile(view, first_row, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, W
 
 
 @triton.jit
-def add_tile(view, first_row, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def add_tile(view, first_row, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Adds ``tile`` to rows that other programs add to as well, in whatever order they come."""
+    WIDE: tl.constexpr = TILE.wide
+    if TILE.single_atomics:  # a factor of 1 hides that columns lie side by side, for which Triton gives a lane four of them
+        view = (view[0], view[1], view[2], view[3] * tl.minimum(view[1], 1))
     HEAD: tl.constexpr = head_columns(WIDTH)
     REST: tl.constexpr = rest_columns(WIDTH)
     tl.atomic_add(tile_ptrs(view, first_row, 0, ROWS, HEAD, WIDE), tile[0],

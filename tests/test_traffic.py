@@ -74,37 +74,38 @@ CASES = {
     "sm_80 forward 64 plain pointers full": {"wavefronts": 128 + 2 * 4 * 64 + 2 * 64, "sectors": 2 * 64 * 64 * 2 // 32},
     # two warpgroups of 64 rows: Q and K of one product, V of the other, whose P is in registers; K and V written by bulk copies
     "sm_90 forward 128 plain gluon full": {"wavefronts": 2 * (128 + 256 + 256) + 2 * 256, "sectors": 2 * 128 * 128 * 2 // 32},
-    # dQ: 32 x 64 floats by atomics of 4 bytes, four apart: 16 sectors a warp of them
-    "sm_80 dkv 64 fused pointers causal": {"atomic_requests": 64, "atomic_sectors": 1024},
+    # dQ: 64 x 64 floats by atomics of 4 bytes, side by side: 4 sectors a warp of them
+    "sm_80 dkv 64 fused pointers causal": {"atomic_requests": 128, "atomic_sectors": 512},
     "sm_90 dq 64 plain pointers causal": {}, "sm_100 forward 64 plain pointers full": {},
 }
 
 
-@pytest.fixture(scope="module")
-def profiles():
-    """Rows of the profile by case, made in a process that compiles."""
-    code = f"""if True:
-        import dataclasses, json
-        from fused_attn.tools.compile import offline, profile, traffic
-        found = {{}}
-        for case in {list(CASES)!r}:
-            target, kernel, dim, feature, hopper, window = case.split()
-            what = target, kernel, int(dim), "bf16", window == "causal"
-            report, = offline.compile_kernel(*what, feature=feature, hopper=hopper)
-            moved, = traffic.traffic(*what, feature=feature, hopper=hopper)
-            found[case] = dataclasses.asdict(profile.profile(report, moved))
-        print(json.dumps(found))
-    """
+def python(code):
+    """What a process that compiles prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
+def row_of(case):
+    """Of the profile."""
+    return json.loads(python(f"""if True:
+        import dataclasses, json
+        from fused_attn.tools.compile import offline, profile, traffic
+        target, kernel, dim, feature, hopper, window = {case!r}.split()
+        what = target, kernel, int(dim), "bf16", window == "causal"
+        report, = offline.compile_kernel(*what, feature=feature, hopper=hopper)
+        moved, = traffic.traffic(*what, feature=feature, hopper=hopper)
+        print(json.dumps(dataclasses.asdict(profile.profile(report, moved))))
+    """))
+
+
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
-def test_what_a_tile_moves(profiles, case):
+def test_what_a_tile_moves(case):
     """By hand; without bank conflicts; and as many multiply-adds as its loop has in the machine code."""
-    row = profiles[case]
+    row = row_of(case)
     moved, loop = row["traffic"], min((x for x in row["loops"] if "shared" in x["cycles"]), key=lambda x: x["instructions"])
     assert {name: moved[name] for name in CASES[case]} == CASES[case]
     assert moved["wavefronts"] == moved["least_wavefronts"] > 0
@@ -119,3 +120,18 @@ def test_what_a_tile_moves(profiles, case):
     rate = {"sm_80": 256, "sm_90": 512}[row["target"]]
     assert loop["cycles"]["tensor"] * 4 * rate * consumers == moved["multiply_adds"]
     assert loop["cycles"]["shared"] == moved["wavefronts"] // consumers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_86"])
+def test_atomics_of_one_float_lie_side_by_side(target):
+    """dQ [32, 64] in fp32: 32 lanes of 4 bytes are 4 sectors, where lanes four floats apart touch 16."""
+    told = python(f"""if True:
+        from fused_attn.call.spec import TileConfig
+        from fused_attn.tools.compile import traffic
+        for single in (False, True):
+            config = TileConfig(32, 64, 4, 2, single_atomics=single)
+            moved, = traffic.traffic({target!r}, "dkv", 64, "bf16", True, feature="fused", config=config)
+            print(moved.atomic_requests, moved.atomic_sectors)
+    """)
+    assert told.splitlines() == ["64 1024", "64 256"]

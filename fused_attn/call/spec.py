@@ -114,6 +114,7 @@ class TileConfig:
     separate: bool = False  # dK and dV by a launch each, where the sums of both do not fit the registers
     descriptors: bool = False  # queries, keys and values through tensor descriptors, which are TMA on sm_90
     specialize: bool = False  # and Triton gives loads and products warps of their own
+    single_atomics: bool = False  # a float a lane, side by side, where the target has no atomics of several
     fenced: bool = False  # proxy fences that Triton leaves out are put in; launching sets it
     options: tuple[tuple[str, int], ...] = ()  # further compiler options of the target
 
@@ -125,6 +126,7 @@ class TileConfig:
             words.append(f"edge{self.edge_stages}")
         words += ["wide"] * self.wide + ["nolicm"] * self.disable_licm + ["separate"] * self.separate
         words += ["descriptors"] * self.descriptors + ["specialized"] * self.specialize
+        words += ["single"] * self.single_atomics
         return " ".join([*words, *(f"{name}={value}" for name, value in self.options)])
 
 

@@ -179,15 +179,18 @@ def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
 # One kernel for dK, dV and, by atomics, dQ of plain attention in fp16 and bf16; targets and widths not listed have two kernels,
 # and so have those of None: a second block of 16 or 32 columns breaks ptxas there. _SEPARATE_FIRST: where two kernels come
 # first all the same, until a card's own timing says otherwise, since shared memory binds the one, or it spills.
+_Single = functools.partial(T, single_atomics=True)  # before sm_90, atomics take one float a lane
 _FUSED: dict[str, dict[int, T | None]] = {
-    "sm_80": {32: T(32, 128, 4, 2), 64: T(64, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True), 160: None,
-              192: T(32, 64, 8, 1, disable_licm=True), 256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
-    "sm_86": {64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True)},
+    "sm_80": {32: _Single(32, 128, 4, 2), 64: _Single(64, 64, 4, 2),
+              128: _Single(64, 64, 8, 2, disable_licm=True), 160: None,
+              192: _Single(32, 64, 8, 1, disable_licm=True),
+              256: T(64, 64, 8, 1, wide=True, disable_licm=True)},
+    "sm_86": {64: _Single(32, 64, 4, 2), 128: _Single(64, 64, 8, 2, disable_licm=True)},
     "sm_90": {64: T(64, 128, 8, 2, edge_stages=1), 128: T(64, 128, 8, 2, edge_stages=1, disable_licm=True)},
     "sm_100": {64: T(64, 128, 8, 2), 128: T(64, 64, 8, 1)},
-    "gfx942": {64: T(32, 64, 4, 1, options=_CDNA), 128: T(32, 64, 4, 1, options=_CDNA)},
+    "gfx942": {64: _Single(32, 64, 4, 1, options=_CDNA), 128: _Single(32, 64, 4, 1, options=_CDNA)},
 }
-_FUSED["sm_120"] = _FUSED["sm_86"]
+_FUSED["sm_120"] = {64: T(32, 64, 4, 2), 128: T(64, 64, 8, 2, disable_licm=True)}
 _SEPARATE_FIRST = {"sm_80": (32, 64, 128, 192, 256), "sm_90": (128,)}
 
 
