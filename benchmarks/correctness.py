@@ -112,10 +112,10 @@ def side_stream(device: str) -> Row:
     return _equal(got, expected)
 
 
-def cuda_graph(device: str) -> Row:
+def cuda_graph(device: str, subject: Case | None = None) -> Row:
     """Forward and backward captured once and replayed on other inputs: what eager gives for them."""
     _needs_cuda(device)
-    subject = exact(300, 64, causal=True)
+    subject = subject or exact(300, 64, causal=True)
     static = subject.inputs(device)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -132,6 +132,38 @@ def cuda_graph(device: str) -> Row:
     graph.replay()
     torch.cuda.synchronize()
     return _equal(got, run(subject, *fresh))
+
+
+def very_negative_lse(device: str) -> Row:
+    """Scores near -128 D^0.5 / 8, keys that end within a tile: padding that is summed over must not be exp(0 - LSE)."""
+    length, n_keys, dim = (256, 77, 64) if device != "cpu" else (40, 27, 16)
+    verdicts: dict[str, Row] = {}
+    for dtype, deterministic in (("fp16", True), ("fp16", False), ("bf16", True), ("bf16", False)):
+        subject = case(length, dim, batch=1, dtype=dtype, n_keys=n_keys, deterministic=deterministic, backend=asked(device))
+        q, k, v, dout, dlse = subject.inputs(device)
+        q[..., 0], k[..., 0] = 11.3, -11.3 * (4 if dtype == "bf16" else 1)
+        oracle = Oracle(subject, q, k, v, dout, dlse)
+        for name, got in run(subject, q, k, v, dout, dlse).items():
+            verdicts[f"{dtype} {'' if deterministic else 'by atomics '}{name}"] = judge(subject, oracle, name, got)
+    return {"ok": all(v["ok"] for v in verdicts.values()), "results": verdicts}
+
+
+def beyond_32_bits(device: str) -> Row:
+    """q, k, v and their gradients of more than 2**31 elements each: the last head is what it is alone, to the bit."""
+    _needs_cuda(device)
+    heads, length, dim = 130, 2**17, 128
+    if torch.cuda.mem_get_info()[0] < 11 * 2 * heads * length * dim:
+        raise Skipped("needs more memory")
+    q, k, v, dout = (torch.randn(1, heads, length, dim, device=device, dtype=torch.bfloat16) for _ in range(4))
+    assert q.numel() > 2**31
+
+    def results(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        *leaves, gradient = (x.detach().requires_grad_() for x in tensors)
+        out = fused_attn.attention(*leaves, window=(100, 0), deterministic=True)
+        return [x[:, -1:].clone() for x in (out, *torch.autograd.grad(out, leaves, gradient.detach()))]
+
+    whole, alone = results(q, k, v, dout), results(*(x[:, -1:].clone() for x in (q, k, v, dout)))
+    return _equal(*(dict(zip(("out", "dq", "dk", "dv"), x, strict=True)) for x in (whole, alone)))
 
 
 def compiled(device: str) -> Row:
@@ -189,5 +221,7 @@ def with_hopper(hopper: str, check: Callable[[str], Row]) -> Callable[[str], Row
 
 
 SPECIAL: dict[str, Callable[[str], Row]] = {
-    "side stream": side_stream, "CUDA graph": cuda_graph, "torch.compile": compiled, "autocast": autocast, "TF32": tf32,
+    "very negative LSE": very_negative_lse, "side stream": side_stream, "CUDA graph": cuda_graph,
+    "CUDA graph of decoding": partial(cuda_graph, subject=exact(1, 128, heads=8, kv_heads=2, n_keys=3000)),
+    "beyond 2**31 elements": beyond_32_bits, "torch.compile": compiled, "autocast": autocast, "TF32": tf32,
 }

@@ -25,6 +25,9 @@ Tensors = dict[str, torch.Tensor]
 
 # dtype: largest R of out, of dq, dk and dv, both at head dim 64, and largest relative error of any other gradient
 LIMITS = {"fp16": (1.5, 2.5, 4e-3), "bf16": (1.5, 2.5, 2e-2), "fp32": (20.0, 40.0, 1e-4)}
+# Features that take registers beside each tile of scores, and head dims with tiles of their own or of odd widths.
+HEAVY = ("bias", "mask", "document mask", "dropout", "everything")
+ODD_HEAD_DIMS = (40, 72, 96, 112, 128, 160, 192, 256)
 GATE_TIMES = 2.0  # times the last of these, before a timing: the strict limits are those of the stage before
 
 
@@ -155,8 +158,9 @@ def check(feature: Feature, shape: Shape, device: str) -> Row:
     return {"ok": not differ and all(v["ok"] for v in verdicts.values()), "differ": differ, "results": verdicts}
 
 
-def check_packed(shape: Shape, device: str) -> Row:
-    """Packed sequences of many lengths, none among them: each equal to the bit to the same sequence alone."""
+def check_packed(shape: Shape, device: str, exactly: bool = True) -> Row:
+    """Packed sequences of many lengths, none among them: each equal to the bit to the same sequence alone, or unless
+    ``exactly``, where dQ is summed by atomics, as near as the type allows."""
     lengths = [0, shape.length // 2 + 1, shape.length, 1, shape.length // 3, 0]
     cu = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     total, tail, dtype = sum(lengths), 5, DTYPES[shape.dtype]
@@ -168,21 +172,26 @@ def check_packed(shape: Shape, device: str) -> Row:
     for x in (q, k, v):
         x.requires_grad_()
     out = fused_attn.attention_varlen(q, k, v, cu, cu, shape.length, shape.length, causal=True, backend=asked(device),
-                                      deterministic=True)
+                                      deterministic=exactly)
     grads = torch.autograd.grad(out, (q, k, v), dout)
     differ: list[str] = []
     at = 0
     for n in lengths:
         if n:
             own = tuple(x.detach()[at : at + n].transpose(0, 1)[None].requires_grad_() for x in (q, k, v))
-            alone = fused_attn.attention(own[0], own[1], own[2], causal=True, backend=asked(device), deterministic=True)
+            alone = fused_attn.attention(own[0], own[1], own[2], causal=True, backend=asked(device), deterministic=exactly)
             alone_grads = torch.autograd.grad(alone, own, dout[at : at + n].transpose(0, 1)[None])
             pairs = zip((out, *grads), (alone, *alone_grads), ("out", "dq", "dk", "dv"), strict=True)
             differ += [f"{name} at length {n}" for x, y, name in pairs
-                       if not torch.equal(x[at : at + n], y[0].transpose(0, 1))]
+                       if not _same(x[at : at + n], y[0].transpose(0, 1), 0.0 if exactly else LIMITS[shape.dtype][2])]
         at += n
     tails = [name for x, name in zip((out, *grads), ("out", "dq", "dk", "dv"), strict=True) if x[total:].any()]
     return {"ok": not differ and not tails, "differ": differ, "tails": tails}
+
+
+def _same(x: torch.Tensor, y: torch.Tensor, limit: float) -> bool:
+    x, y = x.detach().double(), y.detach().double()
+    return torch.equal(x, y) if not limit else float((x - y).norm()) <= limit * max(1.0, float(y.norm()))
 
 
 def shapes(smoke: bool) -> tuple[Shape, Shape]:

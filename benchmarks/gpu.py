@@ -9,28 +9,32 @@ layers       packed documents, rotary positions, cached decoding, layers: each a
 models       a GPT and a Llama in training and generation: the same
 timing       ours beside every peer present, the most informative cases first
 cold         first calls in fresh processes, with empty and with filled caches
+
+A process does the work and another one watches it: a case that hangs is ended after PATIENCE seconds, counted as failed, and
+gone past. Schedules that no card has run come last in their stages.
 """
 
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks import correctness, features, fresh, layers, models, packed, plots, report, roofline, steps
 from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
+from benchmarks.supervise import AGAIN, Note, supervise
+from benchmarks.work import Job, PoisonedError, Row, Rows, Run
 from fused_attn import files, settings
 from fused_attn.plan import proven
 from fused_attn.tools import options
@@ -38,116 +42,10 @@ from fused_attn.tools.bench import contest, peers
 from fused_attn.tools.bench.cases import Case
 from fused_attn.tools.bench.contest import Contest, Subject
 
-Row = dict[str, Any]
-
-# Most of the whole budget that a stage may take; the last one takes what is left.
-SHARES = {"compile": 0.25, "correctness": 0.16, "features": 0.1, "determinism": 0.04, "roofline": 0.02, "layers": 0.07,
-          "models": 0.05, "timing": 0.34, "cold": 1.0}
-REPORT_SECONDS = 15.0
 MAX_WORKERS = 16
 WORKER_GIB = 3.0  # memory of the card that a worker may need
 STALL_SECONDS = 60.0  # a worker that died never answers
-
-
-class PoisonedError(Exception):
-    """The CUDA context is lost, as after an illegal access: only a new process can go on."""
-
-
-class Job(NamedTuple):
-    """A case of a stage: its rows, one for each of ``passes``, as they are measured."""
-
-    name: str
-    rows: Callable[[], Iterable[Row]]
-    passes: tuple[str | None, ...] = (None,)
-
-
-class Rows:
-    """rows.jsonl: every result of every run, appended and flushed as it is made. Only rows of these conditions count."""
-
-    def __init__(self, path: Path, common: Row) -> None:
-        self.path, self.common = path, common
-        self.rows: list[Row] = []
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text and not text.endswith("\n"):  # a run was killed while it wrote
-            files.write(path, text + "\n")
-        for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if row["conditions"] == common["conditions"]:
-                    self.rows.append(row)
-
-    def add(self, row: Row) -> None:
-        row = _finite({**row, **self.common})
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def of(self, *stages: str) -> list[Row]:
-        """Rows of some stages; of a pass measured twice, the later one."""
-        return list({(r["stage"], r["case"], r.get("pass")): r for r in self.rows if r["stage"] in stages}.values())
-
-    def done(self, stage: str, job: Job) -> bool:
-        """Whether every pass of a job has its row, where the rows tell how many there are, or else of ``job.passes``."""
-        rows = [row for row in self.rows if (row["stage"], row["case"]) == (stage, job.name)]
-        passes = {row.get("pass") for row in rows}
-        return None in passes or passes >= set(job.passes).union(*(row.get("passes", ()) for row in rows))
-
-
-def _finite(x: Any) -> Any:
-    """``x`` as strict JSON can hold it."""
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_finite(value) for value in x]
-    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
-
-
-@dataclass
-class Run:
-    """One run of the command: where results go, and how much time is left."""
-
-    device: str
-    smoke: bool
-    deadline: float
-    conditions: Row
-    rows: Rows
-    budget: float
-    stages: dict[str, Row] = field(default_factory=dict)
-
-    def until(self, stage: str) -> float:
-        return min(self.deadline - REPORT_SECONDS, time.monotonic() + SHARES[stage] * self.budget)
-
-    def work(self, stage: str, jobs: list[Job]) -> None:
-        """Runs jobs one after another until the stage's time is up, and says how many that left."""
-        until, start, left = self.until(stage), time.monotonic(), list(jobs)
-        try:
-            while left and time.monotonic() < until:
-                if not self.rows.done(stage, left[0]):
-                    self.attempt(stage, left[0])
-                left.pop(0)
-        finally:
-            self.stages[stage] = {"seconds": round(time.monotonic() - start, 1), "truncated": len(left)}
-
-    def attempt(self, stage: str, job: Job) -> None:
-        """Adds the rows of a job; one that raises gets a row that says so."""
-        try:
-            for row in job.rows():
-                self.add(stage, job.name, row)
-        except correctness.Skipped as reason:
-            self.add(stage, job.name, {"ok": None, "skipped": str(reason)})
-        except torch.OutOfMemoryError as error:
-            self.add(stage, job.name, {"ok": None, "skipped": f"out of memory: {str(error)[:200]}"})
-        except Exception as error:
-            self.add(stage, job.name, {"ok": False, "error": f"{type(error).__name__}: {str(error)[:500]}"})
-        if self.device != "cpu":
-            try:
-                torch.cuda.synchronize()
-            except Exception as error:
-                raise PoisonedError(str(error)[:200]) from error
-
-    def add(self, stage: str, case: str, row: Row) -> None:
-        self.rows.add({"stage": stage, "case": case, **row})
-        print(report.line(self.rows.rows[-1]), flush=True)
+PATIENCE = 120.0  # seconds without a sign of life; compiling, checking or timing one case takes less
 
 
 def sizes(smoke: bool) -> layers.Sizes:
@@ -230,6 +128,7 @@ def compile_stage(run: Run) -> None:
             with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
                 while True:
                     done.append(results.next(min(STALL_SECONDS, max(0.0, until - time.monotonic()))))
+                    run.note.alive()
         del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
         yield {"tasks": len(tasks), "done": len(done), "workers": workers, "cpu_seconds": round(sum(d[1] for d in done), 1),
                "slowest": sorted(done, key=lambda d: -d[1])[:8], "errors": [d for d in done if d[2]]}
@@ -254,10 +153,10 @@ def _timed(make: Callable[[], Subject], run: Run) -> Callable[[], Iterable[Row]]
 
 def correctness_stage(run: Run) -> None:
     jobs = [Job(name, partial(_one, check, run.device)) for name, check in correctness.SPECIAL.items()]
+    jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
     if on_hopper():
         jobs += [Job(f"{name} on {hopper}", partial(_one, correctness.with_hopper(hopper, check), run.device))
                  for hopper in proven.offered() for name, check in _on_every_schedule(run.smoke).items()]
-    jobs += [Job(case.name, partial(_one, correctness.check, case, run.device)) for case in correctness_cases(run.smoke)]
     run.work("correctness", jobs)
 
 
@@ -275,7 +174,12 @@ def features_stage(run: Run) -> None:
     dtypes = ("bf16",) if run.smoke else ("bf16", "fp16", "fp32")
     jobs = [Job(f"{dtype} {feature.name}", partial(_one, features.check, feature, replace(shape, dtype=dtype), run.device))
             for dtype in dtypes for feature in features.FEATURES]
-    jobs.append(Job("bf16 packed sequences", partial(_one, features.check_packed, shape, run.device)))
+    jobs += [Job("bf16 packed sequences" + " by atomics" * (not exactly),
+                 partial(_one, features.check_packed, shape, run.device, exactly)) for exactly in (True, False)]
+    for dim in (24,) if run.smoke else features.ODD_HEAD_DIMS:
+        odd = replace(shape, head_dim=dim, head_dim_v=dim, length=33 if run.smoke else 333)
+        jobs += [Job(f"bf16 {feature.name} d{dim}", partial(_one, features.check, feature, odd, run.device))
+                 for feature in features.FEATURES if feature.name in features.HEAVY]
     run.work("features", jobs)
 
 
@@ -357,39 +261,58 @@ def main(arguments: list[str] | None = None) -> int:
                         help="directory of the results; rows there are kept")
     parser.add_argument("--stage", choices=STAGES, action="append", help="run this stage alone; may be given again")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU in Triton's interpreter; proves no speed")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # the process that is watched
     parser.add_argument("--commit", help="commit of the checkout, where git is not at hand")
     return options.run(parser, arguments, partial(measure, arguments))
 
 
 def measure(arguments: list[str] | None, asked: argparse.Namespace) -> int:
-    """The whole run; ``arguments`` are those of the command, for a process that goes on where this one cannot."""
+    """The whole run, by a worker; a smoke run has none. ``arguments`` are those of the command."""
+    if not asked.smoke and not torch.cuda.is_available():
+        raise options.BadInputError("torch finds no GPU here; --smoke runs tiny shapes on the CPU")
+    options.writable(*(asked.out / name for name in ("rows.jsonl", "summary.json", "correctness.json", "summary.md")),
+                     *plots.pictures(asked.out))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    note = Note(asked.out / "under-way.json")
+    if asked.worker or asked.smoke:
+        return _work(asked, note)
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def hung(step: Row) -> None:
+        row = {**step, "ok": False, "error": f"hung: no sign of life in {PATIENCE:g} s"}
+        with (asked.out / "rows.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(report.line(row), flush=True)
+
+    worker = [sys.executable, "-m", "benchmarks.gpu", *given, "--worker"]
+    status = supervise(lambda minutes: [*worker, "--minutes", f"{minutes:.2f}"], note, time.monotonic() + 60 * asked.minutes,
+                       PATIENCE, hung)
+    note.path.unlink(missing_ok=True)
+    return status
+
+
+def _work(asked: argparse.Namespace, note: Note) -> int:
+    """What a worker does."""
     deadline = time.monotonic() + 60 * asked.minutes
     if asked.smoke:
         os.environ["TRITON_INTERPRET"] = "1"
         settings.BACKEND = "triton"  # of layers and models too, whose calls name none
-    elif not torch.cuda.is_available():
-        raise options.BadInputError("torch finds no GPU here; --smoke runs tiny shapes on the CPU")
     device = "cpu" if asked.smoke else "cuda"
-    options.writable(*(asked.out / name for name in ("rows.jsonl", "summary.json", "correctness.json", "summary.md")),
-                     *plots.pictures(asked.out))
-    asked.out.mkdir(parents=True, exist_ok=True)
     found = conditions(device, asked.commit)
     print(json.dumps(found), flush=True)
     common = {"conditions": found["key"], "commit": found["commit"]} | ({"interpreter": True} if asked.smoke else {})
-    run = Run(device, asked.smoke, deadline, found, Rows(asked.out / "rows.jsonl", common), 60 * asked.minutes)
+    run = Run(device, asked.smoke, deadline, found, Rows(asked.out / "rows.jsonl", common), 60 * asked.minutes, note)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run cut short still writes its report
     try:
         for stage in asked.stage or STAGES:
             STAGES[stage](run)
     except PoisonedError as error:
         run.add("restart", f"restart {len(run.rows.of('restart')) + 1}", {"error": str(error)})
-        left = max(0.5, (deadline - time.monotonic()) / 60)
-        sys.stdout.flush()
-        again = [*(arguments or sys.argv[1:]), "--minutes", f"{left:.2f}"]
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *again])
+        return AGAIN
     except (SystemExit, KeyboardInterrupt):
         finish(run, asked.out)
         raise
+    note.alive()
     return finish(run, asked.out)
 
 

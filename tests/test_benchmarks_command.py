@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import correctness, features, gpu, models, packed, plots, report, steps
+from benchmarks import correctness, features, gpu, models, packed, plots, report, steps, work
 from benchmarks.cases import correctness_cases, timing_cases
+from benchmarks.supervise import AGAIN, Note
 from fused_attn import settings
 from fused_attn.tools.bench import peers
 
@@ -25,7 +26,8 @@ CONDITIONS = {"gpu": "SYNTHETIC", "interpreter": False, "torch": "2.11.0", "trit
 
 def a_run(path: Path, seconds: float = 100.0) -> gpu.Run:
     rows = gpu.Rows(path / "rows.jsonl", {"conditions": "here", "commit": "c"})
-    return gpu.Run("cpu", True, time.monotonic() + seconds + gpu.REPORT_SECONDS, CONDITIONS, rows, 100 * seconds)
+    return gpu.Run("cpu", True, time.monotonic() + seconds + work.REPORT_SECONDS, CONDITIONS, rows, 100 * seconds,
+                   Note(path / "under-way.json"))
 
 
 def test_rows_are_resumed(tmp_path):
@@ -100,9 +102,7 @@ def test_a_lost_context_is_seen_after_the_case_that_lost_it(tmp_path, monkeypatc
     assert run.stages["timing"]["truncated"] == 2
 
 
-def test_a_lost_context_starts_a_new_process(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(os, "execv", lambda *args: calls.append(args))
+def test_a_lost_context_asks_for_a_new_process(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(settings, "BACKEND", None)  # which a smoke run changes, for its process
 
@@ -110,12 +110,40 @@ def test_a_lost_context_starts_a_new_process(tmp_path, monkeypatch):
         raise gpu.PoisonedError("illegal memory access")
 
     monkeypatch.setitem(gpu.STAGES, "determinism", poisoned)
-    gpu.main(["--smoke", "--stage", "determinism", "--out", str(tmp_path), "--minutes", "3"])
-    (_, command), = calls
-    assert command[1:5] == ["-m", "benchmarks.gpu", "--smoke", "--stage"]
-    assert command[-2] == "--minutes"
-    assert 2.5 < float(command[-1]) <= 3
+    assert gpu.main(["--smoke", "--stage", "determinism", "--out", str(tmp_path), "--minutes", "3"]) == AGAIN
     assert json.loads((tmp_path / "rows.jsonl").read_text())["stage"] == "restart"
+
+
+def test_a_case_that_hung_failed_and_is_gone_past(tmp_path, monkeypatch):
+    """The command itself does no work: a worker does, whose arguments are its own."""
+    commands = []
+
+    def supervise(command, note, deadline, patience, hung):
+        commands.append(command(2.5))
+        hung({"stage": "correctness", "case": "bf16 planted", "conditions": "here", "commit": "c"})
+        return 1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "supervise", supervise)
+    assert gpu.main(["--out", str(tmp_path), "--stage", "correctness", "--minutes", "9"]) == 1
+    (command,) = commands
+    assert command[1:] == ["-m", "benchmarks.gpu", "--out", str(tmp_path), "--stage", "correctness", "--minutes", "9",
+                           "--worker", "--minutes", "2.50"]
+    run = a_run(tmp_path)
+    run.work("correctness", [gpu.Job("bf16 planted", lambda: pytest.fail("tried again"))])
+    assert gpu.finish(run, tmp_path) == 1
+    assert "hung" in json.loads((tmp_path / "summary.json").read_text())["rows"][0]["error"]
+
+
+def test_what_no_card_has_run_comes_last(monkeypatch):
+    from benchmarks import cases
+
+    monkeypatch.setattr(cases, "on_hopper", lambda: True)
+    for found in (correctness_cases(), timing_cases()):
+        asked = [subject.hopper != "auto" for subject in found]
+        first = asked.index(True)
+        assert first > len(asked) // 4
+        assert all(asked[first : first + sum(asked)])
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):

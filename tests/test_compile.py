@@ -37,13 +37,13 @@ MOST = [("sm_86", "128", "fp16"), *((target, dim, dtype) for target in ("sm_80",
 @pytest.mark.kernels
 @pytest.mark.parametrize(("target", "dim", "dtype"), [*SOME, *(pytest.param(*job, marks=pytest.mark.slow) for job in MOST)])
 def test_default_kernels_neither_spill_nor_miss_the_matrix_units(target, dim, dtype):
-    """--gate fails on more than a little local memory in main loops, over 128 bytes of spill, shared memory that does not fit,
+    """--gate fails on more than a little local memory in main loops, over 160 bytes of spill, shared memory that does not fit,
     wgmma that ptxas serialises, missing matrix instructions and over ten seconds of compilation."""
     rows = compiled("--target", target, "--head-dim", dim, "--dtype", dtype, "--causal")
     assert [row["kernel"] for row in rows] == ["forward", "delta", "dq", "dkv"]
     instruction = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}.get(target, "HMMA")
     for row in rows:
-        assert row["spill_bytes"] <= 128
+        assert row["spill_bytes"] <= 160
         assert row["local_in_loops"] <= 0.04 * sum(row["loop_instructions"])
         assert row["registers"] > 0
         if row["kernel"] != "delta":

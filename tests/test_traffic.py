@@ -135,3 +135,13 @@ def test_atomics_of_one_float_lie_side_by_side(target):
             print(moved.atomic_requests, moved.atomic_sectors)
     """)
     assert told.splitlines() == ["64 1024", "64 256"]
+
+
+@pytest.mark.slow
+def test_kernels_that_do_not_exist_move_nothing():
+    told = python("""if True:
+        from fused_attn.tools.compile import traffic
+        print(traffic.traffic("sm_90", "backward", 256, "bf16", True, hopper="gluon"),
+              traffic.traffic("sm_90", "dkv", 256, "bf16", True, feature="fused"))
+    """)
+    assert told == "[] []\n"

@@ -118,7 +118,7 @@ class Report:
         """The figures as JSON takes them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "code"}
 
-    def problems(self, max_spill: int = 128, max_local: float = 0.04, max_seconds: float = 10.0) -> list[str]:
+    def problems(self, max_spill: int = 160, max_local: float = 0.04, max_seconds: float = 10.0) -> list[str]:
         """What breaks the rules that default configurations are held to; empty if nothing does.
 
         A little local memory is a cost to weigh: wider tiles may save more of shared memory than it takes. ``max_local`` is the

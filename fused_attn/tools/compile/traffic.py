@@ -47,6 +47,8 @@ def traffic(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool
     for blocks in (2, 3, 4):
         made = launches(target, kernel, head_dim, dtype, causal, _HEADS, feature, head_dim_v or head_dim, config, hopper,
                         Sizes(1, _HEADS, 128, "cpu"))
+        if not made:  # no such kernel at this head dim
+            return []
         edge = max(max(launch.config.block_m, launch.config.block_n) for launch in made)
         made = launches(target, kernel, head_dim, dtype, causal, _HEADS, feature, head_dim_v or head_dim, config, hopper,
                         Sizes(1, _HEADS, blocks * edge, "cpu"))
