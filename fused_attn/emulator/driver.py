@@ -45,6 +45,10 @@ class Driver:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
+    def get_active_torch_device(self) -> torch.device:
+        """Where tensors lie."""
+        return torch.device("cpu")
+
     def get_device_properties(self, device: Any) -> dict[str, int]:
         return {"max_shared_mem": self.shared_limit, "max_num_regs": 65536, "multiprocessor_count": 1,
                 "warpSize": self.target.warp_size}

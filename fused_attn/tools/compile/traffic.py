@@ -55,7 +55,7 @@ def traffic(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool
         with emulated(target, _LATE) as results:
             for launch in made:
                 launching.run(launch)
-        totals.append([_total(result) for _, result in results])
+        totals.append([total_of(result) for _, result in results])
     found = []
     for launch, two, three, four in zip(made, *totals, strict=True):
         # blocks * blocks squares, or with a causal window blocks * (blocks - 1) / 2
@@ -66,7 +66,7 @@ def traffic(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool
     return found
 
 
-def _total(result: Any) -> Counter[str]:
+def total_of(result: Any) -> Counter[str]:
     """Of a launch, by the fields of Traffic."""
     total = Counter(dict.fromkeys((field.name for field in dataclasses.fields(Traffic)), 0))
     total["bytes_in_flight"] = result.bytes_in_flight
