@@ -224,7 +224,7 @@ def run(out: Path | None, static_profile: bool) -> int:
     for row in () if static_profile else rows:
         if found := problems(row):
             failures.append(f"{row['target']} {row['kernel']} {row['dtype']} D{row['head_dim']} causal={row['causal']} "
-                            f"{row['feature']} {row['schedule']}: " + "; ".join(found))
+                            f"{row['feature']} {row['hopper']}: " + "; ".join(found))
     if rows and out is not None:
         _keep(rows, out, static_profile)
     for failure in failures:
