@@ -161,9 +161,66 @@ def run(launch: Launch, compiled: Any = None) -> Any:
         return _launch(launch, device, compiled)
 
 
+_compiled: dict[Any, Any] = {}  # kernels that were compiled, by what Triton tells apart: ``_variant``
+_MOST_COMPILED = 1024  # past them all are forgotten, which costs a search each
+
+
+def _variant(launch: Launch, device: torch.device) -> Any:
+    """What launches that share a compiled kernel have in common, or None where only Triton can tell.
+
+    Numbers for which a kernel is not specialised, lengths among them, are no part of it. Tensors must be aligned, and tuples
+    hold nothing but integers, as those of plain calls do.
+    """
+    found: list[Any] = [launch.kernel, launch.config, device]
+    for argument, fixed in zip(launch.arguments, _specialised(launch.kernel), strict=False):
+        if isinstance(argument, torch.Tensor):
+            if argument.data_ptr() % 16:
+                return None
+            found.append(argument.dtype)
+        elif argument is None or isinstance(argument, Kind):
+            found.append(argument)
+        elif isinstance(argument, tuple):
+            if argument is not PLAIN and not _of_integers(argument):
+                return None
+            found.append(argument)
+        elif fixed or type(argument) not in (int, float) or (type(argument) is int and not -(2**31) <= argument < 2**31):
+            return None
+        else:
+            found.append(type(argument))
+    return tuple(found)
+
+
+def forget() -> None:
+    """Asks Triton for every kernel again."""
+    _compiled.clear()
+
+
+def _of_integers(x: Any) -> bool:
+    return type(x) is int or x is None or (isinstance(x, tuple) and all(_of_integers(y) for y in x))
+
+
+@functools.cache
+def _specialised(kernel: Any) -> tuple[bool, ...]:
+    """By parameter, whether another number makes Triton compile a kernel anew; what has a type of its own never does."""
+    return tuple(not (parameter.do_not_specialize or parameter.annotation) for parameter in kernel.params)
+
+
 def _launch(launch: Launch, device: torch.device, compiled: Any) -> Any:
     if compiled is not None:
         return _launch_again(launch, compiled)
+    variant = _variant(launch, device) if _kept_on(device) else None
+    if variant is not None and (compiled := _compiled.get(variant)) is not None:
+        return _launch_again(launch, compiled)
+    compiled = _launch_first(launch, device)
+    if variant is not None and compiled is not None:
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[variant] = compiled
+    return compiled
+
+
+def _launch_first(launch: Launch, device: torch.device) -> Any:
+    """The way through Triton, which compiles the kernel or finds what it has compiled."""
     if fences.lacking(arch_of(device), launch.config.descriptors):
         with fences.putting_in():
             compiled = _launch_as_it_is(launch._replace(config=fences.fenced(launch.config)), device)

@@ -100,11 +100,12 @@ def test_every_kernel_goes_this_way(worker):
 
 # --- kernels that are launched again ---
 
-REPEATED = [  # a call, and how many launches are made again: of its six turns the fourth and the last; the fifth is unaligned
-    (Launching(("causal",), "sm_80", asks="output", repeats=6), 2), (Launching(("causal",), "sm_80", repeats=6), 6),
-    (Launching(("causal",), "sm_90", "descriptors", shape=SEVERAL, asks="output", repeats=6), 2),
-    (Launching(("causal", "gqa"), "sm_90", "gluon", shape=SEVERAL, repeats=6), 8),
-    (Launching(shape=DECODE, asks="output", repeats=6), 4),
+REPEATED = [  # a call, and how many launches are made again: of six turns all but the first and the fifth, which is unaligned
+    (Launching(("causal",), "sm_80", asks="output", repeats=6), 4),
+    (Launching(("causal",), "sm_80", repeats=6), 17),  # delta's tensors are our own, aligned in every turn
+    (Launching(("causal",), "sm_90", "descriptors", shape=SEVERAL, asks="output", repeats=6), 4),
+    (Launching(("causal", "gqa"), "sm_90", "gluon", shape=SEVERAL, repeats=6), 12),
+    (Launching(shape=DECODE, asks="output", repeats=6), 9),
 ]
 
 
@@ -117,6 +118,32 @@ def test_compiled_kernels_are_launched_again(worker, launching, again):
     unaligned = worker(dataclasses.replace(launching, repeats=5))  # the same but for its last call
     assert told["again"] - unaligned["again"] > 0, "after an unaligned call aligned ones are launched again"
     assert len({launch["variant"] for launch in told["launches"]}) > 1 or launching.hopper != "pointers"
+
+
+# One more query's keys each time in a cache of one capacity, over a number of splits that grows, too.
+GROWING = [
+    (Launching(shape=Shape(1, 8, 2, 1, 3000, 64, 64), layout="capacity", asks="output", repeats=8, grows=7), 13),
+    (Launching(shape=Shape(1, 8, 2, 1, 3900, 64, 64), layout="capacity", asks="output", repeats=8, grows=100), 13),
+    (Launching(("causal",), shape=Shape(1, 2, 2, 40, 300, 64, 64), layout="capacity", asks="output", repeats=8, grows=1), 6),
+    (Launching(("window",), shape=Shape(1, 8, 2, 1, 3000, 64, 64), layout="capacity", asks="output", repeats=8, grows=7), 6),
+]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("launching", "again"), GROWING, ids=str)
+def test_a_new_length_launches_what_another_one_compiled(worker, launching, again):
+    """All but the first turn's launches and those of the turn whose tensors are not aligned."""
+    told = worker(launching)
+    assert told["verdict"] == "ok", told["verdict"]
+    assert told["again"] == again
+
+
+def test_strides_of_another_alignment_are_another_kernel(worker):
+    """Columns lie 300, 304, ... apart, and 16 divides some of these: what was compiled for them is not for the others."""
+    told = worker(Launching(shape=Shape(1, 2, 2, 64, 300, 64, 64), layout="columns", asks="output", repeats=6, grows=4))
+    assert told["verdict"] == "ok", told["verdict"]
+    assert told["again"] == 0
+    assert len({launch["variant"] for launch in told["launches"]}) > 1
 
 
 # --- faults that are planted ---
@@ -160,13 +187,14 @@ def decoding(lengths):
             for layout in ("bhnd", "cache") for shape in ((1, 8, 2), (2, 8, 2), (3, 8, 2), (1, 12, 4)) for n in lengths]
 
 
-ONE = {"forward_kernel": 1, "delta_kernel": 1, "dkv_kernel": 1}
+FUSED = {"forward_kernel": 1, "delta_kernel": 1, "dkv_kernel": 1}
+ONE = {**FUSED, "dq_kernel": 1}
 # What lengths, batches, heads and layouts make of kernels: Triton compiles anew where a stride or an address stops, or
 # starts, to be a multiple of 16, and for a stride of 1. Rows of D64 and D80 always are; rows of D72, and of a bias as long as
 # the keys, are when their number is; of a split's LSE, when batch times heads is.
 COUNTED = {
-    "D64": (sizes(64), ONE), "D64 sm_90": (sizes(64, target="sm_90"), ONE), "D80": (sizes(80), ONE),
-    "D72": (sizes(72, batches=(3,)), {"forward_kernel": 4, "delta_kernel": 6, "dkv_kernel": 6}),
+    "D64": (sizes(64), ONE), "D64 sm_90": (sizes(64, target="sm_90"), FUSED), "D80": (sizes(80), ONE),
+    "D72": (sizes(72, batches=(3,)), {"forward_kernel": 4, "delta_kernel": 6, "dq_kernel": 6, "dkv_kernel": 6}),
     "packed": (lambda lengths: [Launching(("packed",), shape=Shape(3, 2, 2, n, n, 64, 64)) for n in lengths], ONE),
     "key lengths": (sizes(64, ("key_lengths",), ("bnhd",)), ONE),
     "window": (sizes(64, ("window",), ("bnhd",)), ONE),

@@ -49,6 +49,7 @@ LAYOUTS = {
     "columns": lambda x: x.mT.contiguous().mT,
     "shifted": lambda x: torch.nn.functional.pad(x, (1, 1))[..., 1:-1],  # aligned to no more than an element
     "cache": lambda x: torch.nn.functional.pad(x, (0, 0, 0, 100))[:, :, : x.shape[2]],
+    "capacity": lambda x: torch.nn.functional.pad(x, (0, 0, 0, max(0, 8192 - x.shape[2])))[:, :, : x.shape[2]],
     "far batch": lambda x: _placed(x, 2**31 + 64, x.shape[2] * x.shape[3], x.shape[3], 1),
     "far heads": lambda x: _placed(x, 2**34, 2**32, x.shape[3], 1),
     "far rows": lambda x: _placed(x, 2**32, 2**31, 2**23, 1),
@@ -60,7 +61,7 @@ class Launching:
     """One call: features, target, schedule of sm_90, dtype, shape, layout of q, k and v; what it asks for; a planted fault.
 
     ``asks``: gradients, output (alone), weights, stats or rotary. ``repeats``: how often it is made, each time with other
-    tensors, the last but one of which begin where nothing is aligned.
+    tensors, the last but one of which begin where nothing is aligned. ``grows``: how many keys more each has.
     """
 
     features: tuple[str, ...] = ()
@@ -72,11 +73,12 @@ class Launching:
     asks: str = "gradients"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     repeats: int = 1
+    grows: int = 0
     tiles: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # planted: fields of TileConfig by kernel
     fault: str = ""  # of stub/watch.py's FAULTS; or "specialised": a forward that is compiled for every length
 
     def __str__(self) -> str:
-        more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "repeats", "tiles", "fault")
+        more = [str(getattr(self, name)) for name in ("layout", "asks", "arguments", "repeats", "grows", "tiles", "fault")
                 if getattr(self, name) != getattr(Launching(), name)]
         shape = "" if self.shape == Shape() else f"{self.shape.n_queries}x{self.shape.n_keys} D{self.shape.dim}"
         return " ".join(filter(None, (self.target, self.hopper, self.dtype, "+".join(self.features) or "plain", shape, *more)))
@@ -114,6 +116,7 @@ class Launching:
 
         card().become(self.target)
         plans.forget()
+        launch.forget()
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             stack.enter_context(settings.emulating(self.target))
@@ -131,20 +134,21 @@ class Launching:
                 stack.callback(safer.forget)
             try:
                 for turn in range(self.repeats):
-                    self._make(self._drawn(unaligned=turn == self.repeats - 2))
+                    self._make(self._drawn(turn))
                 verdict = "; ".join(watch.problems[:3]) or "ok"
             except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 verdict = f"{type(error).__name__}: {str(error)[:600]}"
         return {"verdict": verdict, "launches": watch.launches, "again": watch.again,
                 "warned": [str(x.message) for x in warned], "seconds": round(time.perf_counter() - start, 2)}
 
-    def _drawn(self, unaligned: bool) -> Inputs:
-        inputs = Call(self.features, self.shape).draw(DTYPES[self.dtype])
+    def _drawn(self, turn: int) -> Inputs:
+        shape = dataclasses.replace(self.shape, n_keys=self.shape.n_keys + turn * self.grows)
+        inputs = Call(self.features, shape).draw(DTYPES[self.dtype])
         inputs.leaves |= {name: LAYOUTS[self.layout](inputs.leaves[name]) for name in "qkv"}
         inputs.extra = dict(self.arguments)
         if self.dtype.startswith("tf32"):
             inputs.extra["fp32_precision"] = self.dtype
-        if unaligned:
+        if turn == self.repeats - 2:
             for name in "qkv":
                 x = inputs.leaves[name]
                 inputs.leaves[name] = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
