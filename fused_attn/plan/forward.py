@@ -95,6 +95,32 @@ def splits(problem: Problem) -> Forward:
     return out, lse, None
 
 
+def against_decode(problem: Problem) -> tuple[str, ...]:
+    """Reasons not to give the one query of each head a tile of few rows."""
+    if problem.q.shape[2] != 1 or problem.packed:
+        return ("it is of one query a head, in a dense batch",)
+    if problem.residual or problem.others.score_weight is not None:
+        return ("precise and additive attention have tiles of their own",)
+    return ()
+
+
+def decode(problem: Problem) -> Forward:
+    """For one query over few keys: a group's heads are the rows of one tile where nothing tells them apart, so that keys are
+    read once for all of them."""
+    q, k, v, call, sinks = problem.q, problem.k, problem.v, problem.call, problem.others.sinks
+    out, lse = problem.outputs()
+    rows, outs = q, out
+    if sinks is None and _groups_into_rows(problem, call):
+        rows, outs = (x[:, :, 0].unflatten(1, (k.shape[1], -1)) for x in (q, out))
+        call = call._replace(n_queries=rows.shape[2], left=None, right=None)
+    if out.numel():
+        config = problem._replace(call=call).config("splits")
+        tiles, listing = list_launch(call, rows, k, config, keys_first=False)
+        yield from listing
+        yield forward_launch(rows, k, v, outs, lse, sinks, tiles, call, config=config)
+    return out, lse, None
+
+
 def _groups_into_rows(problem: Problem, call: Call) -> bool:
     """Whether the query heads of a group may be rows of one tile: they have one query each, nothing tells heads apart, and
     the window keeps every key."""

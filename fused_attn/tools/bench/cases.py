@@ -161,7 +161,8 @@ class Case:
         rows = ((self.n_queries * self.head_dim) % 16, (self.n_keys * self.head_dim) % 16, (self.n_keys * self.head_dim_v) % 16)
         mod = (self.softcap, self.scale is not None and self.scale <= 0)
         return (self.dtype, self.head_dim, self.head_dim_v, self.heads // self.kv_heads, left is None, right is None, mod,
-                self.layout, rows, self.deterministic, self._shared and self.n_queries, self.hopper)
+                self.layout, rows, self.deterministic, self.n_queries if self._shared or self.n_queries == 1 else 0,
+                self.hopper)
 
     @property
     def _shared(self) -> bool:
