@@ -34,7 +34,7 @@ from benchmarks import correctness, features, fresh, layers, models, packed, plo
 from benchmarks.cases import correctness_cases, determinism_cases, on_hopper, timing_cases
 from benchmarks.conditions import clocks, conditions
 from benchmarks.supervise import AGAIN, Note, supervise
-from benchmarks.work import Job, PoisonedError, Row, Rows, Run
+from benchmarks.work import Job, PoisonedError, Row, Rows, Run, append
 from fused_attn import files, settings
 from fused_attn.plan import proven
 from fused_attn.tools import options
@@ -280,8 +280,7 @@ def measure(arguments: list[str] | None, asked: argparse.Namespace) -> int:
 
     def hung(step: Row) -> None:
         row = {**step, "ok": False, "error": f"hung: no sign of life in {PATIENCE:g} s"}
-        with (asked.out / "rows.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(asked.out / "rows.jsonl", row)
         print(report.line(row), flush=True)
 
     worker = [sys.executable, "-m", "benchmarks.gpu", *given, "--worker"]

@@ -35,6 +35,12 @@ class Job(NamedTuple):
     passes: tuple[str | None, ...] = (None,)
 
 
+def append(path: Path, row: Row) -> None:
+    """Adds a row to a file of rows."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 class Rows:
     """rows.jsonl: every result of every run, appended and flushed as it is made. Only rows of these conditions count."""
 
@@ -53,8 +59,7 @@ class Rows:
     def add(self, row: Row) -> None:
         row = _finite({**row, **self.common})
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.path, row)
 
     def of(self, *stages: str) -> list[Row]:
         """Rows of some stages; of a pass measured twice, the later one."""

@@ -37,7 +37,7 @@ def test_results_are_written_in_one_place(folder):
     """By the source: what a link, or a run that is cut short, would make of other ways to write is left to ``files``."""
     ways = re.compile(r"write_text|write_bytes|savefig\(|\.open\(\"[wax]|[^.]open\([^)]*\"[wax]b?\"|torch\.save\(")
     known = ("savefig(buffer,", "savefig(picture,", "torch.save(state, content)", "torch.save({\"config\":", "os.devnull",
-             "/proc/self/clear_refs", "self.path.open(\"a\"", "open(fresh, \"xb\"")
+             "/proc/self/clear_refs", "with path.open(\"a\"", "open(fresh, \"xb\"")
     for file in sorted((Path(__file__).parents[1] / folder).glob("**/*.py")):
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if ways.search(line)]
         assert [line for line in found if not any(text in line for text in known)] == [], file

@@ -98,7 +98,7 @@ def test_the_environment_asks_for_determinism():
 
 def test_targets_without_tiles_keep_to_two_kernels():
     assert choose_fused(128, 128, torch.bfloat16, "sm_80") == choose_fused(96, 80, torch.float16, "sm_80") is not None
-    for others in ((128, 64, torch.bfloat16, "sm_90"), (64, 64, torch.float32, "sm_90"), (64, 64, torch.bfloat16, "gfx1100")):
+    for others in ((160, 64, torch.bfloat16, "sm_90"), (64, 64, torch.float32, "sm_90"), (64, 64, torch.bfloat16, "gfx1100")):
         assert choose_fused(*others) is None
 
 

@@ -359,6 +359,8 @@ def test_launch_on_the_tensors_device(monkeypatch, device, current, entered, fai
     monkeypatch.setattr(launch, "arch_of", lambda device: "sm_80")
 
     class Kernel:
+        params = ()
+
         def __getitem__(self, grid):
             return lambda *args, **options: seen.append((grid, accelerator.current, args, options)) or 1 / (not fails)
 

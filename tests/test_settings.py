@@ -331,7 +331,7 @@ def test_switches_are_on_or_off(value):
 ])
 def test_what_means_nothing_is_an_error(name, value, expected, monkeypatch):
     monkeypatch.setenv(f"FUSED_ATTN_{name}", value)
-    choices = {"BACKEND": settings.BACKENDS, "HOPPER": settings.HOPPER_SCHEDULES}
+    choices = {"BACKEND": settings.BACKENDS, "HOPPER": settings.HOPPER_CHOICES}
     with pytest.raises(ValueError, match=f"^FUSED_ATTN_{name}: expected {expected}.*; got {value!r}"):
         settings._choice(f"FUSED_ATTN_{name}", choices[name]) if name in choices else settings._flag(f"FUSED_ATTN_{name}")
 

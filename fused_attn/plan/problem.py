@@ -27,7 +27,8 @@ class Problem(NamedTuple):
     """A call, and the ``device`` and ``arch`` that it is for: tensors without storage may stand for those of any card.
 
     ``call`` and ``roles`` are what ``lower`` makes of it; ``tiles``: configurations by kernel, in place of the tables' own, and
-    None for a schedule that is not to be used. ``split``: how many keys a split of decoding has at least.
+    None for a schedule that is not to be used. ``split``: how many keys a split of decoding has at least,
+    None for as many as the tables say.
     """
 
     q: torch.Tensor
@@ -40,7 +41,7 @@ class Problem(NamedTuple):
     call: Call
     roles: tuple[tuple[int, int] | None, ...]
     tiles: safer.Tiles
-    split: int
+    split: int | None
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, others: OtherTensors,

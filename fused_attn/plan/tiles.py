@@ -246,15 +246,15 @@ SPLIT = 256  # least number of keys in a split, where a card's own timing says n
 SPLIT_A_ROW = 8  # and for each row of queries, so that what splits write and read again stays below a quarter
 
 
-def n_splits(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int, least: int = SPLIT) -> int:
+def n_splits(n_queries: int, n_keys: int, longest_q: int, longest_k: int, group: int, least: int | None = None) -> int:
     """How many splits the keys are cut into: by lengths alone, so that a batch entry's result is the same in any batch.
 
     ``n_queries`` and ``n_keys`` are those of the tensors, ``longest_q`` and ``longest_k`` of the longest sequence in them;
-    ``least``: of the keys in a split, a power of two.
+    ``least``: of the keys in a split, a power of two, in place of SPLIT.
     """
     if longest_q > FEW_QUERIES or longest_k < MANY_KEYS:
         return 1
-    split = max(least, 1 << (-(-longest_k // MAX_SPLITS) - 1).bit_length())
+    split = max(least or SPLIT, 1 << (-(-longest_k // MAX_SPLITS) - 1).bit_length())
     return max(1, min(-(-longest_k // split), n_keys // (SPLIT_A_ROW * max(1, n_queries) * group)))
 
 

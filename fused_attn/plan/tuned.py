@@ -20,7 +20,7 @@ import torch
 
 from fused_attn import files, settings
 from fused_attn.call.spec import TileConfig
-from fused_attn.plan.tiles import SPLIT, Kernel, choose, choose_fused, served
+from fused_attn.plan.tiles import Kernel, choose, choose_fused, served
 from fused_attn.targets import arch_of, target_of, triton_name
 
 FORMAT = 1
@@ -46,7 +46,7 @@ class Record(NamedTuple):
 
     tiles: Found
     schedules: Chosen
-    split: int = SPLIT
+    split: int | None = None
 
 
 def gpu_name(device: torch.device) -> str:
@@ -87,9 +87,9 @@ def schedule(which: Pass, q: torch.Tensor, v: torch.Tensor, device: torch.device
     return found.get((which, served_as(which, q.shape[3], v.shape[3], arch_of(device))))
 
 
-def split(device: torch.device) -> int:
-    """How many keys a split of decoding has at least on a device."""
-    return SPLIT if device.type == "meta" else _record(device).split
+def split(device: torch.device) -> int | None:
+    """How many keys a split of decoding has at least on a device, if it was timed."""
+    return None if device.type == "meta" else _record(device).split
 
 
 def served_as(which: Pass, head_dim: int, head_dim_v: int, arch: str) -> int:
@@ -214,10 +214,11 @@ def chosen(file: Path, content: dict[str, Any]) -> Chosen:
     return found
 
 
-def _split(file: Path, content: dict[str, Any]) -> int:
+def _split(file: Path, content: dict[str, Any]) -> int | None:
+    if "split" not in content:
+        return None
     try:
-        given = content.get("split", {"keys": SPLIT})
-        keys: int = _one_of("keys", given["keys"], SPLITS)
+        keys: int = _one_of("keys", content["split"]["keys"], SPLITS)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a split as `fused-attn tune` writes it; got {error!r:.200}") from None
     return keys
