@@ -34,10 +34,10 @@ def _nothing(*_: Any) -> tuple[str, ...]:
 
 FORWARD = (
     Schedule("splits", forward.against_splits, forward.splits),
-    Schedule("decode", forward.against_decode, forward.decode),
     Schedule("gluon", partial(hopper.against, "gluon", "forward"), hopper.gluon_forward, True),
     Schedule("specialized", partial(hopper.against, "specialized", "forward"), forward.specialized, True),
     Schedule("descriptors", partial(hopper.against, "descriptors", "forward"), forward.descriptors, True),
+    Schedule("decode", forward.against_decode, forward.decode),
     Schedule("pointers", _nothing, forward.pointers),
 )
 BACKWARD = (
