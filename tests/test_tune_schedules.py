@@ -157,6 +157,7 @@ def test_calls_run_the_schedule_of_the_file(use):
     ({"schedules": [{"pass": "backward", "head_dim": "16", "schedule": "fused"}]}, "head_dim"),
     ({"schedules": [{"pass": "backward", "head_dim": 2**40, "schedule": "fused"}]}, "head_dim"),
     ({"schedules": [{"pass": ["backward"], "head_dim": 16}]}, "expected schedules"), ({"schedules": [7]}, "expected schedules"),
+    ({"schedules": None}, "expected schedules"), ({"schedules": 7}, "expected schedules"), ({"schedules": {}}, "schedules"),
     ({"split": {"keys": 0}}, "keys: expected one of 128, 256"), ({"split": {"keys": "256"}}, "keys: expected"),
     ({"split": {"keys": 256.0}}, "keys: expected"), ({"split": 256}, "expected a split"), ({"split": {}}, "expected a split")])
 def test_a_file_is_not_trusted(use, content, said):

@@ -176,10 +176,11 @@ def served(kernel: str, head_dim: int, head_dim_v: int, arch: str) -> int:
     return next((width for width in sorted(widths) if widest <= width), widest)
 
 
+_Single = functools.partial(T, single_atomics=True)  # before sm_90, atomics take one float a lane
+
 # One kernel for dK, dV and, by atomics, dQ of plain attention in fp16 and bf16; targets and widths not listed have two kernels,
 # and so have those of None: a second block of 16 or 32 columns breaks ptxas there. _SEPARATE_FIRST: where two kernels come
 # first all the same, until a card's own timing says otherwise, since shared memory binds the one, or it spills.
-_Single = functools.partial(T, single_atomics=True)  # before sm_90, atomics take one float a lane
 _FUSED: dict[str, dict[int, T | None]] = {
     "sm_80": {32: _Single(32, 128, 4, 2), 64: _Single(64, 64, 4, 2),
               128: _Single(64, 64, 8, 2, disable_licm=True), 160: None,

@@ -199,7 +199,10 @@ def tiles(file: Path, content: dict[str, Any]) -> Found:
 def chosen(file: Path, content: dict[str, Any]) -> Chosen:
     """The schedules of a file that was read. Raises ValueError for one that tune would not time on this card."""
     found: Chosen = {}
-    for i, row in enumerate(content.get("schedules", ())):
+    rows = content.get("schedules", [])
+    if not isinstance(rows, list):
+        raise ValueError(f"{file}: expected schedules as `fused-attn tune` writes them; got {rows!r:.80}")
+    for i, row in enumerate(rows):
         try:
             which = _one_of("pass", row["pass"], tuple(SCHEDULES))
             name = _one_of("schedule", row["schedule"], SCHEDULES[which])
