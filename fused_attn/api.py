@@ -32,6 +32,9 @@ def run(call: Described, return_lse: bool, backend: str | None, strict: bool | N
     chosen = backends.choose(call, return_lse, backend, strict)
     if chosen == "torch":
         return by_torch.torch_attention(*call), None
+    if chosen == "blocked":
+        drawn = ops.seeded(call) if backend == "blocked" else ops.drawn(call)
+        return autograd.attention(*drawn._replace(spec=drawn.spec._replace(blocked=True, with_lse=return_lse)))
     call = ops.seeded(call)
     if chosen == "triton":
         if key is not None:

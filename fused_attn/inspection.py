@@ -32,7 +32,7 @@ def _described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, argumen
 
 
 def _runs_kernels(call: Described, backend: str | None, strict: bool | None, quadratic: bool) -> bool:
-    preset = "reference" if settings.BACKEND == "torch" else settings.BACKEND  # torch has no weights to show
+    preset = "reference" if settings.BACKEND in ("torch", "blocked") else settings.BACKEND  # which have no weights to show
     asked = preset if backend is None else backend
     if asked not in (None, "triton", "reference"):
         raise ValueError(f"backend: expected 'triton', 'reference' or None; got {asked!r}")

@@ -148,24 +148,29 @@ def _arguments(member: Member, operands: Any, scores: torch.Tensor, raw: bool = 
 
 
 def dropout_mask(seed: torch.Tensor, p: float, shape: torch.Size, first_batch: int = 0) -> torch.Tensor:
-    """Bool [B, H, Nq, Nk]: which weights stay; the mask that the kernels draw (kernels/dropout.py), by Philox 4x32-7."""
+    """Bool [B, H, Nq, Nk]: which weights stay; the mask that the kernels draw (kernels/dropout.py)."""
     batch, heads, n_queries, n_keys = (torch.arange(n, device=seed.device) for n in shape)
+    numbers = batch[:, None, None, None] + first_batch
+    words = philox(seed, n_queries[:, None], n_keys[None, ::4] // 4, heads[:, None, None], numbers)
+    return words[..., : shape[3]] >= min(round(p * 2**32), 2**32 - 1)
+
+
+def philox(seed: torch.Tensor, *counter: torch.Tensor) -> torch.Tensor:
+    """The four 32-bit words of each counter, side by side in the last dimension, by Philox 4x32-7; four tensors that broadcast
+    make the counters."""
     low = 2**32 - 1
 
     def product(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """High and low word of a 32-bit product; 64 signed bits do not hold it whole."""
         return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16, a * b & low
 
-    counters = torch.broadcast_tensors(n_queries[:, None], n_keys[None, ::4] // 4, heads[:, None, None],
-                                       batch[:, None, None, None] + first_batch)
-    c0, c1, c2, c3 = counters
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = seed & low, seed >> 32 & low
     for _ in range(7):
         (high0, low0), (high2, low2) = product(0xD2511F53, c0), product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    words = torch.stack((c0, c1, c2, c3), -1).flatten(-2)[..., : shape[3]]
-    return words >= min(round(p * 2**32), low)
+    return torch.stack((c0, c1, c2, c3), -1).flatten(-2)
 
 
 def _of_sequence(operand: torch.Tensor, batch: int, longest_q: int, n_queries: int, n_keys: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 from fused_attn import torch_private
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "torch", "blocked", "reference")
 HOPPER_SCHEDULES = ("pointers", "descriptors", "specialized", "gluon")
 HOPPER_CHOICES = ("auto", *HOPPER_SCHEDULES)
 

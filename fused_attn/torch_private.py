@@ -3,6 +3,7 @@
 The replacement is public and slower, or gives the careful answer: that a transform, mode or profiler is there.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,6 +29,9 @@ def _private(path: str, instead: Any) -> Any:
 
 # torch's own function, whatever stands in torch.nn.functional when it is called, or has stood there since before this import.
 sdpa: Callable[..., torch.Tensor] = _private("_C._nn.scaled_dot_product_attention", F.scaled_dot_product_attention)
+# torch's fused CPU kernel, (q, k, v, attn_mask=, scale=) -> (out, lse [B, H, Nq]), and its backward; heads must be alike.
+flash_cpu: Callable[..., Any] | None = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu", None)
+flash_cpu_backward: Callable[..., Any] | None = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", None)
 # Raises where a condition fails, and tells a compiler that it holds for a size that the compiler does not know yet.
 check: Callable[..., None] = _private("_check", lambda condition, message: None)
 # (query, key, value, key_padding_mask, attn_mask, num_heads) -> whether there is a batch; raises torch's own errors.
@@ -55,6 +59,11 @@ _function_modes: Callable[[], list[Any]] = _private("overrides._get_current_func
 current_trace: Callable[[], Any] = _private("_guards.TracingContext.try_get", lambda: torch)
 
 
+# What of torch's dispatch is left out and put in, in this thread, and a context that sets both.
+_excluded_keys: Callable[[], Any] = _private("_C._dispatch_tls_local_exclude_set", None)
+_included_keys: Callable[[], Any] = _private("_C._dispatch_tls_local_include_set", None)
+_force_keys: Callable[[Any, Any], Any] | None = _private("_C._ForceDispatchKeyGuard", None)
+
 _DispatchMode: Any = _private("utils._python_dispatch.TorchDispatchMode", None)
 
 
@@ -76,6 +85,22 @@ def observed(function: Callable[[], _R]) -> tuple[_R, bool]:
 
     with Observer():
         return function(), bool(computed)
+
+
+def recording() -> contextlib.AbstractContextManager[Any]:
+    """A context in which autograd records, also within an op, below autograd. Raises where torch has no way back up."""
+    recorder = contextlib.ExitStack()
+    recorder.enter_context(torch.enable_grad())
+    if not (torch.zeros((), requires_grad=True) * 1).requires_grad:
+        if _force_keys is None:
+            raise RuntimeError("fused_attn: this torch cannot differentiate score functions within an op; call them without "
+                               "torch.compile")
+        excluded = _excluded_keys()
+        for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+            if hasattr(torch._C.DispatchKey, key):
+                excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+        recorder.enter_context(_force_keys(_included_keys(), excluded))
+    return recorder
 
 
 def forward_mode() -> bool:

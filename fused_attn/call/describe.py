@@ -349,7 +349,7 @@ def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torc
         else:
             # Where a compiler has an int vary, operator.index has it take the value that it has.
             kinds.append(repr(operator.index(arg)) if isinstance(arg, numbers.Integral) else repr(float(arg)))
-    return Member(bound.mod.code, tuple(kinds), bound.mod.reference)
+    return Member(bound.mod.code, tuple(kinds), bound.mod.plain)
 
 
 def _broadcasts(size: int, full: int) -> bool:

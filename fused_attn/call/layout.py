@@ -58,6 +58,8 @@ def as_rows(x: torch.Tensor, q: torch.Tensor, packed: bool) -> torch.Tensor:
 
 def lse_like(q: torch.Tensor, spec: AttentionSpec, packed: bool) -> torch.Tensor:
     """The empty LSE of a call, as ``rows_like`` or, where a mod may give scores of any size, two of these: LSE and its rest."""
+    if spec.blocked:
+        return q.new_empty(q.shape[:3], dtype=accumulates(q))
     return rows_like(q, packed, 2) if spec.score_mods else rows_like(q, packed)
 
 
@@ -78,7 +80,7 @@ def keeps_residual(spec: AttentionSpec, others: OtherTensors) -> bool:
     Additive scores always need it: their dQ sums dS with factors of one sign, 1 - tanh^2, so an error of delta, which is
     the same for all keys, adds up there as it does under a large mean of K.
     """
-    return (spec.precise or others.score_weight is not None) and spec.dropout_p == 0
+    return (spec.precise or others.score_weight is not None) and spec.dropout_p == 0 and not spec.blocked
 
 
 def check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -66,7 +66,22 @@ class Code:
         return self
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The plain PyTorch reference of a mod. Through op schemas it travels as its ``key``, like a ``Code``."""
+
+    key: str
+    function: Callable[..., torch.Tensor] = dataclasses.field(compare=False)
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        return self.function(*arguments)
+
+    def __deepcopy__(self, memo: Any) -> "Plain":
+        return self
+
+
 _ALIVE: "weakref.WeakValueDictionary[str, Code]" = weakref.WeakValueDictionary()
+_PLAIN: "weakref.WeakValueDictionary[str, Plain]" = weakref.WeakValueDictionary()
 
 
 def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_batch: bool, by_head: bool) -> Code:
@@ -77,6 +92,15 @@ def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_
     digest = hashlib.sha256("|".join((*texts, str(by_batch), str(by_head))).encode()).hexdigest()
     code = Code(f"{name}_{digest[:16]}", name, function, slope, tuple(arg_slopes), by_batch, by_head)
     return _ALIVE.setdefault(code.key, code)
+
+
+def _plain(reference: Callable[..., torch.Tensor] | None, alone: bool) -> Plain | None:
+    """``alone``: the mod has nothing else, and so its Code identifies it."""
+    if reference is None:
+        return None
+    text = uuid.uuid4().hex if alone else _content(reference, [])
+    plain = Plain(hashlib.sha256(text.encode()).hexdigest()[:16], reference)
+    return _PLAIN.setdefault(plain.key, plain)
 
 
 def _content(x: Any, within: list[Any]) -> str:
@@ -109,13 +133,14 @@ def _content(x: Any, within: list[Any]) -> str:
 
 
 @functools.lru_cache(1024)
-def named(key: str) -> Code:
-    """The code of a key. A graph knows a mod by its key alone, so the codes asked for most recently are kept alive."""
-    code = _ALIVE.get(key)
-    if code is None:
+def named(key: str, plain: str) -> tuple[Code, Plain | None]:
+    """The code of a key, and the plain reference of another one, if any. A graph knows a mod by its keys alone, so those asked
+    for most recently are kept alive."""
+    code, reference = _ALIVE.get(key), _PLAIN.get(plain)
+    if code is None or (plain and reference is None):
         raise LookupError(f"{key}: no ScoreMod or MaskMod of this code is alive; a program that was exported, or a graph that "
                           "outlived its mod, needs it made again, of the same functions, and kept")
-    return code
+    return code, reference
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +154,7 @@ class ScoreMod:
             score is; the number 1.0 for a sum; None if gradients of q and k are never wanted. A function that returns a
             bare number returns it in fp32: with fp64 calls in mind write ``score * 0 + number``.
         arg_slopes: for each argument None or a jit function with ``slope``'s parameters -> d modded / d argument.
-        reference: the plain PyTorch reference of ``function``, same parameters, for the reference backend.
+        reference: the plain PyTorch reference of ``function``, same parameters, for the backends in plain PyTorch.
 
     Calling it with arguments binds them: ``attention(..., score_mod=mod(slopes))``.
     """
@@ -140,10 +165,12 @@ class ScoreMod:
     arg_slopes: tuple[Any, ...] = ()
     reference: Reference | None = None
     code: Code = dataclasses.field(init=False, repr=False)
+    plain: Plain | None = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         code = _code(self.name, self.function, self.slope, self.arg_slopes, False, False)
         object.__setattr__(self, "code", code)
+        object.__setattr__(self, "plain", _plain(self.reference, self.function is None))
 
     def __call__(self, *args: Any) -> Bound:
         return Bound(self, args)
@@ -156,7 +183,7 @@ class MaskMod:
     Args:
         name: a word to know it by in messages.
         function: a ``@triton.jit`` function (q_pos, k_idx, head, batch, args) -> bool.
-        reference: its plain PyTorch reference, for the reference backend.
+        reference: its plain PyTorch reference, for the backends in plain PyTorch.
         by_batch, by_head: whether it differs from batch entry to batch entry, or from head to head, other than through
             its arguments; where it does not, one list of tiles serves all.
 
@@ -169,10 +196,12 @@ class MaskMod:
     by_batch: bool = False
     by_head: bool = False
     code: Code = dataclasses.field(init=False, repr=False)
+    plain: Plain | None = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         code = _code(self.name, self.function, None, (), self.by_batch, self.by_head)
         object.__setattr__(self, "code", code)
+        object.__setattr__(self, "plain", _plain(self.reference, self.function is None))
 
     def __call__(self, *args: Any) -> Bound:
         return Bound(self, args)
@@ -203,9 +232,14 @@ def _is_ancestor(args: tuple[Any, ...]) -> torch.Tensor:
     return inside
 
 
+def _distance(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (q - k).abs().to(dtype)  # converted before anything broadcasts
+
+
 BIAS = ScoreMod("bias", reference=lambda s, q, k, h, b, args: s + args[0])
-ALIBI = ScoreMod("alibi", reference=lambda s, q, k, h, b, args: s - args[0] * (q - k).abs())
-KERPLE = ScoreMod("kerple", reference=lambda s, q, k, h, b, args: s - args[0] * torch.log1p(args[1] * (q - k).abs()))
+ALIBI = ScoreMod("alibi", reference=lambda s, q, k, h, b, args: s - args[0] * _distance(q, k, s.dtype))
+KERPLE = ScoreMod("kerple", reference=lambda s, q, k, h, b, args: (
+    s - args[0] * torch.log1p(args[1] * _distance(q, k, s.dtype))))
 SOFT_TREE = ScoreMod("soft_tree", reference=lambda s, q, k, h, b, args: s - (~_is_ancestor(args)).to(s.dtype) * args[3])
 MASK = MaskMod("mask", reference=lambda q, k, h, b, args: args[0] != 0)
 HIDE = MaskMod("hide", reference=lambda q, k, h, b, args: args[0] == 0)  # a mask that is True where a pair must not attend
@@ -218,6 +252,7 @@ TREE = MaskMod("tree", reference=lambda q, k, h, b, args: _is_ancestor(args))
 # The kernels know them by name.
 for _mod in (BIAS, ALIBI, KERPLE, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, DILATED_WINDOW, TREE):
     object.__setattr__(_mod, "code", _ALIVE.setdefault(_mod.name, Code(_mod.name, _mod.name)))
+    object.__setattr__(_mod, "plain", _PLAIN.setdefault(_mod.name, Plain(_mod.name, _mod.reference)))  # type: ignore[arg-type]
 
 
 def _per_token(name: str, x: Any) -> torch.Tensor:

@@ -90,12 +90,18 @@ def _field(name: str, hint: Any) -> _Field:
 
 
 def _text(members: tuple[Member, ...]) -> str:
-    return ";".join(f"{x.code.key}:{','.join(x.args)}" for x in members) if members else ""
+    keys = (f"{x.code.key}~{x.reference.key if x.reference else ''}" for x in members)
+    return ";".join(f"{key}:{','.join(x.args)}" for key, x in zip(keys, members, strict=True)) if members else ""
 
 
 def _members(text: str) -> tuple[Member, ...]:
-    return tuple(Member(mods.named(key), tuple(args.split(",")) if args else ())
-                 for key, _, args in (part.partition(":") for part in text.split(";") if part))
+    members = []
+    for part in text.split(";") if text else ():
+        keys, _, args = part.partition(":")
+        code, _, plain = keys.partition("~")
+        found, reference = mods.named(code, plain)
+        members.append(Member(found, tuple(args.split(",")) if args else (), reference))
+    return tuple(members)
 
 
 class Signature:

@@ -15,7 +15,7 @@ class Window(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A score mod or mask mod of a call: its ``mods.Code``, what its arguments are, in order, and its plain PyTorch reference.
+    """A score mod or mask mod of a call: its ``mods.Code``, what its arguments are, in order, and its ``mods.Plain``, or None.
 
     An argument is ``TENSOR`` or ``RELATIVE`` (the next of the call's operands) or the text of a number. Whatever holds a
     member keeps its functions alive.
@@ -43,7 +43,8 @@ class AttentionSpec(NamedTuple):
     ones are aligned. ``softcap`` is the cap of ``cap * tanh(score / cap)``, or None. ``score_mods`` act in their order, after
     the softcap; a pair attends where every one of ``mask_mods`` keeps it. ``fp32_precision`` None follows torch. ``longest``
     is None for a dense batch. Unless ``deterministic``, dQ may be summed in any order. ``hopper`` names the kernels asked for
-    on sm_90 (``fused_attn.hopper``), for both passes. The ops take these fields as arguments (``schema``).
+    on sm_90 (``fused_attn.hopper``), for both passes. ``blocked``: by blocks in plain PyTorch, and not by the kernels; then
+    ``with_lse`` tells whether anyone sees the LSE. The ops take these fields as arguments (``schema``).
     """
 
     scale: float
@@ -58,6 +59,8 @@ class AttentionSpec(NamedTuple):
     longest: Longest | None = None
     deterministic: bool = True
     hopper: str = "auto"
+    blocked: bool = False
+    with_lse: bool = True
 
     def offset(self, n_queries: int, n_keys: int) -> int:
         """Position of query 0 among the keys."""
@@ -70,10 +73,10 @@ MaybeTensor: TypeAlias = Any  # a tensor or None; code that reads one knows whic
 class OtherTensors(NamedTuple):
     """The tensors of a call beside q, k and v, None where it has none.
 
-    sinks [H]; score_weight [H, D], of an additive score, its heads perhaps expanded; seed [1] int64, of dropout; cu_q and
-    cu_k [B + 1] int32, where packed sequences start; used_q and used_k [B], how many of their rows count (used_k alone: key
-    lengths of a dense batch); operands: the tensors of the mods, in order, each [B', H', Nq', Nk'] with full or single
-    extents, or [B', H', Nq + Nk - 1] for values by k - q.
+    sinks [H]; score_weight [H, D], of an additive score, its heads perhaps expanded; seed [1] int64, of dropout, or the bytes
+    of a state of torch's CPU generator (run/blocked/dropout.py); cu_q and cu_k [B + 1] int32, where packed sequences start;
+    used_q and used_k [B], how many of their rows count (used_k alone: key lengths of a dense batch); operands: the tensors of
+    the mods, in order, each [B', H', Nq', Nk'] with full or single extents, or [B', H', Nq + Nk - 1] for values by k - q.
     """
 
     sinks: MaybeTensor = None

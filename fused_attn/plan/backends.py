@@ -1,8 +1,9 @@
 """Which backend answers a call, and every reason against the others.
 
 triton     the kernels of this package: GPUs from sm_80 and gfx90a on, and CPU tensors under TRITON_INTERPRET=1
-torch      torch's own fused kernel, where it computes exactly this call: the default on CPU tensors
-reference  the oracle in plain PyTorch: exact everywhere, memory quadratic in the sequence length
+torch      torch's own fused kernel, where it computes exactly this call
+blocked    block by block in plain PyTorch: every call, on any device, memory linear in the sequence length
+reference  the oracle in plain PyTorch: exact everywhere, memory quadratic; it runs where it is asked for
 """
 
 import functools
@@ -26,7 +27,8 @@ MAX_HEAD_DIM = 576  # of keys and queries; the tables of tiles.py end there
 class Explanation:
     """What ``explain`` found: the backend that would run a call, and what each other one has against it.
 
-    ``reasons`` maps every backend to its reasons, empty for one that could run the call too. Within
+    ``reasons`` maps every backend to its reasons, empty for one that could run the call too; ``slower`` tells why blocks are
+    preferred to torch's kernel nevertheless. Within
     ``fused_attn.hopper``, ``asked`` is the schedule asked for and ``against_asked`` maps "forward" and "backward" to what it
     has against them; a pass with reasons does not run on it. ``schedule`` names the one that runs each pass. ``safer``
     maps kernels whose tiles did not fit the card to those that they have instead, and schedules that were given up to "".
@@ -38,12 +40,14 @@ class Explanation:
     against_asked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     schedule: dict[str, str] = field(default_factory=dict)
     safer: dict[str, str] = field(default_factory=dict)
+    slower: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
         for name, reasons in self.reasons.items():
             if name != self.backend:
-                lines.append(f"  {name}: {'; '.join(reasons) or 'could run this call too'}")
+                against = reasons or (self.slower if name == "torch" and self.backend == "blocked" else ())
+                lines.append(f"  {name}: {'; '.join(against) or 'could run this call too'}")
         for which, name in self.schedule.items():
             reasons = self.against_asked.get(which, ())
             lines.append(f"{which}: {name}" + (f"; {self.asked}: {'; '.join(reasons)}" if reasons else ""))
@@ -155,44 +159,84 @@ def against_torch(call: Described, return_lse: bool) -> tuple[str, ...]:
     return reasons
 
 
+def against_torch_first(call: Described) -> tuple[str, ...]:
+    """Reasons why blocks are quicker than torch's kernel, or take less memory, where it could run a call too.
+
+    Measured on CPUs, and by what torch's kernels are known to do elsewhere.
+    """
+    (q, k), spec, others = call[:2], call.spec, call.others
+    reasons: tuple[str, ...] = ()
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])
+    if torch_private.forward_mode() or torch_private.transforms_active():
+        reasons += ("torch's fused kernel has no forward AD and no second derivatives",)
+    if spec.dropout_p > 0 and q.device.type == "cpu":
+        reasons += ("torch's attention with dropout is quadratic in memory",)
+    if spec.longest is not None:
+        reasons += ("torch's kernel takes packed sequences one by one",)
+    if q.dtype == torch.float16 and wanted and q.device.type == "cpu":
+        reasons += ("torch's backward in fp16 is slow",)
+    if spec.score_mods and wanted:
+        reasons += ("torch's backward loses rows whose keys all have a large negative bias",)
+    masked = others.used_k is not None or spec.mask_mods or (spec.longest is None and _needs_mask(call))
+    if masked and not torch_private.surely(q.shape[2] * k.shape[2] < _WORTH_SKIPPING):
+        reasons += ("torch's kernel multiplies what a mask empties, and a window costs it an Nq x Nk mask",)
+    return reasons
+
+
+_WORTH_SKIPPING = 2**16  # pairs of a head; below, the one call of torch's kernel costs less than finding what to leave out
+
+
+def _needs_mask(call: Described) -> bool:
+    """Whether torch's kernel needs a mask for the window of a call."""
+    left, right = call.spec.window
+    n_queries, n_keys = call.q.shape[2], call.k.shape[2]
+    offset = call.spec.offset(n_queries, n_keys)
+    surely = torch_private.surely
+    left = None if left is None or surely(offset + n_queries - 1 - left <= 0) else left
+    right = None if right is None or surely(offset + right >= n_keys - 1) else right
+    return not (left is None and (right is None or (right == 0 and surely(offset == 0))))
+
+
+def against_blocked(call: Described) -> tuple[str, ...]:
+    """Reasons why a call cannot run by blocks."""
+    members = call.spec.score_mods + call.spec.mask_mods
+    return tuple(f"{member.code.name} has no plain PyTorch reference" for member in members if member.reference is None)
+
+
 def choose(call: Described, return_lse: bool, backend: str | None, strict: bool | None, warn: bool = True) -> str:
     """The backend of a call: the one asked for, else the first that can run it.
 
     Raises ValueError where the one asked for cannot run it, and RuntimeError where ``strict`` refuses quadratic memory.
     """
     asked = settings.BACKEND if backend is None else backend
-    if asked is None:
-        preferred = "torch" if call.q.device.type == "cpu" else "triton"
-    elif asked in settings.BACKENDS:
-        preferred = asked
-    else:
+    if asked is not None and asked not in settings.BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(settings.BACKENDS)} or None; got {asked!r}")
-    if preferred == "reference":
-        return preferred
-    reasons = against_triton(call) if preferred == "triton" else against_torch(call, return_lse)
-    if not reasons:
-        if preferred == "torch" and asked is None and call.spec.dropout_p > 0 and settings.is_strict(strict):
-            raise RuntimeError("strict: on the CPU, torch's attention with dropout is quadratic in memory")
-        return preferred
     if asked is not None:
-        source = "backend" if backend is not None else "FUSED_ATTN_BACKEND"
-        raise ValueError(f"{source}: {asked!r} cannot run this call: {'; '.join(reasons)}")
-    chosen, message = _fall_back(preferred, reasons, call, return_lse, strict)
-    if preferred == "triton" and warn:
-        warn_once(f"fused_attn: backend {chosen!r} instead of 'triton': {message}")
+        if reasons := _against(asked, call, return_lse):
+            source = "backend" if backend is not None else "FUSED_ATTN_BACKEND"
+            raise ValueError(f"{source}: {asked!r} cannot run this call: {'; '.join(reasons)}")
+        return asked
+    if torch_private.transforms_active() and torch.compiler.is_compiling() and (reasons := against_torch(call, return_lse)):
+        if settings.is_strict(strict):
+            raise RuntimeError(f"strict: within torch.compile, torch.func reaches the quadratic reference alone: "
+                               f"{'; '.join(reasons)}")
+        return "reference"
+    on_kernels = () if call.q.device.type == "cpu" else _against("triton", call, return_lse)
+    if call.q.device.type != "cpu" and not on_kernels:
+        return "triton"
+    chosen = "blocked" if against_torch(call, return_lse) or against_torch_first(call) else "torch"
+    if on_kernels and warn:
+        warn_once(f"fused_attn: backend {chosen!r} instead of 'triton': {'; '.join(on_kernels)}")
     return chosen
 
 
-def _fall_back(preferred: str, reasons: tuple[str, ...], call: Described, return_lse: bool,
-               strict: bool | None) -> tuple[str, str]:
-    on_cpu = preferred == "torch"
-    others = () if on_cpu else against_torch(call, return_lse)
-    chosen = "torch" if not on_cpu and not others else "reference"
-    message = "; ".join(dict.fromkeys((*reasons, *others)))
-    quadratic = chosen == "reference" and 0 not in call.q.shape and 0 not in call.k.shape
-    if quadratic and settings.is_strict(strict):
-        raise RuntimeError(f"strict: only the quadratic reference could run this call: {message}")
-    return chosen, message
+def _against(backend: str, call: Described, return_lse: bool) -> tuple[str, ...]:
+    """Reasons why a backend cannot run a call."""
+    if backend == "triton":
+        return against_triton(call)
+    if backend == "torch":
+        return against_torch(call, return_lse)
+    return against_blocked(call)
 
 
 @torch_private.constant_when_traced
@@ -210,11 +254,12 @@ def _warn_once(message: str) -> None:
 
 
 def explain(call: Described, return_lse: bool, backend: str | None, strict: bool | None) -> Explanation:
-    """The backend that ``choose`` takes, with the reasons of all three."""
+    """The backend that ``choose`` takes, with the reasons against each."""
     reasons = {
         "triton": against_triton(call),
         "torch": against_torch(call, return_lse),
-        "reference": ("memory is quadratic in the sequence length",),
+        "blocked": against_blocked(call),
+        "reference": (*against_blocked(call), "memory is quadratic in the sequence length"),
     }
     chosen = choose(call, return_lse, backend, strict, warn=False)
     against_asked: dict[str, tuple[str, ...]] = {}
@@ -231,4 +276,4 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
             against_asked = {"forward": schedules.against(schedules.FORWARD, call.spec.hopper, problem),
                              "backward": schedules.against(schedules.BACKWARD, call.spec.hopper, problem, every)}
         safer = {name: "" if config is None else config.words for name, config in problem.tiles.items()}
-    return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule, safer)
+    return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule, safer, against_torch_first(call))

@@ -11,6 +11,7 @@ from fused_attn import torch_private
 from fused_attn.call.schema import FORWARD, Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
 from fused_attn.run import ops, plans
+from fused_attn.run.blocked import derivatives
 
 
 class Attention(torch.autograd.Function):
@@ -126,7 +127,7 @@ def run_backward(spec: AttentionSpec, needs: Needs, *tensors: Any) -> tuple[torc
 
 
 class AttentionBackward(torch.autograd.Function):
-    """The backward as a node of its own, so that differentiating it again is a clear error."""
+    """The backward as a node of its own: by blocks it is differentiable, on the kernels differentiating it is a clear error."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -134,18 +135,31 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        pass  # its own backward needs nothing
+        ctx.spec, ctx.needs, *tensors = inputs
+        if ctx.spec.blocked:
+            ctx.save_for_backward(*tensors)
+            ctx.set_materialize_grads(False)
 
     @staticmethod
     def vmap(*_: Any) -> Any:
         ops.refuse_batches()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "fused_attn: second derivatives of backend 'triton' are not built yet; "
-            "backend='reference' has them, with memory quadratic in the sequence length"
-        )
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        if not ctx.spec.blocked:
+            _refuse_second()
+        tensors, n = ctx.saved_tensors, len(Saved._fields)
+        saved = Saved(*tensors[:n])
+        *of_sources, of_dout, of_dlse = derivatives.second(ctx.spec, OtherTensors.of(tensors[n:]), saved[2:5], ctx.needs,
+                                                           saved[:2], cotangents)
+        of_q, of_k, of_v, *of_others = of_sources
+        none: Any = None  # the derivatives by out and LSE are in those by what they are made of
+        return None, None, *Saved(of_dout, of_dlse, of_q, of_k, of_v, none, None, none), *of_others
+
+
+def _refuse_second(*_: Any) -> Any:
+    raise NotImplementedError("fused_attn: second derivatives of backend 'triton' are not built yet; "
+                              "backend='blocked' has them")
 
 
 def repeated(key: plans.Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -162,7 +176,9 @@ def repeated(key: plans.Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
               others: OtherTensors = NO_OTHERS) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) by the kernels; the autograd graph is built only where a gradient is wanted."""
+    """(out, lse) by the kernels, or by blocks; the autograd graph is built only where a gradient is wanted."""
+    if spec.blocked and (torch_private.transforms_active() or torch_private.forward_mode()):
+        return derivatives.attention(q, k, v, spec, others)
     sources = (q, k, v, *others.flat())
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # Forward AD gets torch's own clear error from the Function, before the op's guard would raise.
@@ -272,7 +288,7 @@ def _refuse_gradients(*_: Any) -> Any:
 
 
 _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
-    "forward": _forward_op, "rotary": _rotary_op, "backward": AttentionBackward.backward, "statistics": _refuse_gradients,
+    "forward": _forward_op, "rotary": _rotary_op, "backward": _refuse_second, "statistics": _refuse_gradients,
     "weights": _refuse_gradients}
 
 
@@ -283,8 +299,8 @@ def _at_autograd(name: str, below_autograd: Callable[[], Any]) -> Callable[..., 
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
         if any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
-            raise NotImplementedError("fused_attn: forward AD over backend 'triton' is not built yet; backend='reference' has "
-                                      "it, with memory quadratic in the sequence length")
+            raise NotImplementedError("fused_attn: forward AD over backend 'triton' is not built yet; "
+                                      "backend='blocked' has it")
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return _DIFFERENTIABLE[name](*args)
         with below_autograd():

@@ -42,6 +42,9 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     if q.device.type == "cpu":  # with another stride torch would leave its fused kernel for a quadratic one
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     grouped = _plain(q.shape[1] != k.shape[1])
+    if grouped and mask is None and not causal and _plain(n_queries == 1):  # a group's heads are the queries of one head
+        one = torch_private.sdpa(q.view(*k.shape[:2], -1, q.shape[3]), k, v, None, spec.dropout_p, False, scale=spec.scale)
+        return one.reshape(*q.shape[:3], one.shape[3])[..., :dim_v]
     out = torch_private.sdpa(q, k, v, mask, spec.dropout_p, causal, scale=spec.scale, enable_gqa=grouped)
     return out if dim <= dim_v else out[..., :dim_v]
 

@@ -31,13 +31,23 @@ LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool 
 _OPS = torch.ops.fused_attn
 
 
+def _runner(spec: AttentionSpec) -> Any:
+    """The module that runs a call."""
+    if spec.blocked:
+        from fused_attn.run.blocked import calls
+
+        return calls
+    from fused_attn.run import execution  # imported here and below, so that the ops exist without Triton
+
+    return execution
+
+
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: OtherTensors,
             spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(out, lse as ``layout.lse_like`` makes it, residual or None) of a call."""
     if not watched((q, k, v, *others.flat())):
-        from fused_attn.run import execution  # imported here and below, so that the ops exist without Triton
-
-        return execution.forward(q, k, v, spec, others)
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] = _runner(spec).forward(q, k, v, spec, others)
+        return found
     out, lse, residual = _OPS.forward.default(*FORWARD.flat(Inputs(q, k, v), others, spec))
     return out, lse, residual if residual.numel() else None
 
@@ -45,9 +55,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: OtherTens
 def backward(saved: Saved, others: OtherTensors, spec: AttentionSpec, needs: Needs) -> tuple[Any, ...]:
     """(dq, dk, dv, dsinks, dscore_weight, [gradient of each operand])."""
     if not watched((*saved, *others.flat())) and not _batched(saved.dout, saved.dlse):
-        from fused_attn.run import execution
-
-        return execution.backward(saved, spec, others, needs)
+        made: tuple[Any, ...] = _runner(spec).backward(saved, spec, others, needs)
+        return made
     grads: tuple[Any, ...] = _OPS.backward.default(*BACKWARD.flat(saved, others, spec, needs))
     return grads
 
@@ -85,10 +94,8 @@ def weights(q: torch.Tensor, k: torch.Tensor, others: OtherTensors, spec: Attent
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    from fused_attn.run import execution
-
     (q, k, v), others, spec = FORWARD.records(arguments)
-    out, lse, residual = execution.forward(q, k, v, spec, _in_rows(others))
+    out, lse, residual = _runner(spec).forward(q, k, v, spec, _in_rows(others))
     return out, lse, some(residual, out)
 
 
@@ -120,10 +127,8 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
-    from fused_attn.run import execution
-
     saved, others, spec, needs = BACKWARD.records(arguments)
-    *grads, doperands = execution.backward(saved, spec, _in_rows(others), needs)
+    *grads, doperands = _runner(spec).backward(saved, spec, _in_rows(others), needs)
     whose = saved.q, saved.k, saved.v, saved.lse, saved.lse
     return (*(some(grad, x) for grad, x in zip(grads, whose, strict=True)),
             [some(grad, x) for grad, x in zip(doperands, others.operands, strict=True)])
@@ -181,9 +186,19 @@ def seeded(call: Described) -> Described:
     return call._replace(others=call.others._replace(seed=draw(call.q)))
 
 
+def drawn(call: Described) -> Described:
+    """``seeded``; for a dense call on the CPU that nothing watches, with the state of torch's generator for a seed, from which
+    the blocks draw what torch's own attention would have drawn."""
+    q, others = call.q, call.others
+    if (call.spec.dropout_p == 0 or others.seed is not None or q.device.type != "cpu" or call.spec.longest is not None
+            or watched((*call[:3], *others.flat()))):
+        return seeded(call)
+    return call._replace(others=others._replace(seed=torch.get_rng_state()))
+
+
 def refuse_batches(*_: Any) -> Any:
     raise NotImplementedError("fused_attn: vmap, and with it is_grads_batched and vectorised jacobians, is not built yet for "
-                              "backend 'triton'; backend='reference' has it, with memory quadratic in the sequence length")
+                              "backend 'triton'; backend='blocked' has it")
 
 
 def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
