@@ -17,6 +17,7 @@ import fused_attn
 from fused_attn import (
     RelativeBias,
     attention,
+    attention_stats,
     attention_varlen,
     explain,
     reference,
@@ -89,7 +90,7 @@ def test_double_backward_is_refused(loss):
     plain = torch.autograd.grad(loss(*attention(*inputs, return_lse=True, backend="triton")), inputs)
     for grad, same in zip(first, plain, strict=True):
         assert torch.equal(grad, same)
-        with pytest.raises(NotImplementedError, match=r"(?i)fused_attn.*second derivatives.*reference"):
+        with pytest.raises(NotImplementedError, match=r"(?i)fused_attn.*second derivatives.*blocked"):
             torch.autograd.grad(grad.sum(), inputs, retain_graph=True)
 
 
@@ -175,16 +176,22 @@ def ran(monkeypatch):
     def spy(name, real):
         return lambda *args: names.append(name) or real(*args)
 
-    for name, module, function in (("triton", autograd, "attention"), ("torch", by_torch, "torch_attention"),
-                                   ("reference", reference, "attention")):
+    for name, module, function in (("torch", by_torch, "torch_attention"), ("reference", reference, "attention")):
         monkeypatch.setattr(module, function, spy(name, getattr(module, function)))
+    real = autograd.attention
+
+    def fused(q, k, v, spec, others):
+        names.append("blocked" if spec.blocked else "triton")
+        return real(q, k, v, spec, others)
+
+    monkeypatch.setattr(autograd, "attention", fused)
     return names
 
 
 CALLS = {
     "plain": ({}, {}, "torch"), "causal": ({}, {"causal": True}, "torch"), "window": ({}, {"window": (1, 1)}, "torch"),
-    "softcap": ({}, {"softcap": 2.0}, "reference"), "LSE": ({}, {"return_lse": True}, "reference"),
-    "negative scale, causal": ({}, {"scale": -1.0, "causal": True}, "torch"), "no keys": ({"n_keys": 0}, {}, "reference"),
+    "softcap": ({}, {"softcap": 2.0}, "blocked"), "LSE": ({}, {"return_lse": True}, "blocked"),
+    "negative scale, causal": ({}, {"scale": -1.0, "causal": True}, "torch"), "no keys": ({"n_keys": 0}, {}, "blocked"),
     "wide heads": ({"dim": 577}, {}, "torch"), "wide values": ({"dim_v": 577}, {}, "torch"),
     "wide heads on the kernels": ({"dim": 576, "dim_v": 512}, {"backend": "triton"}, "triton"),
     "grouped": ({"heads": 4}, {}, "torch"), "Dv": ({"dim_v": 3}, {}, "torch"),
@@ -192,13 +199,13 @@ CALLS = {
     "strict loses to a named backend": ({}, {"backend": "reference", "strict": True}, "reference"),
     "mask": ({}, {"mask": torch.ones(4, 6, dtype=torch.bool).tril()}, "torch"), "bias": ({}, {"bias": torch.randn(6)}, "torch"),
     "mask and bias": ({}, {"mask": torch.ones(4, 6, dtype=torch.bool).tril(), "bias": torch.randn(2, 1, 1)}, "torch"),
-    "bias with a gradient": ({}, {"bias": torch.randn(4, 6).requires_grad_()}, "reference"),
-    "relative bias": ({}, {"bias": RelativeBias(torch.randn(2, 9))}, "reference"),
-    "key lengths": ({}, {"key_lengths": torch.tensor([5])}, "torch"), "sinks": ({}, {"sinks": torch.randn(2)}, "reference"),
-    "ALiBi": ({}, {"alibi_slopes": torch.rand(2)}, "reference"), "dropout": ({}, {"dropout_p": 0.5}, "torch"),
-    "dropout and a mask": ({}, {"dropout_p": 0.5, "mask": torch.ones(6, dtype=torch.bool)}, "torch"),
-    "mask function": ({}, {"mask_mod": fused_attn.prefix_lm_mask(torch.tensor([3]))}, "reference"),
-    "references alone": ({}, {"score_mod": fused_attn.ScoreMod("doubled", reference=lambda s, *_: 2 * s)}, "reference"),
+    "bias with a gradient": ({}, {"bias": torch.randn(4, 6).requires_grad_()}, "blocked"),
+    "relative bias": ({}, {"bias": RelativeBias(torch.randn(2, 9))}, "blocked"),
+    "key lengths": ({}, {"key_lengths": torch.tensor([5])}, "torch"), "sinks": ({}, {"sinks": torch.randn(2)}, "blocked"),
+    "ALiBi": ({}, {"alibi_slopes": torch.rand(2)}, "blocked"), "dropout": ({}, {"dropout_p": 0.5}, "blocked"),
+    "dropout and a mask": ({}, {"dropout_p": 0.5, "mask": torch.ones(6, dtype=torch.bool)}, "blocked"),
+    "mask function": ({}, {"mask_mod": fused_attn.prefix_lm_mask(torch.tensor([3]))}, "blocked"),
+    "references alone": ({}, {"score_mod": fused_attn.ScoreMod("doubled", reference=lambda s, *_: 2 * s)}, "blocked"),
 }
 
 
@@ -212,7 +219,7 @@ def test_explain_tells_what_runs(case, ran):
     attention(*inputs, **arguments)
     assert ran == [found.backend] == [expected]
     assert f"backend: {expected}" in str(found)
-    assert set(found.reasons) == {"triton", "torch", "reference"}
+    assert set(found.reasons) == {"triton", "torch", "blocked", "reference"}
     named = {name: value for name, value in arguments.items() if name not in ("backend", "strict")}
     for backend, reasons in found.reasons.items():
         if reasons and backend != "reference":
@@ -228,13 +235,14 @@ def test_explain_tells_what_runs(case, ran):
 def test_packed_sequences_choose_in_the_same_way(ran):
     q, k, v = (x[0].transpose(0, 1) for x in qkv())
     packing = (torch.tensor([0, 1, 4]), torch.tensor([0, 4, 6]), 3, 4)
-    for arguments, expected in (({}, "torch"), ({"seqused_k": torch.tensor([2, 2])}, "torch"),
-                                ({"bias": torch.zeros(4)}, "reference"), ({"return_lse": True}, "reference"),
-                                ({"dropout_p": 0.1}, "reference"), ({"backend": "triton"}, "triton")):
+    for arguments, expected in (({}, "blocked"), ({"seqused_k": torch.tensor([2, 2])}, "blocked"),
+                                ({"backend": "torch"}, "torch"), ({"bias": torch.zeros(4)}, "blocked"),
+                                ({"return_lse": True}, "blocked"),
+                                ({"dropout_p": 0.1}, "blocked"), ({"backend": "triton"}, "triton")):
         ran.clear()
         attention_varlen(q, k, v, *packing, **arguments)
         assert set(ran) == {expected}
-    with fused_attn.strict(), pytest.raises(RuntimeError, match=r"strict.*quadratic.*packed sequences"):
+    with fused_attn.strict():
         attention_varlen(q, k, v, *packing, bias=torch.zeros(4))
 
 
@@ -252,6 +260,8 @@ def test_reasons_are_about_the_call():
     assert "mask functions" in explain(*inputs, mask_mod=documents).reasons["torch"][0]
     assert "doubled" in explain(*inputs, score_mod=fused_attn.ScoreMod("doubled")).reasons["triton"][0]
     assert explain(*qkv(dim=576, dim_v=512)).reasons["triton"] == ()
+    assert "negative bias" in str(explain(*qkv(grad=True), bias=torch.zeros(6)))
+    assert "packed" not in str(explain(*inputs))
     plain = {"mask": torch.ones(4, 6) > 0, "bias": torch.zeros(6), "key_lengths": torch.tensor([6])}
     assert explain(*inputs, **plain).reasons["triton"] == explain(*inputs, **plain).reasons["torch"] == ()
     assert explain(*inputs).reasons["triton"] == explain(*inputs).reasons["torch"] == ()
@@ -259,27 +269,20 @@ def test_reasons_are_about_the_call():
     assert not any("causal" in reason for reason in explain(*inputs, scale=-1.0).reasons["torch"])
 
 
-QUADRATIC = {"softcap": 2.0}  # on a CPU only the reference runs this
-
-
-def test_strict_argument_context_and_their_precedence(ran):
-    inputs = qkv()
-    attention(*inputs, **QUADRATIC)
-    with pytest.raises(RuntimeError, match=r"strict.*quadratic.*softcap"):
-        attention(*inputs, **QUADRATIC, strict=True)
+def test_nothing_is_refused_under_strict_and_an_argument_wins(ran):
+    """But for statistics that no kernel computes."""
+    inputs, mod = qkv(), fused_attn.ScoreMod("doubled", reference=lambda score, *_: 2 * score)
     with fused_attn.strict():
         attention(*inputs)
-        attention(*qkv(n_keys=0), **QUADRATIC)  # an empty matrix is not quadratic
-        attention(*inputs, **QUADRATIC, strict=False)
-        for call in (attention, explain):
-            with pytest.raises(RuntimeError, match="strict"):
-                call(*inputs, **QUADRATIC)
+        attention(*inputs, softcap=2.0)
+        attention(*qkv(n_keys=0), softcap=2.0)
+        for strict in (True, None):
+            with pytest.raises(RuntimeError, match=r"strict.*quadratic"):
+                attention_stats(*inputs[:2], score_mod=mod, strict=strict)
+        attention_stats(*inputs[:2], score_mod=mod, strict=False)
         with fused_attn.strict(False):
-            attention(*inputs, **QUADRATIC)
-        with pytest.raises(RuntimeError, match="strict"):
-            attention(*inputs, **QUADRATIC)
-    attention(*inputs, **QUADRATIC)
-    assert ran == ["reference", "torch", *["reference"] * 4]
+            attention_stats(*inputs[:2], score_mod=mod)
+    assert ran == ["torch", "blocked", "blocked"]
 
 
 def python(code, **environment):
@@ -294,10 +297,11 @@ def python(code, **environment):
 
 
 def test_strict_from_the_environment():
-    lines = python("print(tried(softcap=1.0)); print(tried(softcap=1.0, strict=False))\n"
-                   "with fused_attn.strict(False): print(tried(softcap=1.0)); print(tried(softcap=1.0, strict=True))",
-                   FUSED_ATTN_STRICT="1")
-    assert [line.split()[0] for line in lines] == ["RuntimeError", "reference", "reference", "RuntimeError"]
+    lines = python("def stats(**a):\n    try: fused_attn.attention_stats(q, k, **a); return 'ran'\n"
+                   "    except RuntimeError as e: return str(e)\n"
+                   "print(stats()); print(stats(strict=False))\n"
+                   "with fused_attn.strict(False): print(stats()); print(stats(strict=True))", FUSED_ATTN_STRICT="1")
+    assert [line.split()[0] for line in lines] == ["strict:", "ran", "ran", "strict:"]
 
 
 def test_backend_from_the_environment():
@@ -306,7 +310,7 @@ def test_backend_from_the_environment():
     assert lines[:3] == ["reference", "reference", "torch"]
     assert "TRITON_INTERPRET" in lines[3]  # without the interpreter there are no kernels for CPU tensors
     (line,) = python("", FUSED_ATTN_BACKEND="cudnn")
-    assert line == "ValueError: FUSED_ATTN_BACKEND: expected one of triton, torch, reference; got 'cudnn'"
+    assert line == "ValueError: FUSED_ATTN_BACKEND: expected one of triton, torch, blocked, reference; got 'cudnn'"
 
 
 def test_without_triton():
@@ -322,7 +326,7 @@ def test_without_triton():
 
 
 @pytest.mark.parametrize(("call", "arguments", "expected"), [
-    (attention, {}, "torch"), (attention, {"softcap": 1.0}, "reference"), (scaled_dot_product_attention, {}, "torch")])
+    (attention, {}, "torch"), (attention, {"softcap": 1.0}, "blocked"), (scaled_dot_product_attention, {}, "torch")])
 def test_fallback_warns_once_with_the_reason(call, arguments, expected, monkeypatch):
     reason = f"the card is too old ({uuid.uuid4()})"
     monkeypatch.setattr(backends, "device_reasons", lambda device_type, index: (reason,))
@@ -338,11 +342,6 @@ def test_fallback_warns_once_with_the_reason(call, arguments, expected, monkeypa
     assert expected in str(warning.message)
     assert warning.filename == __file__
 
-
-def test_fallback_to_the_reference_is_refused_where_strict(monkeypatch):
-    monkeypatch.setattr(backends, "device_reasons", lambda device_type, index: ("the card is too old",))
-    with pytest.raises(RuntimeError, match=r"too old.*softcap"):
-        attention(*qkv(device="meta"), softcap=1.0, strict=True)
 
 
 def test_kernels_are_preferred_off_the_cpu(monkeypatch, ran):

@@ -1,4 +1,4 @@
-"""The default on CPU tensors is torch's own fused kernel: exactly this call, really that kernel, no quadratic tensor."""
+"""The default on CPU tensors: torch's own fused kernel where it computes exactly this call in the least time, else blocks."""
 
 import os
 import subprocess
@@ -93,15 +93,20 @@ CALLS = {  # shapes, arguments
 def test_default_is_torchs_fused_kernel_and_right(case):
     shape, arguments = CALLS[case]
     recorder = against_reference(qkv(**shape), **arguments)
-    assert recorder.ops.count(FORWARD) == 1
-    assert recorder.ops.count(BACKWARD) == 1
+    times = 0 if "bias" in arguments else 1  # torch's backward loses rows that a bias moves far away
+    assert recorder.ops.count(FORWARD) == recorder.ops.count(BACKWARD) == times
+    if times == 0:
+        with torch.no_grad(), Recorder() as recorder:
+            attention(*qkv(**shape), **arguments)
+        assert recorder.ops.count(FORWARD) == 1
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [
-    (torch.float32, 2e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)], ids=str)
-def test_dtypes(dtype, tolerance):
+@pytest.mark.parametrize(("dtype", "tolerance", "times"), [
+    (torch.float32, 2e-5, 1), (torch.bfloat16, 4e-2, 1), (torch.float16, 4e-3, 0)], ids=str)
+def test_dtypes(dtype, tolerance, times):
+    """The backward of torch's kernel in fp16 takes nine times as long as blocks."""
     recorder = against_reference(qkv(dtype=dtype), tolerance, causal=True)
-    assert recorder.ops.count(FORWARD) == 1
+    assert recorder.ops.count(FORWARD) == times
 
 
 LAYOUTS = {
@@ -144,18 +149,19 @@ def test_scale_that_is_not_positive(scale, arguments):
     {"alibi_slopes": torch.ones(2)}, {"bias": torch.ones(11, requires_grad=True)},
     {"bias": fused_attn.RelativeBias(torch.ones(2, 21))}, {"mask_mod": fused_attn.document_mask(torch.arange(11) // 4)},
 ], ids=lambda arguments: ", ".join(arguments))
-def test_what_torch_lacks_is_answered_by_the_reference(arguments):
+def test_what_torch_lacks_is_answered_by_blocks(arguments):
     inputs = qkv(11, 11)
-    assert explain(*inputs, **arguments).backend == "reference"
-    with Recorder() as recorder:
+    assert explain(*inputs, **arguments).backend == "blocked"
+    with fused_attn.strict(), Recorder() as recorder:
         results = attention(*inputs, **arguments)
     assert FORWARD not in recorder.ops
-    for a, b in zip(results, reference_attention(*inputs, **arguments), strict=True):
-        assert torch.equal(a, b)
+    results, want = (x if isinstance(x, tuple) else (x,) for x in (results, reference_attention(*inputs, **arguments)))
+    for a, b in zip(results, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_is_torchs_own():
-    """Its rate, and a mean that stays; the default on the CPU, unless quadratic memory is forbidden."""
+    """Its rate, and a mean that stays."""
     q, k, v = qkv(11, 11)
     everything = torch.ones_like(v)
     assert not attention(q, k, everything, dropout_p=1.0).any()
@@ -166,8 +172,38 @@ def test_dropout_is_torchs_own():
     assert set(first.unique().tolist()) == {0.0, 1 / 0.75}
     torch.testing.assert_close(kept.mean(0), torch.ones_like(kept[0]), atol=0.05, rtol=0)
     torch.testing.assert_close((first == 0).double().mean(), torch.tensor(0.25, dtype=torch.float64), atol=0.01, rtol=0)
-    with fused_attn.strict(), pytest.raises(RuntimeError, match=r"strict.*dropout is quadratic"):
-        attention(q, k, v, dropout_p=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_dropout_of_a_seed_is_torchs_of_that_seed(dtype, arguments, kv_heads, monkeypatch):
+    """Value for value, gradients too, and the generator goes on from where torch would leave it."""
+    monkeypatch.setattr("fused_attn.run.blocked.dense.ROWS", 16)
+    q, k, v = qkv(37, 37, heads=4, kv_heads=kv_heads, dtype=dtype)
+    results = []
+    for function, named in ((attention, arguments), (torch.nn.functional.scaled_dot_product_attention,
+                                                     {"is_causal": "causal" in arguments, "enable_gqa": kv_heads < 4})):
+        torch.manual_seed(5)
+        out = function(q, k, v, dropout_p=0.3, **named)
+        after = torch.rand(3)
+        results.append((out, *torch.autograd.grad(out.sum(), (q, k, v)), after))
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert torch.equal(results[0][-1], results[1][-1])
+
+
+def test_dropout_is_drawn_again_where_a_checkpoint_repeats_a_call():
+    q, k, v = qkv(37, 37)
+
+    def gradients(through):
+        torch.manual_seed(5)
+        return torch.autograd.grad(through(lambda *x: attention(*x, dropout_p=0.4), q, k, v).sin().sum(), (q, k, v))
+
+    plain = gradients(lambda call, *x: call(*x))
+    again = gradients(lambda call, *x: torch.utils.checkpoint.checkpoint(call, *x, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_keys_that_do_not_count_may_be_nan():
@@ -183,11 +219,11 @@ def test_keys_that_do_not_count_may_be_nan():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": (3, 1)}], ids=str)
-def test_packed_sequences_are_torchs_one_by_one(arguments):
+def test_packed_sequences_by_torch_are_one_by_one(arguments):
     q, k, v = (x[0].transpose(0, 1).detach().requires_grad_() for x in qkv(heads=4))
     cu_q, cu_k = torch.tensor([0, 5, 5, 30]), torch.tensor([0, 9, 20, 20])
     with Recorder() as recorder:
-        out = attention_varlen(q, k, v, cu_q, cu_k, 25, 11, seqused_k=torch.tensor([7, 11, 0]), **arguments)
+        out = attention_varlen(q, k, v, cu_q, cu_k, 25, 11, seqused_k=torch.tensor([7, 11, 0]), backend="torch", **arguments)
         grads = torch.autograd.grad(out.sin().sum(), (q, k, v))
     assert recorder.ops.count(FORWARD) == recorder.ops.count(BACKWARD) == 1  # the others have no queries or no keys
     inner = [x[None, a:b].transpose(1, 2) for x, a, b in ((q, 0, 5), (k, 0, 7), (v, 0, 7))]
@@ -243,14 +279,6 @@ def test_compile_without_graph_breaks_at_every_length(arguments):
     assert compiles[-1] <= 4  # static, dynamic, and where torch is called in another way: as many keys, fewer keys
 
 
-def test_strict_holds_under_compile():
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v: attention(q, k, v, softcap=2.0), backend="eager")
-    with fused_attn.strict(), pytest.raises(RuntimeError, match="strict"):
-        compiled(*qkv())
-    assert torch.equal(compiled(*(inputs := qkv())), attention(*inputs, softcap=2.0))
-
-
 def test_autocast_like_torch():
     inputs = qkv(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -261,13 +289,18 @@ def test_autocast_like_torch():
     assert [grad.dtype for grad in torch.autograd.grad(out.sum(), inputs)] == [torch.float32] * 3
 
 
-def test_forward_mode_and_second_derivatives_are_no_silent_constants():
+def test_second_derivatives_of_torchs_kernel_are_no_silent_constants():
     q, k, v = qkv(5, 5)
     (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.autograd.grad(dq.sum(), q)
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        torch.func.jvp(lambda q: attention(q, k, v), (q.detach(),), (torch.ones_like(q),))
+
+
+def test_forward_mode_is_answered_by_blocks():
+    q, k, v = (x.detach() for x in qkv(5, 5))
+    got, want = (torch.func.jvp(lambda q, b=b: attention(q, k, v, backend=b), (q,), (v,)) for b in (None, "reference"))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_importing_and_calling_on_a_cpu_load_no_compiler():

@@ -245,7 +245,7 @@ def test_a_graph_that_knows_a_mod_by_name():
     gc.collect()
     torch.testing.assert_close(program.module()(q, k, v), attention(q, k, v, scale=0.25 * 1.5, backend="reference"))
     with pytest.raises(LookupError, match="near_0123456789abcdef: no ScoreMod or MaskMod of this code is alive"):
-        mods.named("near_0123456789abcdef")
+        mods.named("near_0123456789abcdef", "")
 
 
 class Scaled(torch.nn.Module):

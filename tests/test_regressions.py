@@ -90,8 +90,10 @@ def test_counting_launches_may_nest():
 
 def test_strict_holds_for_calls_compiled_outside_it():
     torch._dynamo.reset()
+    mod = fused_attn.ScoreMod("doubled", reference=lambda score, *_: 2 * score)  # whose statistics no kernel computes
     q, k, v = qkv()
-    compiled = torch.compile(lambda *x: fused_attn.attention(*x, softcap=5.0), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda q, k, v: fused_attn.attention_stats(q, k, score_mod=mod).entropy, backend="eager",
+                             fullgraph=True)
     compiled(q, k, v)
     with fused_attn.strict(), pytest.raises(Exception, match="strict"):
         compiled(q, k, v)
@@ -189,8 +191,8 @@ def test_explaining_a_call_draws_no_numbers():
     expected = torch.rand(1)
     torch.manual_seed(3)
     fused_attn.explain(q, k, v, dropout_p=0.5)
-    with fused_attn.strict(), pytest.raises(RuntimeError, match="strict"):
-        fused_attn.attention(q, k, v, dropout_p=0.5)
+    with pytest.raises(ValueError, match="triton"):
+        fused_attn.attention(q, k, v, dropout_p=0.5, score_mod=fused_attn.ScoreMod("own"), backend="triton")
     assert torch.equal(torch.rand(1), expected)
 
 

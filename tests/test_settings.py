@@ -168,12 +168,20 @@ def test_strict_takes_a_bool(value):
 # --- compiled calls ---
 
 
+CAPPED = fused_attn.ScoreMod("capped", reference=lambda score, *_: 2 * torch.tanh(score / 2))
+
+
+def quadratic(x):
+    """Statistics of weights that no kernel computes."""
+    return fused_attn.attention_stats(x, x, score_mod=CAPPED).entropy
+
+
 @pytest.fixture
 def compiled():
     """A compiled call that only the quadratic reference answers on a CPU, and how often it was compiled."""
     torch._dynamo.reset()
     counter, x = CompileCounter(), torch.randn(1, 2, 4, 8)
-    call = torch.compile(lambda x: fused_attn.attention(x, x, x, softcap=2.0), backend=counter, fullgraph=True)
+    call = torch.compile(quadratic, backend=counter, fullgraph=True)
     yield lambda: call(x), counter
     torch._dynamo.reset()
 
@@ -195,9 +203,9 @@ def test_a_call_compiled_under_strict_does_not_hold_elsewhere():
 
     def attend(x):
         try:
-            return fused_attn.attention(x, x, x, softcap=2.0)
+            return quadratic(x)
         except RuntimeError:
-            return torch.zeros_like(x)
+            return torch.zeros_like(x[..., 0])
 
     call = torch.compile(attend, backend="eager")
     with fused_attn.strict():
@@ -235,7 +243,7 @@ def test_contexts_inside_a_compiled_function():
             note(settings.hopper_schedule())
             out = fused_attn.attention(x, x, x)
         note(settings.hopper_schedule())
-        return out + fused_attn.attention(x, x, x, softcap=2.0)  # strict no more
+        return out + quadratic(x)[..., None]  # strict no more
 
     x = torch.randn(1, 2, 4, 8)
     call = torch.compile(attend, backend="eager", fullgraph=True)
@@ -245,7 +253,7 @@ def test_contexts_inside_a_compiled_function():
 
     def refused(x):
         with fused_attn.strict():
-            return fused_attn.attention(x, x, x, softcap=2.0)
+            return quadratic(x)
 
     with pytest.raises(Exception, match="strict: only the quadratic reference"):
         torch.compile(refused, backend="eager", fullgraph=True)(x)
@@ -327,7 +335,7 @@ def test_switches_are_on_or_off(value):
 @pytest.mark.parametrize(("name", "value", "expected"), [
     ("STRICT", "2", "1, true, yes, on, 0, false, no or off"), ("DETERMINISTIC", "2", "1, true"), ("STRICT", "tru", "1, true"),
     ("DETERMINISTIC", "enabled", "1, true"), ("STRICT", "-1", "1, true"), ("STRICT", "None", "1, true"),
-    ("BACKEND", "cudnn", "one of triton, torch, reference"), ("HOPPER", "1", "one of auto, pointers, descriptors"),
+    ("BACKEND", "cudnn", "one of triton, torch, blocked, reference"), ("HOPPER", "1", "one of auto, pointers, descriptors"),
 ])
 def test_what_means_nothing_is_an_error(name, value, expected, monkeypatch):
     monkeypatch.setenv(f"FUSED_ATTN_{name}", value)

@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,9 @@ NAMES = {  # where each stands, and what works without it
     "_check": lambda: None,
     "nn.functional._mha_shape_check": lambda: layers(),
     "_C._len_torch_dispatch_stack": lambda: watches(),
-    "_C._are_functorch_transforms_active": lambda: watches(),
+    "_C._are_functorch_transforms_active": lambda: watches(backend="torch"),  # a Function of ours asks torch's code the same
+    "ops.aten._scaled_dot_product_flash_attention_for_cpu": lambda: blocks_of_plain_operations(),
+    "_C._ForceDispatchKeyGuard": lambda: no_way_up(),
     "_C._autograd._profiler_enabled": lambda: watches(),
     "_C._disabled_torch_function_impl": lambda: same(fused_attn.attention),
     "_C._dispatch_keys": lambda: not_batched(),
@@ -90,11 +93,24 @@ def layers():
     assert module(x[0], x[0], x[0])[0].shape == x[0].shape
 
 
-def watches():
+def watches(**arguments):
     """Calls go through the op, as if someone looked: slower, and the same."""
     x = torch.randn(1, 2, 4, 8)
     assert tracing.watched((x,))
-    same(fused_attn.attention)
+    same(partial(fused_attn.attention, **arguments))
+
+
+def blocks_of_plain_operations():
+    x = torch.randn(1, 2, 40, 8)
+    torch.testing.assert_close(fused_attn.attention(x, x, x, backend="blocked"), F.scaled_dot_product_attention(x, x, x))
+
+
+def no_way_up():
+    """Within an op, a score function cannot be differentiated: an error, and no zeros."""
+    with torch_private.recording():
+        assert (torch.ones(1, requires_grad=True) * 2).requires_grad
+    with torch._C._AutoDispatchBelowAutograd(), pytest.raises(RuntimeError, match="cannot differentiate score functions"):
+        torch_private.recording()
 
 
 def not_batched():
