@@ -57,8 +57,13 @@ def _relative(t: Tensors, values: torch.Tensor) -> Score:
     return lambda s, b, h, q, k: s + values[h, k - q + middle]
 
 
+def _window(left: int) -> Alternative:
+    return Alternative(kept=lambda t: (_distance(t, t["n"]) >= -left)[None, None],
+                       keep=lambda t: lambda b, h, q, k: q - k <= left)
+
+
 ALTERNATIVES = {
-    "plain": Alternative(),
+    "plain": Alternative(), "window 256": _window(256), "window 1024": _window(1024),
     "softcap": Alternative(score=lambda t: lambda s, b, h, q, k: 30.0 * torch.tanh(s / 30.0)),
     "bias": Alternative(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][0, h, q, k]),
     "bias per key": Alternative(lambda t: t["bias"], score=lambda t: lambda s, b, h, q, k: s + t["bias"][b, 0, 0, k]),
@@ -108,7 +113,8 @@ def flex(alternative: Alternative, tensors: Tensors, causal: bool, device: str, 
 
     n, mask = int(tensors["n"]), None
     if causal or own is not None:
-        batch = None if own is None else next(iter(tensors.values())).shape[0]
+        first = next(iter(tensors.values()))
+        batch = first.shape[0] if own is not None and first.dim() else None  # a window is the same for all
         mask = create_block_mask(keep, batch, None, n, n, device=device)
     compiled = compiled_flex()
 

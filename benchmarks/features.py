@@ -22,6 +22,7 @@ from fused_attn.tools.bench.oracle import max_r
 
 Row = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
+Backend = Callable[[str], str | None]  # of a device: what calls are asked to run on
 
 # dtype: largest R of out, of dq, dk and dv, both at head dim 64, and largest relative error of any other gradient
 LIMITS = {"fp16": (1.5, 2.5, 4e-3), "bf16": (1.5, 2.5, 2e-2), "fp32": (20.0, 40.0, 1e-4)}
@@ -66,6 +67,8 @@ def _document(shape: Shape, draw: Callable[..., torch.Tensor]) -> Tensors:
 
 FEATURES = (
     Feature("plain"),
+    Feature("window 256", arguments=lambda t: {"window": (256, None)}),
+    Feature("window 1024", arguments=lambda t: {"window": (1024, None)}),
     Feature("softcap", arguments=lambda t: {"softcap": 30.0}),
     Feature("bias", lambda s, draw: {"bias": draw(1, s.heads, s.length, s.length)}, lambda t: {"bias": t["bias"]}, ("bias",),
             causal=False),
@@ -138,10 +141,10 @@ class Call:
         return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
-def check(feature: Feature, shape: Shape, device: str) -> Row:
+def check(feature: Feature, shape: Shape, device: str, backend: Backend = asked) -> Row:
     """Results and gradients against fp64, and again: equal to the bit."""
     call = Call(feature, shape, device)
-    got, again = call.results(False, asked(device)), call.results(False, asked(device))
+    got, again = call.results(False, backend(device)), call.results(False, backend(device))
     exact = call.results(True, "reference")
     limit_out, limit_grad, limit_other = LIMITS[shape.dtype]
     wider = max_r(DTYPES[shape.dtype], max(shape.head_dim, shape.head_dim_v))[0] / max_r(DTYPES[shape.dtype], 64)[0]
@@ -214,7 +217,7 @@ def _flops(call: Call, which: Pass) -> int:
     return attention_flops(shape.batch, shape.heads, pairs, shape.head_dim, shape.head_dim_v, products_qk=qk, products_v=pv)
 
 
-def subject(feature: Feature, shape: Shape, device: str) -> Subject:
+def subject(feature: Feature, shape: Shape, device: str, backend: Backend = asked) -> Subject:
     """Forward and backward of a feature beside what others do for it, and the plain call on the same shapes.
 
     Ours is held to fp64 on two heads of one batch entry, which has its reference fit the memory; the peers to ours.
@@ -225,12 +228,12 @@ def subject(feature: Feature, shape: Shape, device: str) -> Subject:
 
     def ours(one: Call) -> Entry:
         leaves = one.leaves(False)
-        return Entry(partial(one.attend, leaves, asked(device)), leaves, one.dout)
+        return Entry(partial(one.attend, leaves, backend(device)), leaves, one.dout)
 
     def gate(name: str, results: Tensors) -> tuple[Row, str | None]:
         if name == OURS:
             group = shape.heads // shape.kv_heads
-            verdict = check(feature, replace(shape, batch=1, heads=2 * group, kv_heads=2), device)
+            verdict = check(feature, replace(shape, batch=1, heads=2 * group, kv_heads=2), device, backend)
             proven.update(results)
             limit = GATE_TIMES * LIMITS[shape.dtype][2]
             wrong = ", ".join([key for key, found in verdict["results"].items() if not found["relative"] <= limit])
@@ -252,5 +255,5 @@ def subject(feature: Feature, shape: Shape, device: str) -> Subject:
         ("forward", "backward"), partial(ours, call), names, gate, partial(_flops, call),
         lambda which: moved if which == "forward" else 2 * moved,
         {"family": "features", "feature": feature.name, "dtype": shape.dtype, "head_dim": call.shape.head_dim,
-         "causal": feature.causal, "n_queries": shape.length, "n_keys": shape.length, "default": asked(device) is None},
+         "causal": feature.causal, "n_queries": shape.length, "n_keys": shape.length, "default": backend(device) is None},
         yardstick=partial(ours, plain))
