@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,47 @@ def shown(row: Row) -> Row:
             **{f"{name}_/_ours": others.get(name, "") for name in ("sdpa", "flex", "matrix of scores")}}
 
 
+def table(done: list[Row]) -> str:
+    """The rows as a table in Markdown: others' times over ours, those of who is quicker in bold."""
+    lines = ["| case | dtype | threads | | ours | SDPA | FlexAttention | matrix of scores |", f"|{'---|' * 8}"]
+    for row in map(shown, done):
+        cells = [row["case"], row["dtype"], row["threads"], row["pass"], row["ours"]]
+        ratios = [row[f"{name}_/_ours"] for name in ("sdpa", "flex", "matrix of scores")]
+        lines.append(f"| {' | '.join(map(str, cells))} | "
+                     + " | ".join(f"**{x}**" if x and float(x) < 1 else x for x in ratios) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(done: list[Row], path: Path) -> None:
+    """How many times as long each peer takes, a panel for inference and one for training's backward, fp32 on most threads."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from fused_attn import files
+    from fused_attn.tools.bench.plots import STYLE
+
+    colours = {"sdpa": "#0072B2", "flex": "#E69F00", "matrix of scores": "#999999"}
+    threads = max(row["threads"] for row in done)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 5.2), layout="constrained")
+        for axes, which in zip(figure.subplots(1, 2, sharey=True), ("inference", "backward"), strict=True):
+            members = [row for row in done if row["pass"] == which and row["threads"] == threads and row["dtype"] == "fp32"
+                       and "ms" in row]
+            for place, (peer, colour) in enumerate(colours.items()):
+                ratios = {i: row["peers"][peer]["ms"] / row["ms"] for i, row in enumerate(members)
+                          if "ms" in row["peers"].get(peer, {})}
+                axes.barh([i + (place - 1) * 0.27 for i in ratios], list(ratios.values()), 0.25, color=colour,
+                          label={"sdpa": "torch SDPA with a mask", "flex": "FlexAttention, compiled"}.get(peer, peer))
+            axes.set_yticks(range(len(members)), [row["case"] for row in members])
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.set_xlabel("times as long as ours")
+            axes.set_title(f"{which}, fp32, {threads} threads", fontsize=9)
+        axes.invert_yaxis()
+        axes.legend(fontsize=7)
+        files.write_figure(path, figure)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command."""
     from fused_attn.tools import options
@@ -111,6 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = options.Parser(prog="python -m benchmarks.blocked", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=options.file(), help="write the rows and their conditions to this JSON file")
+    parser.add_argument("--plot", type=options.file(), help="draw the ratios into this PNG")
     parser.add_argument("--case", choices=CASES, action="append", help="this case alone; may be given again")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), action="append", help="fp32 and bf16 unless given")
     parser.add_argument("--threads", type=options.whole(1, 1024), action="append",
@@ -141,6 +184,8 @@ def measure(asked: argparse.Namespace) -> int:
     print_table([shown(row) for row in done], f"on a CPU, torch {found['torch']}; times of others over ours, medians")
     if asked.out is not None and (done or complete):
         files.write(asked.out, json.dumps({"conditions": found, "complete": complete, "rows": done}, indent=1) + "\n")
+    if asked.plot is not None and done:
+        draw(done, asked.plot)
     return options.status(complete, not any(row.get("error") for row in done))
 
 

@@ -10,7 +10,6 @@ from fused_attn.api import (
     attention_varlen,
     explain,
     reference_attention,
-    scaled_dot_product_attention,
 )
 from fused_attn.call.mods import (
     MaskMod,
@@ -31,6 +30,7 @@ from fused_attn.integrations.patch import PatchReport, patch_sdpa
 from fused_attn.integrations.replacement import Replacement, replace_attention
 from fused_attn.plan.backends import Explanation
 from fused_attn.rotary import apply_rotary
+from fused_attn.sdpa import scaled_dot_product_attention
 from fused_attn.settings import hopper, strict
 
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 An unknown value is an error, and an unknown name a warning: a misspelt switch never counts as off in silence.
 
-FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch or reference
+FUSED_ATTN_BACKEND  backend of calls that name none: triton, torch, blocked or reference
 FUSED_ATTN_STRICT   1 or 0: raise where the quadratic reference would run unasked
 FUSED_ATTN_DETERMINISTIC  1 or 0: gradients equal to the bit, for calls that do not say, like torch.use_deterministic_algorithms
 FUSED_ATTN_TILES    a file of `fused-attn tune`, in place of the one it keeps for the card; none: the shipped tiles

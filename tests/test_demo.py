@@ -189,7 +189,8 @@ def test_a_whole_run(tiny, tmp_path, capsys):
     assert summary["conditions"]["torch"] == torch.__version__
     backends = {name: step["backend"] for name, step in summary["steps"].items()}
     assert backends == {"check": "triton", "train_fused": "torch", "train_reference": "reference", "generate": "torch",
-                        "attention_map": "plain softmax"}
+                        "attention_map": "plain softmax", "step_on_kernels": "triton, interpreted"}
+    assert summary["steps"]["step_on_kernels"]["gradient_difference"] < 1e-4
     assert all(step["seconds"] >= 0 for step in summary["steps"].values())
     for name in summary["pictures"]:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -267,10 +268,11 @@ def test_a_model_that_learns_too_little_fails(tiny, tmp_path):
 
 def test_an_attention_that_differs_from_the_reference_fails(tiny, tmp_path, monkeypatch):
     exact = fused_attn.attention
-    monkeypatch.setattr(fused_attn, "attention", lambda q, k, v, causal: exact(q, k, v, causal=False))
+    monkeypatch.setattr(fused_attn, "attention", lambda q, k, v, causal, **named: exact(q, k, v, causal=False, **named))
     tiny(steps=20, learning_rate=1e-2)
     assert demo.run(tmp_path, quick=True, seed=0, check=checked) == 1
-    (failure,) = failures(tmp_path)
+    on_kernels, failure = failures(tmp_path)
+    assert "on the kernels" in on_kernels
     assert "differ" in failure
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from fused_attn import torch_private
-from fused_attn.api import describe_sdpa, scaled_dot_product_attention, sdpa_by_torch
+from fused_attn.sdpa import describe_sdpa, scaled_dot_product_attention, sdpa_by_torch
 
 
 class PatchReport:

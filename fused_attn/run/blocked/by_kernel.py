@@ -16,6 +16,7 @@ from fused_attn.call.spec import Member
 from fused_attn.run.blocked.blocks import Block, Dense, Hidden, roles, shape_of_window
 from fused_attn.run.blocked.tile import added, cut, summands
 
+_LARGE = 2.0**10  # an LSE up to it is rounded by less than 2**-14, as are the scores themselves
 Masks: TypeAlias = dict[Any, torch.Tensor]
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -29,11 +30,12 @@ def takes_forward(batch: Dense) -> bool:
             and (others.sinks is None or q.dtype == torch.float32) and summands(spec.score_mods))
 
 
-def takes_backward(batch: Dense, dlse: torch.Tensor | None, needs: Needs) -> bool:
+def takes_backward(batch: Dense, dlse: torch.Tensor | None, lse: torch.Tensor, needs: Needs) -> bool:
     """Whether it computes their gradients, of weights exp(score - LSE), which asks for an LSE of ordinary size. It has none of
     the score mods' operands, nor through the LSE."""
     return (takes_forward(batch) and torch_private.flash_cpu_backward is not None and dlse is None
-            and not any(needs.doperands) and not batch.spec.precise)
+            and not any(needs.doperands) and not batch.spec.precise
+            and not bool((lse.masked_fill(lse == -torch.inf, 0).abs() > _LARGE).any()))
 
 
 def takes_whole(batch: Dense) -> bool:

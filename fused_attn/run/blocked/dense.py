@@ -14,7 +14,6 @@ from fused_attn.run.blocked.tile import Gradients, Tile, attend, gradients
 SCORES = 2**18
 ROWS = 64  # fewer make products slow; more hold more keys at the edges of a window that half of them do not see
 KERNEL_ROWS = 256  # of torch's kernel, which cuts them once more
-LARGE = 2.0**10  # an LSE up to it is rounded by less than 2**-14, as are the scores themselves
 ROLES = ("queries", "keys", "keys", "heads", "heads")  # of q, k, v, sinks and the weight of an additive score
 
 
@@ -104,8 +103,7 @@ def forward(batch: Dense, out: torch.Tensor, lse: torch.Tensor) -> None:
 def backward(batch: Dense, dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, needs: Needs,
              grads: Gradients) -> None:
     """Adds the gradients of a batch to ``grads``, whose dq, dk and dv may hold anything before."""
-    ordinary = not bool((lse.masked_fill(lse == -torch.inf, 0).abs() > LARGE).any())
-    kernel = ordinary and by_kernel.takes_backward(batch, dlse, needs) and needs.dq + needs.dk + needs.dv > 1
+    kernel = by_kernel.takes_backward(batch, dlse, lse, needs) and needs.dq + needs.dk + needs.dv > 1
     sizes, stays = Sizes.of(batch, kernel), dropout.of(batch)
     if kernel and batch.q.dtype != batch.dtype:  # sums in fp32 for a quarter of the heads at a time
         kv_heads = -(-sizes.kv_heads // 4)
@@ -130,8 +128,7 @@ def backward(batch: Dense, dout: torch.Tensor, dlse: torch.Tensor | None, out: t
                         found = found._replace(sinks=_of_sinks(part, douts[:, :, rows], outs[:, :, rows], lses[:, :, rows]))
                 else:
                     more = None if dlses is None else dlses[:, :, rows]
-                    found = gradients(Tile.of(part, block, hidden, stays), douts[:, :, rows], more, needs,
-                                      lses[:, :, rows] if ordinary else None)
+                    found = gradients(Tile.of(part, block, hidden, stays), douts[:, :, rows], more, needs)
                 _add(part, block, mine, found)
         for whole, total in zip((grads.k, grads.v), sums, strict=True):
             if whole is not None and total is not None and total.dtype != whole.dtype:

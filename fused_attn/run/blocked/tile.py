@@ -122,7 +122,7 @@ class _Softmax(NamedTuple):
 
     unnormalised: torch.Tensor  # [b, h, m, n]
     pivot: torch.Tensor  # [b, h, m, 1]
-    row_sum: Any  # [b, h, m, 1], sinks included, 1 in a row without a key; or 1.0
+    row_sum: torch.Tensor  # [b, h, m, 1], sinks included; 1 in a row without a key
 
 
 def _masked(scores: torch.Tensor, tile: Tile, own: bool) -> torch.Tensor:
@@ -192,26 +192,18 @@ class Gradients(NamedTuple):
     operands: tuple[Any, ...]
 
 
-def gradients(tile: Tile, dout: torch.Tensor, dlse: torch.Tensor | None, needs: Needs,
-              lse: torch.Tensor | None = None) -> Gradients:
+def gradients(tile: Tile, dout: torch.Tensor, dlse: torch.Tensor | None, needs: Needs) -> Gradients:
     """What a block adds to the gradients, given those of its rows of the output [b, h, m, Dv] and of the LSE [b, h, m].
 
-    With delta = sum_j P_j dP_j: dV = P^T dO, dP = dO V^T, dS = P (dP - delta + dLSE). Delta is made anew of a whole row, so the
-    rounding of the output is not in it. P = exp(S - ``lse``) where that is given, which must not be so large that the rounding
-    of the LSE shows; else it is made anew as well.
+    With delta = sum_j P_j dP_j: dV = P^T dO, dP = dO V^T, dS = P (dP - delta + dLSE). P and delta are made anew of a whole row,
+    so neither the rounding of the LSE nor that of the output is in them.
     """
     spec = tile.batch.spec
     raw, backward_of_raw = _differentiable_raw(tile, needs)
     scores, backward_of_mods = _differentiable_mods(_capped(raw, spec.softcap), tile, needs)
     own = (tile.weight is None or spec.softcap is not None) and summands(spec.score_mods)
-    if lse is None:
-        (weights, pivot, row_sum), _ = _softmax(scores, tile, own)
-        dout = dout.to(tile.q.dtype) / row_sum  # 1 / sum goes with the few columns of dO, in place of those of P
-    else:
-        pivot, row_sum = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None], 1.0
-        scores = _masked(scores, tile, own)
-        weights = _exp_(scores.sub_(pivot) if own else scores - pivot)
-        dout = dout.to(tile.q.dtype)
+    (weights, pivot, row_sum), _ = _softmax(scores, tile, own)
+    dout = dout.to(tile.q.dtype) / row_sum  # 1 / sum goes with the few columns of dO, in place of those of P
     if spec.dropout_p not in (0, 1):
         dout = dout / (1 - spec.dropout_p)
     folded = _folded(dout, tile)

@@ -5,8 +5,9 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import fused_attn
-from fused_attn import files
+from fused_attn import files, settings
 from fused_attn.tools import options, report
 from fused_attn.tools.demo import data, plots, train
 from fused_attn.tools.demo.model import GPT
@@ -24,6 +25,7 @@ PICTURES = ("loss.png", "attention.png")
 FILES = ("summary.json", *PICTURES, "sample.txt", "checkpoint.pt")
 PROMPT, TEMPERATURE = "def ", 0.8
 MAP_BYTES = 56
+STEP_TARGET, STEP_TOKENS, STEP_TOLERANCE = "sm_90", 48, 1e-4  # of the step on the kernels
 
 _Result = TypeVar("_Result")
 
@@ -59,6 +61,11 @@ def run(console: Console, out: Path, recipe: train.Recipe, seed: int, check: Cal
     for name, content in (("attention.png", picture), ("sample.txt", sample), ("checkpoint.pt", weights.getvalue())):
         files.write(out / name, content)  # before the other training: an interruption leaves them
 
+    steps["step_on_kernels"], seconds = _timed(lambda: _step_on_kernels(corpus, recipe, seed, device))
+    steps["step_on_kernels"]["seconds"] = seconds
+    told = steps["step_on_kernels"]
+    console.print(f"one step on the kernels: {told.get('not run') or told['backend']}"
+                  + (f", gradients {told['gradient_difference']:.1g} from the reference's" if "loss" in told else ""))
     with _bar(console, "reference_attention", recipe.steps) as advance:
         _, reference = train.train(corpus, recipe, seed, fused_attn.reference_attention, device, advance)
     steps["train_reference"] = _training("reference", reference)
@@ -66,7 +73,7 @@ def run(console: Console, out: Path, recipe: train.Recipe, seed: int, check: Cal
     comparison = train.compare(fused, reference)
     losses = {"validation_fused": fused.validation[-1][1], "validation_reference": reference.validation[-1][1],
               "unigram_entropy": unigram, "required_margin": recipe.margin}
-    failures = _failures(losses, comparison)
+    failures = _failures(losses, comparison, steps["step_on_kernels"])
     summary = {
         "passed": not failures,
         "failures": failures,
@@ -101,15 +108,37 @@ def _timed(step: Callable[[], _Result]) -> tuple[_Result, float]:
     return step(), time.perf_counter() - started
 
 
-def _failures(losses: dict[str, float], comparison: dict[str, Any]) -> list[str]:
+def _failures(losses: dict[str, float], comparison: dict[str, Any], on_kernels: dict[str, Any]) -> list[str]:
     """What a training must reach and did not."""
     failures = []
+    if on_kernels.get("gradient_difference", 0.0) > STEP_TOLERANCE:
+        failures.append(f"gradients of a step on the kernels are {on_kernels['gradient_difference']:.1g} from the reference's, "
+                        f"more than {STEP_TOLERANCE:g}")
     loss, unigram, margin = losses["validation_fused"], losses["unigram_entropy"], losses["required_margin"]
     if not loss <= unigram - margin:
         failures.append(f"validation loss {loss:.3f} is not {margin} below the unigram entropy {unigram:.3f}")
     if not comparison["passed"]:
         failures.append("trainings with attention and with reference_attention differ by more than is allowed")
     return failures
+
+
+def _step_on_kernels(corpus: data.Corpus, recipe: train.Recipe, seed: int, device: torch.device) -> dict[str, Any]:
+    """A step of training on the kernels themselves, wherever the training ran, beside the same step on the reference: on a CPU
+    they are interpreted, or compiled for a card and executed in the emulator."""
+    attend = partial(fused_attn.attention, backend="triton")
+    emulates = device.type == "cpu" and not settings.interpreted()
+    how = f"triton, emulated {STEP_TARGET}" if emulates else "triton, interpreted" if device.type == "cpu" else "triton"
+    try:
+        with fused_attn.emulated(STEP_TARGET) if emulates else nullcontext():
+            loss, grads = train.first_step(corpus, recipe, seed, attend, device, STEP_TOKENS)
+    except RuntimeError as error:  # without Triton, or a C compiler
+        if not emulates or isinstance(error, fused_attn.emulator.EmulatorFault):
+            raise
+        return {"backend": how, "not run": str(error)}
+    exact_loss, exact = train.first_step(corpus, recipe, seed, fused_attn.reference_attention, device, STEP_TOKENS)
+    difference = float((grads - exact).norm() / exact.norm())
+    return {"backend": how, "tokens": STEP_TOKENS, "loss": loss, "loss_reference": exact_loss,
+            "gradient_difference": difference}
 
 
 def _sample(model: GPT, count: int, seed: int, device: torch.device) -> tuple[bytes, dict[str, Any]]:

@@ -120,6 +120,17 @@ def train(corpus: data.Corpus, recipe: Recipe, seed: int, attend: Attend, device
     return model, history
 
 
+def first_step(corpus: data.Corpus, recipe: Recipe, seed: int, attend: Attend, device: torch.device,
+               tokens: int) -> tuple[float, torch.Tensor]:
+    """The loss of a fresh model on the beginning of one window, and the gradients of all its weights as one vector."""
+    model = build(recipe, seed, attend, device)
+    inputs, targets = (x[:1, :tokens].to(device) for x in next(data.batches(corpus.train, 1, recipe.model.context, seed)))
+    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    loss.backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(grads)
+
+
 def compare(fused: History, reference: History) -> dict[str, Any]:
     """How far two trainings lie apart, beside what is allowed: every early step, and the last validation loss."""
     differences = [abs(a - b) for a, b in zip(fused.losses, reference.losses, strict=True)]
