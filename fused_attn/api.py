@@ -29,8 +29,7 @@ def run(call: Described, return_lse: bool, backend: str | None, strict: bool | N
     if chosen == "torch":
         return by_torch.torch_attention(*call), None
     if chosen == "blocked":
-        drawn = ops.seeded(call) if backend == "blocked" else ops.drawn(call)
-        return autograd.attention(*drawn._replace(spec=drawn.spec._replace(blocked=True, with_lse=return_lse)))
+        return autograd.blocked(call, with_lse=return_lse, by_seed=backend == "blocked")
     call = ops.seeded(call)
     if chosen == "triton":
         if key is not None:

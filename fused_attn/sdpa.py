@@ -73,11 +73,18 @@ def _sdpa_by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     if tracing.watched(x for x in arguments if isinstance(x, torch.Tensor)) or _against_fused_sdpa(*arguments, kernels=False):
         return None
     call = _sdpa_call(*arguments)
-    if call is None:
+    if call is None or _shares_weights(query, key, value):
         return None
-    drawn = ops.drawn(call)
-    out = autograd.attention(*drawn._replace(spec=drawn.spec._replace(blocked=True, with_lse=False)))[0]
-    return _in_shape(out, query, key, value)
+    return _in_shape(autograd.blocked(call, with_lse=False, by_seed=False)[0], query, key, value)
+
+
+def _shares_weights(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether several values have the same weights, of which torch drops one set for all."""
+    try:
+        weights = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        return torch.broadcast_shapes(weights, value.shape[:-2]) != weights
+    except RuntimeError:
+        return False  # grouped heads
 
 
 def _in_shape(out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:

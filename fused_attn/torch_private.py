@@ -114,6 +114,15 @@ def is_batched(x: torch.Tensor) -> bool:
     return _dispatch_keys is not None and bool(_dispatch_keys(x).has("Batched"))
 
 
+# Whether a transform of torch.func has wrapped a tensor.
+_is_wrapped: Callable[[torch.Tensor], bool] = _private("_C._functorch.is_functorch_wrapped_tensor", lambda x: True)
+
+
+def is_transformed(x: torch.Tensor) -> bool:
+    """Whether x belongs to a transform of torch.func, or carries a tangent."""
+    return (transforms_active() and _is_wrapped(x)) or (forward_mode() and forward_ad.unpack_dual(x).tangent is not None)
+
+
 def is_fake(x: Any) -> bool:
     """Whether x is a tracer's stand-in for a tensor, as FakeTensorMode and torch.export make them: it has no values."""
     traced = sys.modules.get("torch._subclasses.fake_tensor")  # whoever has one has imported it

@@ -9,16 +9,17 @@ no pointers in it, so the same few lines run on a tile of a kernel and on whole 
 import dataclasses
 import functools
 import hashlib
-import inspect
 import math
 import numbers
 import uuid
 import weakref
 from collections.abc import Callable
-from types import NoneType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+
+from fused_attn import torch_private
+from fused_attn.call.identity import captured, content
 
 Reference: TypeAlias = Callable[[Any, Any, Any, Any, Any, tuple[Any, ...]], torch.Tensor]
 
@@ -72,6 +73,7 @@ class Plain:
 
     key: str
     function: Callable[..., torch.Tensor] = dataclasses.field(compare=False)
+    learned: bool = dataclasses.field(default=False, compare=False)  # captures a tensor that wants derivatives
 
     def __call__(self, *arguments: Any) -> torch.Tensor:
         return self.function(*arguments)
@@ -88,7 +90,7 @@ def _code(name: str, function: Any, slope: Any, arg_slopes: tuple[Any, ...], by_
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected a word of letters, digits and underscores; got {name!r}")
     # A mod that has only a reference never leaves the process, and nothing but the mod itself identifies it.
-    texts = [uuid.uuid4().hex] if function is None else [_content(x, []) for x in (function, slope, *arg_slopes)]
+    texts = [uuid.uuid4().hex] if function is None else [content(x, []) for x in (function, slope, *arg_slopes)]
     digest = hashlib.sha256("|".join((*texts, str(by_batch), str(by_head))).encode()).hexdigest()
     code = Code(f"{name}_{digest[:16]}", name, function, slope, tuple(arg_slopes), by_batch, by_head)
     return _ALIVE.setdefault(code.key, code)
@@ -98,38 +100,11 @@ def _plain(reference: Callable[..., torch.Tensor] | None, alone: bool) -> Plain 
     """``alone``: the mod has nothing else, and so its Code identifies it."""
     if reference is None:
         return None
-    text = uuid.uuid4().hex if alone else _content(reference, [])
-    plain = Plain(hashlib.sha256(text.encode()).hexdigest()[:16], reference)
+    text = uuid.uuid4().hex if alone else content(reference, [])
+    learned = any(isinstance(x, torch.Tensor) and (x.requires_grad or torch_private.is_transformed(x))
+                  for x in captured(reference))
+    plain = Plain(hashlib.sha256(text.encode()).hexdigest()[:16], reference, learned)
     return _PLAIN.setdefault(plain.key, plain)
-
-
-def _content(x: Any, within: list[Any]) -> str:
-    """A text that identifies ``x``, a function or something that one captures: equal texts mean equal behaviour."""
-    if isinstance(x, (bool, int, float, str, torch.dtype, NoneType)):
-        return repr(x)
-    if inspect.ismodule(x):
-        return x.__name__
-    if isinstance(x, (tuple, list, dict)):
-        return f"[{','.join(_content(y, within) for y in (x.items() if isinstance(x, dict) else x))}]"
-    key = getattr(x, "cache_key", None)  # of a compiled function: its source, what that calls and the values it captures
-    if key is not None:
-        return str(key)
-    plain = getattr(x, "fn", x)  # of an interpreted function
-    if type(x).__name__ == "constexpr":  # not by its class: a mod may be made without Triton
-        return _content(x.value, within)
-    if inspect.isclass(x) or inspect.isbuiltin(x) or getattr(plain, "__module__", "").startswith("triton."):
-        return f"{plain.__module__}.{plain.__qualname__}" if hasattr(plain, "__qualname__") else repr(x)
-    if not inspect.isfunction(plain):
-        return uuid.uuid4().hex  # unknown, so unlike anything else
-    if plain in within:  # it calls itself
-        return plain.__qualname__
-    captured = inspect.getclosurevars(plain)
-    values = {**captured.globals, **captured.nonlocals, "": (plain.__defaults__, plain.__kwdefaults__)}
-    try:
-        source = inspect.getsource(plain)
-    except OSError:
-        source = uuid.uuid4().hex
-    return "|".join((source, *(f"{name}={_content(value, [*within, plain])}" for name, value in values.items())))
 
 
 @functools.lru_cache(1024)

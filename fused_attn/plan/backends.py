@@ -200,7 +200,12 @@ def _needs_mask(call: Described) -> bool:
 def against_blocked(call: Described) -> tuple[str, ...]:
     """Reasons why a call cannot run by blocks."""
     members = call.spec.score_mods + call.spec.mask_mods
-    return tuple(f"{member.code.name} has no plain PyTorch reference" for member in members if member.reference is None)
+    missing = tuple(f"{member.code.name} has no plain PyTorch reference" for member in members if member.reference is None)
+    if not (torch.is_grad_enabled() or torch_private.transforms_active() or torch_private.forward_mode()):
+        return missing
+    learned = [member.code.name for member in members if member.reference is not None and member.reference.learned]
+    return missing + tuple(f"the reference of {name} captures a tensor that wants derivatives, which it gets as an argument"
+                           for name in learned)
 
 
 def choose(call: Described, return_lse: bool, backend: str | None, strict: bool | None, warn: bool = True) -> str:
@@ -225,6 +230,11 @@ def choose(call: Described, return_lse: bool, backend: str | None, strict: bool 
     if call.q.device.type != "cpu" and not on_kernels:
         return "triton"
     chosen = "blocked" if against_torch(call, return_lse) or against_torch_first(call) else "torch"
+    reasons = against_blocked(call) if chosen == "blocked" else ()
+    if reasons:
+        if settings.is_strict(strict):
+            raise RuntimeError(f"strict: only the quadratic reference could run this call: {'; '.join(reasons)}")
+        chosen = "reference"
     if on_kernels and warn:
         warn_once(f"fused_attn: backend {chosen!r} instead of 'triton': {'; '.join(on_kernels)}")
     return chosen
@@ -259,7 +269,7 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
         "triton": against_triton(call),
         "torch": against_torch(call, return_lse),
         "blocked": against_blocked(call),
-        "reference": (*against_blocked(call), "memory is quadratic in the sequence length"),
+        "reference": ("memory is quadratic in the sequence length",),
     }
     chosen = choose(call, return_lse, backend, strict, warn=False)
     against_asked: dict[str, tuple[str, ...]] = {}

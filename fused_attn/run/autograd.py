@@ -1,6 +1,7 @@
-"""Gradients of the kernels: thin autograd Functions over the ops, and what the ops do where autograd reaches them. This is the
-kernels' only file with a ``ctx``."""
+"""Gradients of the kernels, and of blocks: thin autograd Functions over the ops, and what the ops do where autograd reaches
+them. This is the kernels' only file with a ``ctx``."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from torch.autograd import forward_ad
 
 from fused_attn import torch_private
+from fused_attn.call.describe import Described
 from fused_attn.call.schema import FORWARD, Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
 from fused_attn.run import ops, plans
 from fused_attn.run.blocked import derivatives
+
+_drawing = threading.RLock()
 
 
 class Attention(torch.autograd.Function):
@@ -197,6 +201,18 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     function = TransformedAttention if transformed else Attention
     out, lse, *_ = function.apply(spec, *distinct)
     return out, _rounded(lse)
+
+
+def blocked(call: Described, with_lse: bool, by_seed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) by blocks; without ``with_lse`` that is for nobody's eyes. Unless ``by_seed``, dropout draws as torch would,
+    where it can."""
+    call = call._replace(spec=call.spec._replace(blocked=True, with_lse=with_lse))
+    if call.spec.dropout_p == 0:
+        return attention(*call)
+    if by_seed:
+        return attention(*ops.seeded(call))
+    with _drawing:  # from here, where torch's generator stands, to the end of the forward, which leaves it further on
+        return attention(*ops.drawn(call))
 
 
 class Rotary(torch.autograd.Function):

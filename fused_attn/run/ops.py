@@ -7,6 +7,7 @@ imported by the first call that runs one. Where nothing watches, the functions h
 torch's dispatcher cost more than everything else that the host does for a call.
 """
 
+import functools
 import warnings
 from typing import Any
 
@@ -191,14 +192,25 @@ def drawn(call: Described) -> Described:
     the blocks draw what torch's own attention would have drawn."""
     q, others = call.q, call.others
     if (call.spec.dropout_p == 0 or others.seed is not None or q.device.type != "cpu" or call.spec.longest is not None
-            or watched((*call[:3], *others.flat()))):
+            or watched((*call[:3], *others.flat())) or not _draws_one_by_one()):
         return seeded(call)
     return call._replace(others=others._replace(seed=torch.get_rng_state()))
 
 
+@functools.cache
+def _draws_one_by_one() -> bool:
+    """Whether torch's CPU generator draws two numbers as it draws one and another one: where MKL draws, it does not."""
+    found = []
+    for sizes in ((2,), (1, 1)):
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = [torch.empty(n, device="cpu").bernoulli_(0.5, generator=generator) for n in sizes]
+        found.append((torch.cat(drawn).tolist(), generator.get_state().tolist()))
+    return found[0] == found[1]
+
+
 def refuse_batches(*_: Any) -> Any:
     raise NotImplementedError("fused_attn: vmap, and with it is_grads_batched and vectorised jacobians, is not built yet for "
-                              "backend 'triton'; backend='blocked' has it")
+                              "backend 'triton'; under torch.func, backend='blocked' has vmap")
 
 
 def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:

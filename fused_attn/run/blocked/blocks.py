@@ -1,5 +1,6 @@
 """Blocks of a dense batch: some queries, and the keys that any of them sees."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +12,12 @@ Keys: TypeAlias = slice | torch.Tensor  # a range of keys, or their indices in r
 # Which pairs do not attend: for some of a block's columns, a mask that broadcasts to [b, h, m, columns]; the others all attend.
 Hidden: TypeAlias = tuple[tuple[slice, torch.Tensor], ...]
 _SPARSE = 0.75  # a mask that leaves fewer than this part of a range's keys has them gathered
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast leaves matrix products alone."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 class Dense(NamedTuple):
@@ -165,6 +172,8 @@ def coordinates(batch: Dense, block: Block) -> tuple[torch.Tensor, ...]:
     """(q_pos, k_idx, head, batch) of a block, as mods take them: they broadcast to [b, h, m, n]."""
     device = batch.q.device
     rows = torch.arange(block.rows.start, block.rows.stop, device=device)[:, None]
+    if batch.padded and batch.others.used_q is not None:  # positions of no query may lie outside of what mods look up
+        rows = torch.minimum(rows, batch.others.used_q[:, None, None, None] - 1)
     keys = torch.arange(block.first, block.stop, device=device) if isinstance(block.keys, slice) else block.keys
     return rows + batch.offset, keys[None, :], batch.heads[:, None, None], batch.numbers[:, None, None, None]
 

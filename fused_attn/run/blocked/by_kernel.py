@@ -27,7 +27,13 @@ def takes_forward(batch: Dense) -> bool:
     return (q.device.type == "cpu" and torch_private.flash_cpu is not None and q.dtype in _DTYPES
             and (q.dtype == torch.float32 or not spec.with_lse) and q.shape[3] == batch.v.shape[3]
             and spec.softcap is None and spec.dropout_p == 0 and others.score_weight is None
-            and (others.sinks is None or q.dtype == torch.float32) and summands(spec.score_mods))
+            and (others.sinks is None or q.dtype == torch.float32) and summands(spec.score_mods) and not _hides_nan(batch))
+
+
+def _hides_nan(batch: Dense) -> bool:
+    """Whether a window, a mask or a length may hide a key that is NaN: the kernel adds -inf to its scores, which leaves NaN."""
+    hides = batch.spec.mask_mods or batch.others.used_k is not None or batch.spec.window != (None, None)
+    return bool(hides) and bool(batch.k.sum().isnan()) and bool(batch.k.isnan().any())
 
 
 def takes_backward(batch: Dense, dlse: torch.Tensor | None, lse: torch.Tensor, needs: Needs) -> bool:
@@ -99,14 +105,18 @@ def _added(batch: Dense, block: Block, hidden: Hidden, masks: Masks) -> torch.Te
     if not batch.spec.score_mods and not hidden:
         return None
     shape = None if batch.spec.score_mods else shape_of_window(batch, block)
-    if shape is None or shape not in masks:
+    if shape is None:
+        return _made(batch, block, hidden)
+    if shape not in masks:
         masks.clear()
         masks[shape] = _made(batch, block, hidden)
     return masks[shape]
 
 
 def _made(batch: Dense, block: Block, hidden: Hidden) -> torch.Tensor:
-    total = added(batch, block, cut(batch, block), torch.float32) if batch.spec.score_mods else torch.zeros(1, 1, 1, 1)
+    total = added(batch, block, cut(batch, block), torch.float32) if batch.spec.score_mods else None
+    if total is None:
+        total = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=batch.q.device)
     shape = torch.broadcast_shapes((1, 1, 1, block.n_keys), total.shape, *((*mask.shape[:-1], 1) for _, mask in hidden))
     if not hidden:
         return total.expand(shape)

@@ -8,13 +8,8 @@ from fused_attn.call.layout import accumulates, like
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.run.blocked import dense, packed
-from fused_attn.run.blocked.blocks import Dense
+from fused_attn.run.blocked.blocks import Dense, without_autocast
 from fused_attn.run.blocked.tile import Gradients
-
-
-def _plain(q: torch.Tensor) -> Any:
-    """A context in which autocast leaves matrix products alone, and nothing is recorded."""
-    return torch.autocast(q.device.type, enabled=False) if torch.amp.is_autocast_available(q.device.type) else torch.no_grad()
 
 
 @torch.no_grad()
@@ -22,7 +17,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSp
             others: OtherTensors) -> tuple[torch.Tensor, torch.Tensor, None]:
     """(out [B, H, Nq, Dv], lse [B, H, Nq], None) of a call."""
     out, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulates(q))
-    with _plain(q):
+    with without_autocast(q.device):
         if spec.longest is not None:
             packed.forward(q, k, v, spec, others, out, lse)
         else:
@@ -42,7 +37,7 @@ def backward(saved: Saved, spec: AttentionSpec, others: OtherTensors, needs: Nee
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in ((q, needs.dq), (k, needs.dk), (v, needs.dv)))
     grads = Gradients(dq, dk, dv, zeros(others.sinks, needs.dsinks), zeros(others.score_weight, needs.dscore_weight),
                       tuple(zeros(x, need) for x, need in zip(others.operands, needs.doperands, strict=True)))
-    with _plain(q):
+    with without_autocast(q.device):
         if spec.longest is not None:
             packed.backward(q, k, v, spec, others, saved.dout, saved.dlse, saved.out, saved.lse, needs, grads)
         else:

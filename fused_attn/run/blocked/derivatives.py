@@ -14,7 +14,7 @@ import torch
 from fused_attn.call.schema import Needs
 from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.run.blocked import dropout
-from fused_attn.run.blocked.blocks import Dense, roles, see
+from fused_attn.run.blocked.blocks import Dense, roles, see, without_autocast
 from fused_attn.run.blocked.dense import ROLES, Sizes, chunks, parts
 from fused_attn.run.blocked.packed import batches
 from fused_attn.run.blocked.tile import Tile, attend, gradients
@@ -95,13 +95,13 @@ def _of_map(base: Map, which: tuple[int, ...], function: Callable[..., Tensors],
     return Map(derived, (*base.inputs, *more), outputs, lambda given: shapes(given[:n]))
 
 
-def vjp(base: Map, which: tuple[int, ...]) -> Map:
+def gradient_map(base: Map, which: tuple[int, ...]) -> Map:
     """The gradients of a map by some inputs, as a map: it takes the gradients of the results after its inputs."""
     return _of_map(base, which, _transposed, base.outputs, tuple(base.inputs[i] for i in which),
                    lambda inputs: tuple(inputs[i].shape for i in which))
 
 
-def jvp(base: Map, which: tuple[int, ...]) -> Map:
+def tangent_map(base: Map, which: tuple[int, ...]) -> Map:
     """The tangents of a map along some inputs, as a map: it takes their tangents after its inputs."""
     return _of_map(base, which, _pushed, tuple(base.inputs[i] for i in which), base.outputs, base.shapes)
 
@@ -143,6 +143,11 @@ class Mapped(torch.autograd.Function):
 
     @staticmethod
     def forward(of: Map, context: Context, *tensors: Any) -> Tensors:
+        with without_autocast(tensors[0].device):
+            return Mapped._put_together(of, context, *tensors)
+
+    @staticmethod
+    def _put_together(of: Map, context: Context, *tensors: Any) -> Tensors:
         inputs, more = tensors[: len(of.inputs)], tensors[len(of.inputs):]
         results = tuple(inputs[0].new_zeros(shape) for shape in of.shapes(inputs))
         whole = _rebuilt(context, inputs, more)
@@ -170,14 +175,14 @@ class Mapped(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         n, tensors = len(ctx.of.inputs), ctx.saved_tensors
         which = tuple(i for i, need in enumerate(ctx.needs_input_grad[2 : 2 + n]) if need)
-        found = iter(Mapped.apply(vjp(ctx.of, which), ctx.context, *tensors[:n], *grads, *tensors[n:]))
+        found = iter(Mapped.apply(gradient_map(ctx.of, which), ctx.context, *tensors[:n], *grads, *tensors[n:]))
         return None, None, *(next(found) if i in which else None for i in range(len(tensors)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
         n, tensors = len(ctx.of.inputs), ctx.saved_tensors
         which = tuple(i for i, tangent in enumerate(tangents[2 : 2 + n]) if tangent is not None)
-        found: Tensors = Mapped.apply(jvp(ctx.of, which), ctx.context, *tensors[:n], *(tangents[2 + i] for i in which),
+        found: Tensors = Mapped.apply(tangent_map(ctx.of, which), ctx.context, *tensors[:n], *(tangents[2 + i] for i in which),
                                       *tensors[n:])
         return found
 

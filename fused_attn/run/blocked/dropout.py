@@ -47,13 +47,13 @@ class ByTorch:
     """As torch draws, from the state that the call began with; what the window hides is drawn as well."""
 
     def __init__(self, batch: Dense) -> None:
-        self._generator = torch.Generator().set_state(batch.others.seed)
+        self._generator = torch.Generator("cpu").set_state(batch.others.seed)
         self._n_keys, self._keeps = batch.k.shape[2], 1 - batch.spec.dropout_p
 
     def __call__(self, batch: Dense, block: Block) -> torch.Tensor:
         m = block.rows.stop - block.rows.start
-        drawn = torch.empty(m, self._n_keys, dtype=torch.uint8).bernoulli_(self._keeps, generator=self._generator).bool()
-        return drawn[:, block.keys][None, None]
+        drawn = torch.empty(m, self._n_keys, dtype=torch.uint8, device="cpu").bernoulli_(self._keeps, generator=self._generator)
+        return drawn.bool()[:, block.keys][None, None]
 
     def leave(self) -> None:
         """Leaves torch's generator where it would stand had torch drawn."""

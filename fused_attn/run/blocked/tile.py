@@ -102,7 +102,8 @@ def _modded(scores: torch.Tensor, operands: tuple[torch.Tensor, ...], tile: Tile
     """Scores after the score mods of a call."""
     given, where = iter(operands), coordinates(tile.batch, tile.block)
     for member in tile.batch.spec.score_mods:
-        scores = reference(member)(scores, *where, arguments(member, given, tile.block, scores.dtype))
+        found = reference(member)(scores, *where, arguments(member, given, tile.block, scores.dtype))
+        scores = found.to(scores.dtype).expand(scores.shape)
     return scores
 
 
@@ -202,7 +203,7 @@ def gradients(tile: Tile, dout: torch.Tensor, dlse: torch.Tensor | None, needs: 
     raw, backward_of_raw = _differentiable_raw(tile, needs)
     scores, backward_of_mods = _differentiable_mods(_capped(raw, spec.softcap), tile, needs)
     own = (tile.weight is None or spec.softcap is not None) and summands(spec.score_mods)
-    (weights, pivot, row_sum), _ = _softmax(scores, tile, own)
+    (weights, pivot, row_sum), empty = _softmax(scores, tile, own)
     dout = dout.to(tile.q.dtype) / row_sum  # 1 / sum goes with the few columns of dO, in place of those of P
     if spec.dropout_p not in (0, 1):
         dout = dout / (1 - spec.dropout_p)
@@ -219,7 +220,7 @@ def gradients(tile: Tile, dout: torch.Tensor, dlse: torch.Tensor | None, needs: 
     dscores *= weights
     pull = dscores.sum(-1, keepdim=True)
     if dlse is not None:
-        pull -= dlse.to(pull.dtype)[..., None]
+        pull -= dlse.to(pull.dtype)[..., None].masked_fill(empty, 0)  # which is -inf there, whatever anything is
     dsinks = None
     if needs.dsinks:
         dsinks = -(torch.exp(tile.sinks[:, None, None] - pivot) / row_sum * pull).sum((0, 2, 3))
@@ -260,12 +261,13 @@ def _differentiable_mods(capped: torch.Tensor, tile: Tile, needs: Needs,
     if not members:
         return capped, lambda dscores: (dscores, ())
     with torch_private.recording():
-        operands = tuple(x.detach().requires_grad_(need) for x, need in zip(tile.operands, wanted, strict=True))
+        given = (x.to(capped.dtype) if x.is_floating_point() else x for x in tile.operands)  # in which gradients add up
+        operands = tuple(x.detach().requires_grad_(need) for x, need in zip(given, wanted, strict=True))
         if summands(members):
             more = added(tile.batch, tile.block, operands, capped.dtype)
         else:
             leaf = capped.detach().requires_grad_()
-            scores = _modded(leaf, operands, tile)
+            scores = _modded(leaf.clone(), operands, tile)  # since a mod may work in place
 
     def backward_of_summands(dscores: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
         if not any(wanted):
