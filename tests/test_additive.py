@@ -137,7 +137,7 @@ def test_compiles_whole_and_is_checkpointed():
 def test_who_answers():
     q, k, v, weight = draw()
     found = explain(q, k, v, score_weight=weight)
-    assert found.backend == "reference"
+    assert found.backend == "blocked"
     assert "additive" in found.reasons["torch"][0]
     wide = draw(dim=257)
     assert "additive scores up to 256" in explain(*wide[:3], score_weight=wide[3]).reasons["triton"][0]

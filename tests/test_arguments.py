@@ -55,7 +55,7 @@ BAD = {  # name: (exception, pattern, positional, named)
     "softcap -1": (ValueError, r"softcap: expected a positive.*got -1", (Q, K, V), {"softcap": -1.0}),
     "softcap nan": (ValueError, r"softcap: expected a positive.*got nan", (Q, K, V), {"softcap": math.nan}),
     "softcap str": (TypeError, r"softcap: expected .*float.*; got '?(a|str)", (Q, K, V), {"softcap": "a"}),
-    "backend": (ValueError, r"backend: expected one of triton, torch, reference or None; got 'cudnn'", (Q, K, V),
+    "backend": (ValueError, r"backend: expected one of triton, torch, blocked, reference or None; got 'cudnn'", (Q, K, V),
                 {"backend": "cudnn"}),
     "torch with softcap": (ValueError, r"backend: 'torch' cannot run this call: .*softcap", (Q, K, V),
                            {"backend": "torch", "softcap": 1.0}),

@@ -209,7 +209,7 @@ def blocked(call: Described, with_lse: bool, by_seed: bool) -> tuple[torch.Tenso
     call = call._replace(spec=call.spec._replace(blocked=True, with_lse=with_lse))
     if call.spec.dropout_p == 0:
         return attention(*call)
-    if by_seed:
+    if by_seed or torch.compiler.is_compiling():
         return attention(*ops.seeded(call))
     with _drawing:  # from here, where torch's generator stands, to the end of the forward, which leaves it further on
         return attention(*ops.drawn(call))
