@@ -128,7 +128,8 @@ def draw(done: list[Row], path: Path) -> None:
     threads = max(row["threads"] for row in done)
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 5.2), layout="constrained")
-        for axes, which in zip(figure.subplots(1, 2, sharey=True), ("inference", "backward"), strict=True):
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, which in zip(panels, ("inference", "backward"), strict=True):
             members = [row for row in done if row["pass"] == which and row["threads"] == threads and row["dtype"] == "fp32"
                        and "ms" in row]
             for place, (peer, colour) in enumerate(colours.items()):
@@ -141,8 +142,8 @@ def draw(done: list[Row], path: Path) -> None:
             axes.set_xscale("log")
             axes.set_xlabel("times as long as ours")
             axes.set_title(f"{which}, fp32, {threads} threads", fontsize=9)
-        axes.invert_yaxis()
-        axes.legend(fontsize=7)
+        panels[0].invert_yaxis()
+        panels[0].legend(fontsize=7)  # where all of them are
         files.write_figure(path, figure)
 
 
