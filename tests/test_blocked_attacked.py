@@ -31,6 +31,8 @@ def test_a_captured_tensor_keeps_its_gradient():
         attention(q, k, v, score_mod=mod, backend="blocked")
     with pytest.raises(RuntimeError, match=r"strict.*captures"):
         attention(q, k, v, score_mod=mod, strict=True)
+    (asked,) = torch.autograd.grad(attention(q, k, v, score_mod=mod, backend="reference").sin().sum(), weight)
+    assert torch.equal(asked, grad)
     with torch.no_grad():
         assert explain(q, k, v, score_mod=mod).backend == "blocked"
 

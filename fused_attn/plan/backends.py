@@ -3,7 +3,8 @@
 triton     the kernels of this package: GPUs from sm_80 and gfx90a on, and CPU tensors under TRITON_INTERPRET=1
 torch      torch's own fused kernel, where it computes exactly this call
 blocked    block by block in plain PyTorch: every call, on any device, memory linear in the sequence length
-reference  the oracle in plain PyTorch: exact everywhere, memory quadratic; it runs where it is asked for
+reference  the oracle in plain PyTorch: exact everywhere, memory quadratic; where it is asked for, and where nothing else is
+           built: torch.func within torch.compile, and functions that capture tensors which want derivatives
 """
 
 import functools
@@ -17,7 +18,7 @@ import torch
 from fused_attn import settings, targets, torch_private
 from fused_attn.call import mods
 from fused_attn.call.describe import Described
-from fused_attn.call.spec import RELATIVE, TENSOR
+from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Window
 from fused_attn.plan import tiles
 
 MAX_HEAD_DIM = 576  # of keys and queries; the tables of tiles.py end there
@@ -177,7 +178,8 @@ def against_torch_first(call: Described) -> tuple[str, ...]:
         reasons += ("torch's backward in fp16 is slow",)
     if spec.score_mods and wanted:
         reasons += ("torch's backward loses rows whose keys all have a large negative bias",)
-    masked = others.used_k is not None or spec.mask_mods or (spec.longest is None and _needs_mask(call))
+    windowed = spec.longest is None and not (causal_for_torch(q, k, spec) or reached(q, k, spec) == Window())
+    masked = others.used_k is not None or spec.mask_mods or windowed
     if masked and not torch_private.surely(q.shape[2] * k.shape[2] < _WORTH_SKIPPING):
         reasons += ("torch's kernel multiplies what a mask empties, and a window costs it an Nq x Nk mask",)
     return reasons
@@ -186,21 +188,33 @@ def against_torch_first(call: Described) -> tuple[str, ...]:
 _WORTH_SKIPPING = 2**16  # pairs of a head; below, the one call of torch's kernel costs less than finding what to leave out
 
 
-def _needs_mask(call: Described) -> bool:
-    """Whether torch's kernel needs a mask for the window of a call."""
-    left, right = call.spec.window
-    n_queries, n_keys = call.q.shape[2], call.k.shape[2]
-    offset = call.spec.offset(n_queries, n_keys)
-    surely = torch_private.surely
-    left = None if left is None or surely(offset + n_queries - 1 - left <= 0) else left
-    right = None if right is None or surely(offset + right >= n_keys - 1) else right
-    return not (left is None and (right is None or (right == 0 and surely(offset == 0))))
+def reached(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> Window:
+    """The window of a dense call without the bounds that no query reaches: decoding with one query is not masked at all.
+
+    In a graph whose lengths vary a bound stays, and holds for every length.
+    """
+    (left, right), n_queries, n_keys = spec.window, q.shape[2], k.shape[2]
+    offset, surely = spec.offset(n_queries, n_keys), torch_private.surely
+    return Window(None if left is None or surely(offset + n_queries - 1 - left <= 0) else left,
+                  None if right is None or surely(offset + right >= n_keys - 1) else right)
+
+
+def causal_for_torch(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> bool:
+    """Whether torch's causality, which aligns the first query with the first key, is the window of a dense call. Its fused CPU
+    kernel gives NaN for it with a scale that is not positive, and is right with a mask."""
+    offset = spec.offset(q.shape[2], k.shape[2])
+    return reached(q, k, spec) == Window(None, 0) and torch_private.surely(offset == 0) and bool(spec.scale > 0)
+
+
+def against_reference(call: Described) -> tuple[str, ...]:
+    """Reasons why a call cannot run in plain PyTorch."""
+    return tuple(f"{member.code.name} has no plain PyTorch reference"
+                 for member in call.spec.score_mods + call.spec.mask_mods if member.reference is None)
 
 
 def against_blocked(call: Described) -> tuple[str, ...]:
     """Reasons why a call cannot run by blocks."""
-    members = call.spec.score_mods + call.spec.mask_mods
-    missing = tuple(f"{member.code.name} has no plain PyTorch reference" for member in members if member.reference is None)
+    members, missing = call.spec.score_mods + call.spec.mask_mods, against_reference(call)
     if not (torch.is_grad_enabled() or torch_private.transforms_active() or torch_private.forward_mode()):
         return missing
     learned = [member.code.name for member in members if member.reference is not None and member.reference.learned]
@@ -246,7 +260,7 @@ def _against(backend: str, call: Described, return_lse: bool) -> tuple[str, ...]
         return against_triton(call)
     if backend == "torch":
         return against_torch(call, return_lse)
-    return against_blocked(call)
+    return against_blocked(call) if backend == "blocked" else against_reference(call)
 
 
 @torch_private.constant_when_traced
@@ -269,7 +283,7 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
         "triton": against_triton(call),
         "torch": against_torch(call, return_lse),
         "blocked": against_blocked(call),
-        "reference": ("memory is quadratic in the sequence length",),
+        "reference": (*against_reference(call), "memory is quadratic in the sequence length"),
     }
     chosen = choose(call, return_lse, backend, strict, warn=False)
     against_asked: dict[str, tuple[str, ...]] = {}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fused_attn import reference, torch_private, tracing
 from fused_attn.call import mods
 from fused_attn.call.spec import TENSOR, AttentionSpec, Member, OtherTensors, Window
+from fused_attn.plan.backends import causal_for_torch, reached
 
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
@@ -20,16 +21,9 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Att
     if spec.longest is not None:
         return _torch_packed(q, k, v, spec, others)
     n_queries, n_keys, dim, dim_v = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-    left, right = spec.window
-    offset = spec.offset(n_queries, n_keys)
-    # A bound that no query reaches is no bound: decoding with one query is not masked at all.
-    surely = torch_private.surely  # a graph whose lengths vary keeps its mask, and holds for every length
-    left = None if left is None or surely(offset + n_queries - 1 - left <= 0) else left
-    right = None if right is None or surely(offset + right >= n_keys - 1) else right
     masked = bool(others.operands) or others.used_k is not None
-    # torch's fused CPU kernel gives NaN for is_causal with a scale that is not positive, and is right with a mask.
-    causal = left is None and right == 0 and surely(offset == 0) and _plain(spec.scale > 0) and not masked
-    windowed = not causal and (left is not None or right is not None)
+    causal = not masked and _plain(causal_for_torch(q, k, spec))
+    windowed = not causal and reached(q, k, spec) != Window()
     mask = reference.window_mask(spec, n_queries, n_keys, q.device) if windowed else None
     if others.used_k is not None:  # what lies past the end may be NaN, and 0 * NaN is NaN
         counted = torch.arange(n_keys, device=q.device) < others.used_k[:, None]
