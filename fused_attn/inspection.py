@@ -1,6 +1,5 @@
 """Attention weights on request, and statistics of them that never hold them all; the fused path keeps neither."""
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from fused_attn import reference, settings, torch_private
 from fused_attn.call.describe import Described, describe
 from fused_attn.plan import backends
 from fused_attn.run import autograd, ops
+from fused_attn.tracing import without_autocast
 
 
 class AttentionStats(NamedTuple):
@@ -102,14 +102,8 @@ def _weights(call: Described, kernels: bool) -> torch.Tensor:
     return result
 
 
-def _as_it_is(device: torch.device) -> Any:
-    """A context without autocast, on devices that have it."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
-
-
 def _reference_weights(call: Described) -> torch.Tensor:
-    with _as_it_is(call.q.device):
+    with without_autocast(call.q.device):
         return reference.weights(call.q, call.k, call.spec, call.others)[0].to(call.q.dtype)
 
 
@@ -131,7 +125,7 @@ def attention_stats(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = N
     call = _described(q, k, v, arguments)
     if _runs_kernels(call, backend, strict, quadratic=True):
         return AttentionStats(*ops.statistics(call.q, call.k, call.others, call.spec))
-    with _as_it_is(call.q.device):
+    with without_autocast(call.q.device):
         p, _ = reference.weights(call.q, call.k, call.spec, call.others)
     maximum = p.amax(-1) if p.shape[-1] else p.sum(-1)
     distance = (p * reference.distances(call.spec, p.shape[2], p.shape[3], p.device)).sum(-1)

@@ -43,9 +43,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     """
     packed = _padded if spec.longest is not None and tracing.traced(others.cu_q) else _packed
     run = exact if spec.longest is None else packed
-    if not torch.amp.is_autocast_available(q.device.type):
-        return run(q, k, v, spec, others)
-    with torch.autocast(q.device.type, enabled=False):
+    with tracing.without_autocast(q.device):
         return run(q, k, v, spec, others)
 
 

@@ -1,6 +1,8 @@
-"""What watches a call beside its caller: compilers, tracers, modes, transforms, profilers."""
+"""What watches or changes a call beside its caller: compilers, tracers, modes, transforms, profilers, autocast."""
 
+import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -24,3 +26,9 @@ def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
 def traced(x: torch.Tensor) -> bool:
     """Whether the values of a tensor cannot be read, or must not be, since the next run of what is traced has others."""
     return torch.compiler.is_compiling() or torch_private.is_tracing() or type(x) not in PLAIN_CLASSES or x.is_meta
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast leaves matrix products alone, on devices that have it."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()

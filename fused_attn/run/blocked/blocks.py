@@ -1,6 +1,5 @@
 """Blocks of a dense batch: some queries, and the keys that any of them sees."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,12 +11,6 @@ Keys: TypeAlias = slice | torch.Tensor  # a range of keys, or their indices in r
 # Which pairs do not attend: for some of a block's columns, a mask that broadcasts to [b, h, m, columns]; the others all attend.
 Hidden: TypeAlias = tuple[tuple[slice, torch.Tensor], ...]
 _SPARSE = 0.75  # a mask that leaves fewer than this part of a range's keys has them gathered
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast leaves matrix products alone."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 class Dense(NamedTuple):

@@ -8,8 +8,9 @@ from fused_attn.call.layout import accumulates, like
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.run.blocked import dense, packed
-from fused_attn.run.blocked.blocks import Dense, without_autocast
+from fused_attn.run.blocked.blocks import Dense
 from fused_attn.run.blocked.tile import Gradients
+from fused_attn.tracing import without_autocast
 
 
 @torch.no_grad()

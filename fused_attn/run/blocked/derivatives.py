@@ -14,10 +14,11 @@ import torch
 from fused_attn.call.schema import Needs
 from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.run.blocked import dropout
-from fused_attn.run.blocked.blocks import Dense, roles, see, without_autocast
+from fused_attn.run.blocked.blocks import Dense, roles, see
 from fused_attn.run.blocked.dense import ROLES, Sizes, chunks, parts
 from fused_attn.run.blocked.packed import batches
 from fused_attn.run.blocked.tile import Tile, attend, gradients
+from fused_attn.tracing import without_autocast
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
