@@ -22,7 +22,7 @@ from support.guard import memory_guard, poisoned_empty
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # "chosen" is what a caller gets who names none: on CPU tensors torch's own kernel, else the reference.
-BACKENDS = {"reference": "reference", "triton": "triton", "chosen": None}
+BACKENDS = {"reference": "reference", "triton": "triton", "blocked": "blocked", "chosen": None}
 TORCH_SLACK = 4.0  # of torch's own kernels, which are what torch made them
 # Of tensors of any rank: (..., N, D).
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -130,7 +130,7 @@ def ordinary(draw: st.DrawFn) -> Trial:
 
 @st.composite
 def unusual(draw: st.DrawFn) -> Trial:
-    backend = draw(st.sampled_from(["triton", "triton", "triton", "reference", "chosen"]))
+    backend = draw(st.sampled_from(["triton", "triton", "triton", "blocked", "reference", "chosen"]))
     compiled = draw(st.integers(0, 9)) == 9
     features: list[str] = []
     for _ in range(draw(st.integers(0, 4))):
