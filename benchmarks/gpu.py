@@ -274,8 +274,12 @@ def measure(arguments: list[str] | None, asked: argparse.Namespace) -> int:
                      *plots.pictures(asked.out))
     asked.out.mkdir(parents=True, exist_ok=True)
     note = Note(asked.out / "under-way.json")
-    if asked.worker or asked.smoke:
+    if asked.worker:
         return _work(asked, note)
+    if asked.smoke:
+        status = _work(asked, note)
+        note.path.unlink(missing_ok=True)
+        return status
     given = sys.argv[1:] if arguments is None else arguments
 
     def hung(step: Row) -> None:

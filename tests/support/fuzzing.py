@@ -177,8 +177,9 @@ def trials() -> st.SearchStrategy[Trial]:
     return st.integers(0, 14).flatmap(lambda n: ordinary() if n == 14 else unusual())
 
 
-def search(seed: int, count: int, seen: Callable[[Trial], None], shrink: bool = True) -> tuple[Trial, Exception] | None:
-    """Checks ``count`` trials, ``seen`` one by one; of a failure, the trial and its exception.
+def search(seed: int, count: int, seen: Callable[[Trial], None], shrink: bool = True,
+           run: Callable[[Trial], None] | None = None) -> tuple[Trial, Exception] | None:
+    """Checks ``count`` trials, or has them ``run`` otherwise, ``seen`` one by one; of a failure, the trial and its exception.
 
     ``shrink``: the smallest trial that still fails, for which Hypothesis takes five minutes at most.
     """
@@ -191,7 +192,7 @@ def search(seed: int, count: int, seen: Callable[[Trial], None], shrink: bool = 
     @hypothesis.given(trials())
     def every(trial: Trial) -> None:
         try:
-            check(trial)
+            (run or check)(trial)
         except Exception as error:
             last[:] = [(trial, error)]
             raise
