@@ -1,21 +1,27 @@
 """The functions people call: a call is checked once, described once, and handed to one backend."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from fused_attn import reference, torch_private, tracing
+from fused_attn.call import arguments as named
 from fused_attn.call import describe
+from fused_attn.call.arguments import Arguments, DenseArguments, Functions
 from fused_attn.call.describe import Described
-from fused_attn.call.mods import Bound, MaskMod, RelativeBias, ScoreMod
+from fused_attn.call.mods import RelativeBias
+from fused_attn.call.values import number
 from fused_attn.plan import backends
 from fused_attn.plan.backends import Explanation
 from fused_attn.run import autograd, by_torch, ops, plans
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def _switches(deterministic: bool | None, strict: bool | None) -> tuple[bool | None, bool | None]:
     """(deterministic, strict), checked."""
-    deterministic, strict = describe.number(deterministic), describe.number(strict)
+    deterministic, strict = number(deterministic), number(strict)
     for name, value in (("deterministic", deterministic), ("strict", strict)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool or None; got {value!r}")
@@ -38,6 +44,15 @@ def run(call: Described, return_lse: bool, backend: str | None, strict: bool | N
     return reference.attention(*call)
 
 
+@overload
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False,
+              **arguments: "Unpack[DenseArguments]") -> torch.Tensor: ...
+@overload
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True],
+              **arguments: "Unpack[DenseArguments]") -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool,
+              **arguments: "Unpack[DenseArguments]") -> Any: ...
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -54,8 +69,8 @@ def attention(
     sinks: torch.Tensor | None = None,
     score_weight: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    score_mod: ScoreMod | Bound | None = None,
-    mask_mod: MaskMod | Bound | None = None,
+    score_mod: Functions = None,
+    mask_mod: Functions = None,
     mod_args: tuple[Any, ...] = (),
     return_lse: bool = False,
     deterministic: bool | None = None,
@@ -63,6 +78,7 @@ def attention(
     fp32_precision: str | None = None,
     strict: bool | None = None,
     backend: str | None = None,
+    **unexpected: Any,
 ) -> Any:
     """Fused softmax(scale * Q K^T) V with its gradients.
 
@@ -88,7 +104,11 @@ def attention(
         dropout_p: probability that a weight becomes 0, while those that stay grow by 1 / (1 - p). Drawn from torch's
             generator, one seed a call; on a CPU, where no backend was named, torch's own mask. A new value compiles the kernels
             once.
-        score_mod, mask_mod, mod_args: a ``ScoreMod`` and a ``MaskMod``, bound to their arguments or given these.
+        score_mod: a plain function (score, b, h, q_idx, kv_idx) -> score of torch operations, with FlexAttention's raw indices;
+            tensors that it captures are operands, with gradients. Or a ``ScoreMod``; or a list, applied in its order.
+        mask_mod: a plain function (b, h, q_idx, kv_idx) -> bool, True where a pair attends. Bounds on kv_idx - q_idx become a
+            window; tiles that anything else empties are skipped. Or a ``MaskMod``; or a list, all of which must hold.
+        mod_args: further arguments of the functions, tensors or numbers.
         return_lse: also return the natural-log log-sum-exp of every row of scores, [B, H, Nq], fp32 (fp64 for fp64
             inputs), differentiable; sinks are in it, dropout is not.
         deterministic: gradients equal to the bit from run to run. None follows torch.use_deterministic_algorithms, then
@@ -111,6 +131,8 @@ def attention(
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
     """
+    if unexpected:
+        raise named.unexpected(unexpected, DenseArguments.__annotations__)
     deterministic, strict = _switches(deterministic, strict)
     if getattr(q, "is_nested", False):
         arguments = {
@@ -141,6 +163,22 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
+                     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+                     seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+                     return_lse: Literal[False] = False, **arguments: "Unpack[Arguments]") -> torch.Tensor: ...
+@overload
+def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
+                     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+                     seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+                     return_lse: Literal[True], **arguments: "Unpack[Arguments]",
+                     ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
+                     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+                     seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+                     return_lse: bool, **arguments: "Unpack[Arguments]") -> Any: ...
 def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
                      cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
                      seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None, return_lse: bool = False,

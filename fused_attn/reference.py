@@ -74,10 +74,11 @@ def weights(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: Other
     if spec.softcap is not None:
         scores = spec.softcap * saturation.tanh(scores / spec.softcap)
     operands = iter(others.operands)
-    where = _coordinates(spec, scores, first_batch, offset)
     for member in spec.score_mods:
+        where = _coordinates(spec, scores, first_batch, 0 if member.code.raw else offset)
         scores = _reference(member)(scores, *where, _arguments(member, operands, scores))
     for member in spec.mask_mods:
+        where = _coordinates(spec, scores, first_batch, 0 if member.code.raw else offset)
         keep = keep & _reference(member)(*where, _arguments(member, operands, scores, raw=True))
     scores = scores.masked_fill(~keep, float("-inf"))
 
@@ -114,8 +115,8 @@ def _counted(lengths: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _coordinates(spec: AttentionSpec, scores: torch.Tensor, first_batch: int,
-                 offset: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """(q_pos, k_idx, head, batch) that broadcast against scores [B, H, Nq, Nk]."""
+                 offset: torch.Tensor | int | None) -> tuple[torch.Tensor, ...]:
+    """(q_pos, k_idx, head, batch) that broadcast against scores [B, H, Nq, Nk]; ``offset`` is the position of query 0."""
     batch, heads, n_queries, n_keys = (torch.arange(n, device=scores.device) for n in scores.shape)
     position = n_queries[:, None] + (spec.offset(scores.shape[2], scores.shape[3]) if offset is None else offset)
     return position, n_keys[None, :], heads[:, None, None], batch[:, None, None, None] + first_batch
@@ -176,7 +177,7 @@ def _of_sequence(operand: torch.Tensor, batch: int, longest_q: int, n_queries: i
     operand = operand[batch : batch + 1] if operand.shape[0] > 1 else operand
     if operand.dim() == 3:
         return operand[..., longest_q - n_queries :]
-    return operand[..., : n_queries if operand.shape[2] > 1 else 1, : n_keys if operand.shape[3] > 1 else 1]
+    return operand[:, :, : n_queries if operand.shape[2] > 1 else 1, : n_keys if operand.shape[3] > 1 else 1]
 
 
 def spans(cu: torch.Tensor, used: torch.Tensor | None, total: int) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 import torch
 
 from fused_attn import settings
-from fused_attn.call.describe import FLOATS
+from fused_attn.call.values import FLOATS
 from fused_attn.plan import backends
 from fused_attn.run import autograd
 

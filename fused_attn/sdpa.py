@@ -11,6 +11,7 @@ from fused_attn import settings, torch_private, tracing
 from fused_attn.call import describe
 from fused_attn.call.classes import is_causal_bias
 from fused_attn.call.describe import Described
+from fused_attn.call.values import FLOATS, number
 from fused_attn.plan import backends
 from fused_attn.run import autograd, ops
 
@@ -98,7 +99,7 @@ def describe_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, a
                   dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
                   ) -> tuple[Described | None, list[str]]:
     """(a call with torch's arguments as the kernels run it, or None; the reasons why they do not)."""
-    dropout_p, scale = describe.number(dropout_p), describe.number(scale)
+    dropout_p, scale = number(dropout_p), number(scale)
     bias: Any = attn_mask if not is_causal and is_causal_bias(attn_mask) else None
     if bias is not None:
         attn_mask, is_causal = None, True
@@ -148,7 +149,7 @@ def _against_fused_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
         return ["a bool that stands for a number"]
     if any(x.dim() > 2 and x.shape[-3] == 0 for x in (query, key, value)):
         return ["there are no heads"]
-    if query.dtype not in describe.FLOATS or 0 in (query.shape[-1], value.shape[-1]):
+    if query.dtype not in FLOATS or 0 in (query.shape[-1], value.shape[-1]):
         return [f"dtype {query.dtype} with head dims {query.shape[-1]} and {value.shape[-1]}"]
     return []
 

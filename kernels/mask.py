@@ -15,6 +15,7 @@ class Keep(NamedTuple):
     function: Any
     args: Any = ()
     order: Any = ()
+    raw: Any = tl.constexpr(False)
 
 
 @triton.jit
@@ -68,8 +69,9 @@ def keep_tile(place, rule, keeps, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr):
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
     keep = keep_mask(q_pos, k_idx, place.n_keys, rule.left, rule.right)
     for i in tl.static_range(len(keeps)):
+        q_idx = per_query(place.q_first + tl.arange(0, TILE.block_m), KEYS_FIRST) if keeps[i].raw else q_pos
         read = [x[0] if len(x) == 1 else load_operand(x, place, None, TILE, KEYS_FIRST, True, True)
                 for x in keeps[i].args]
-        keep = keep & keeps[i].function(q_pos, k_idx, place.head, place.batch, [
+        keep = keep & keeps[i].function(q_idx, k_idx, place.head, place.batch, [
             keeps[i].args[j][0] if len(keeps[i].args[j]) == 1 else read[j] for j in keeps[i].order])
     return keep

@@ -26,6 +26,14 @@ class Operand(NamedTuple):
     narrow: Any  # compile-time: whether its elements are narrower than those of q
 
 
+class Table(NamedTuple):
+    """A tensor [B', H', Nq', Nk', ...] of which a function looks up entries by indices that it computes."""
+
+    ptr: Any
+    sizes: Any
+    strides: Any
+
+
 @triton.jit
 def per_query(values, KEYS_FIRST: tl.constexpr):
     """Reshapes values [M] to broadcast against a tile of scores, which is [M, N], or [N, M] with ``KEYS_FIRST``."""

@@ -2,6 +2,7 @@
 
 One program owns a tile of one operand's gradient and walks everything that is summed into it: no tensor of the size of
 the scores exists unless the operand itself has that size, and there are no atomics, so the sum is the same from run to run.
+A table of which entries are looked up by what a function computes is the exception: its gradient is summed by atomics.
 Where the operand is too small to occupy a GPU, the walk is cut into parts whose sums are added at the end.
 """
 
@@ -18,6 +19,7 @@ from fused_attn.kernels.backward import score_gradient, weights
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, with_lse
 from fused_attn.kernels.product import products
+from fused_attn.kernels.score import entry_offset
 from fused_attn.kernels.softmax import load_lse, lse_views
 from fused_attn.kernels.tiles import (
     Work,
@@ -39,11 +41,12 @@ ENOUGH_PROGRAMS = 512
 @dataclass(frozen=True)
 class OperandKind(Kind):
     """The gradient of argument ``arg`` of mod ``member``; ``own`` tells for each of (batch, head, query, key, diagonal)
-    whether the operand differs along it."""
+    whether the operand differs along it. ``scattered``: the operand is a table, and ``own`` cuts the work alone."""
 
     member: int = 0
     arg: int = 0
     own: tuple[bool, ...] = ()
+    scattered: bool = False
 
 
 operand_kind = functools.cache(OperandKind)
@@ -123,8 +126,15 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             if len(extras.dropout) > 0:
                 dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
             delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), place.q_first, 0.0, BLOCK_M, True)
-            acc += score_gradient(p, dp, delta[:, None], dmod, extras, True)
+            ds = score_gradient(p, dp, delta[:, None], dmod, extras, True)
+            if KIND.scattered:
+                at = tl.broadcast_to(entry_offset(place, extras.mods, KIND.member, KIND.arg, TILE), [BLOCK_M, BLOCK_N])
+                tl.atomic_add(grad_ptr + at, ds, mask=ds != 0.0, sem="relaxed")
+            else:
+                acc += ds
 
+    if KIND.scattered:
+        return
     if OWN[4]:
         at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tl.store(grad_ptr + tl.cast(part * (tl.num_programs(0) // n_parts) + own, tl.int64) * (BLOCK_M * BLOCK_N) + at, acc)
@@ -173,16 +183,18 @@ def operand_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: to
     """The gradient of argument ``arg`` of mod ``member``, in the shape and type of ``operand``: yields the launch that fills it
     in parts, and returns their sum.
 
-    ``operand`` is [B', H', Nq', Nk'], each the full extent or 1, or [B', H', Nq + Nk - 1] for values by k - q.
+    ``operand`` is [B', H', Nq', Nk'], each the full extent or 1, or [B', H', Nq + Nk - 1] for values by k - q; with more
+    dimensions it is a table, of which the mod looks up entries.
     """
-    relative = operand.dim() == 3
+    scattered, relative = operand.dim() > 4, operand.dim() == 3
     heads = q.shape[1]
     extents = (call.batch, heads, call.n_queries, call.n_keys)
     if 0 in extents or operand.numel() == 0:
         return torch.zeros_like(operand)
     tiles = -(-call.n_queries // config.block_m), -(-call.n_keys // config.block_n)
     own = tuple(size > 1 for size in operand.shape[:2]) + ((False, False) if relative else tuple(
-        size > 1 for size in operand.shape[2:]))
+        size > 1 for size in operand.shape[2:4]))
+    own = (True, True, True, False) if scattered else own
     steps = (call.batch, heads, *tiles)
     n_own = walk = 1
     for mine, count in zip(own, steps, strict=True):
@@ -192,7 +204,10 @@ def operand_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: to
         n_own, walk = n_own * differences, walk // tiles[1]
     parts = min(walk, max(1, ENOUGH_PROGRAMS // n_own))
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if relative:
+    if scattered:  # in the layout of the operand, which its offsets are made for
+        span = 1 + sum((size - 1) * stride for size, stride in zip(operand.shape, operand.stride(), strict=True))
+        grad = torch.zeros(span, dtype=sums, device=q.device).as_strided(operand.shape, operand.stride())
+    elif relative:
         shape = (parts, differences, *reversed(operand.shape[:2]), config.block_m, config.block_n)
         grad = torch.empty(shape, dtype=sums, device=q.device)
     else:
@@ -202,9 +217,11 @@ def operand_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: to
         q, k, v, dout, lse, delta, grad, call.strides(q, k, v, dout), call.batch, heads, call.n_queries, call.n_keys,
         call.offset, call.left, call.right, call.scale, call.extras, parts,
         operand_kind(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, member, arg,
-                     (*own, relative)),
+                     (*own, relative), scattered),
     )
     yield Launch(operand_grad_kernel, n_own * parts, args, fit_offsets(config, call, q, k, v, dout))
+    if scattered:
+        return grad.to(operand.dtype, memory_format=torch.contiguous_format, copy=True)
     whole = grad[0] if parts == 1 else grad.sum(0)
     if relative:
         whole = diagonal_sums(whole, call.n_queries, call.n_keys)

@@ -1,9 +1,10 @@
 """Score mods: pointwise functions of a scaled score, each with its slopes for the backward, applied one after the other.
 
 A mod is ``(score, q_pos, k_idx, head, batch, args) -> score`` on tiles of any orientation: ``q_pos`` (a query's position
-among the keys) and ``k_idx`` broadcast against the score, and ``args`` holds the mod's operands, already loaded, and its
-compile-time constants. A slope is ``(score, modded, q_pos, k_idx, head, batch, args) -> d modded / d score``; an argument's
-slope has the same parameters and gives d modded / d args[i]. Without any mod, the scale becomes a factor of the exponent.
+among the keys, or its index) and ``k_idx`` broadcast against the score, and ``args`` holds the mod's operands, already loaded,
+and its compile-time constants. A slope is ``(score, modded, q_pos, k_idx, head, batch, args) -> d modded / d score``; an
+argument's slope has the same parameters and gives d modded / d args[i]. Without any mod, the scale becomes a factor of the
+exponent.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ class Mod(NamedTuple):
     arg_slopes: Any = ()
     args: Any = ()
     order: Any = ()  # compile-time 0, 1, ..., since Triton cannot enumerate a tuple
+    raw: Any = tl.constexpr(False)  # whether q_pos is to be the query's own index
+    offsets: Any = ()  # for each argument that is a Table, a function (q_pos, k_idx, head, batch, args) -> where its entry lies
 
 
 @triton.jit
@@ -132,10 +135,11 @@ def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: 
 def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr,
                TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr):
     """(modded score, its derivative by ``score``, or by argument ``ARG`` of mod ``MEMBER`` where that is not -1)."""
-    q_pos = per_query(place.q_first + place.offset + tl.arange(0, TILE.block_m), KEYS_FIRST)
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
     dmod = 1.0
     for i in tl.static_range(len(mods)):
+        q_first = place.q_first if mods[i].raw else place.q_first + place.offset
+        q_pos = per_query(q_first + tl.arange(0, TILE.block_m), KEYS_FIRST)
         read = [x[0] if len(x) == 1 else load_operand(x, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
                 for x in mods[i].args]
         # Written out at each call: once assigned to a name, or returned, a compile-time constant no longer is one.
@@ -149,3 +153,14 @@ def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE
                 mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         score = modded
     return score, dmod
+
+
+@triton.jit
+def entry_offset(place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr):
+    """Where the entries lie that pairs of a tile [BLOCK_M, BLOCK_N] look up in argument ``ARG``, a Table, of mod ``MEMBER``."""
+    q_first = place.q_first if mods[MEMBER].raw else place.q_first + place.offset
+    q_pos = per_query(q_first + tl.arange(0, TILE.block_m), False)
+    k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), False)
+    read = [x[0] if len(x) == 1 else load_operand(x, place, None, TILE, False, True, True) for x in mods[MEMBER].args]
+    return mods[MEMBER].offsets[ARG](q_pos, k_idx, place.head, place.batch, [
+        mods[MEMBER].args[j][0] if len(mods[MEMBER].args[j]) == 1 else read[j] for j in mods[MEMBER].order])

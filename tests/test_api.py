@@ -65,7 +65,7 @@ def test_arguments_of_attention():
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in defaults)
     for name in ("q", "k", "v", *defaults):
         assert f"{name}:" in attention.__doc__ or f"{name}, " in attention.__doc__, f"{name} is not documented"
-    assert [*defaults] == [*parameters][3:]
+    assert [*defaults, "unexpected"] == [*parameters][3:]
 
 
 def test_arguments_of_attention_varlen():

@@ -16,6 +16,7 @@ MAX_RUNTIME_PARAMETERS, MAX_COMPILED_IN = 19, 2  # of kernels
 
 # Edges against the contracts: file, and the import planted in it.
 FORBIDDEN_IMPORTS = {
+    "fused_attn/call/functions/placing.py": "fused_attn.call.functions.texts",
     "fused_attn/run/blocked/tile.py": "fused_attn.run.blocked.dense",
     "fused_attn/emulator/amd/state.py": "fused_attn.emulator.amd.machine",
     "kernels/hopper/ring.py": "fused_attn.kernels.hopper.forward",

@@ -305,7 +305,7 @@ def test_a_missing_slope_of_an_argument_is_told_where_its_gradient_is_wanted(arg
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({"score_mod": COMB}, TypeError, "score_mod: expected a fused_attn.ScoreMod"),
     ({"mask_mod": NEAR}, TypeError, "mask_mod: expected a fused_attn.MaskMod"),
-    ({"score_mod": lambda s, *_: s}, TypeError, "score_mod: expected a fused_attn.ScoreMod"),
+    ({"score_mod": curved}, TypeError, "score_mod: expected a fused_attn.ScoreMod"),  # a jit function by itself
     ({"score_mod": NEAR("1", 2)}, TypeError, "score_mod: expected argument 0 to be a tensor or a number"),
     ({"score_mod": NEAR(torch.rand(2, 1, 1), float("inf"))}, ValueError, "score_mod: expected argument 1 to be finite"),
     ({"score_mod": NEAR(torch.rand(3, 1, 1), 2)}, ValueError, "argument 0.*: expected a shape that broadcasts to"),

@@ -2,19 +2,17 @@
 
 import itertools
 import math
-import numbers
-import operator
 from typing import Any, NamedTuple
 
 import torch
 
 from fused_attn import settings, torch_private, tracing
-from fused_attn.call import mods
+from fused_attn.call.arguments import Arguments, unexpected
 from fused_attn.call.classes import check_causal_bias, check_classes, check_layout, is_causal_bias
-from fused_attn.call.mods import Bound, MaskMod, RelativeBias, ScoreMod
-from fused_attn.call.spec import NO_OTHERS, RELATIVE, TENSOR, AttentionSpec, Longest, Member, OtherTensors, Window
+from fused_attn.call.extras import Extents, checked_weight, extras
+from fused_attn.call.spec import NO_OTHERS, AttentionSpec, Longest, OtherTensors, Window
+from fused_attn.call.values import FLOATS, is_finite, number
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXTRAS = {"bias", "mask", "alibi_slopes", "sinks", "dropout_p", "score_mod", "mask_mod", "mod_args"}
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 NARROWEST, WIDEST = 2.0**-126, 2.0**126  # a factor that kernels hold in fp32, with its reciprocal and log2(e)
@@ -30,20 +28,11 @@ class Described(NamedTuple):
     others: OtherTensors
 
 
-class Extents(NamedTuple):
-    """The sizes that operands broadcast to: sequences, query heads, and queries and keys of the longest sequence."""
-
-    batch: int
-    heads: int
-    n_queries: int
-    n_keys: int
-
-
 def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, window: Any = None,
              scale: float | None = None, softcap: float | None = None, fp32_precision: str | None = None,
              precise: bool = False, key_lengths: torch.Tensor | None = None, score_weight: torch.Tensor | None = None,
              **more: Any) -> Described:
-    """The description of a call of ``attention``; ``more`` are the arguments that go to ``_extras``.
+    """The description of a call of ``attention``; ``more`` are the arguments that go to ``extras``.
 
     ``score_weight`` [D] or [H, D] makes the score additive, with 1 for its scale where none is given.
     """
@@ -57,13 +46,13 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool 
     spec = describe_scores(q.shape[3], causal, window, scale, softcap, fp32_precision, precise)
     others = NO_OTHERS
     if score_weight is not None:
-        others = others._replace(score_weight=_score_weight(score_weight, q))
+        others = others._replace(score_weight=checked_weight(score_weight, q))
     if key_lengths is not None:
         _check_lengths("key_lengths", key_lengths, q)
         others = others._replace(used_k=key_lengths.contiguous())
     if _adds_of(more):
         extents = Extents(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        spec, others = _extras(q, extents, spec, others, **more)
+        spec, others = extras(q, extents, spec, others, **more)
     return Described(q, k, v, spec, others)
 
 
@@ -111,10 +100,10 @@ def describe_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     cu_q, cu_k, used_q, used_k = (None if x is None else x.contiguous()
                                   for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
     others = OtherTensors(cu_q=cu_q, cu_k=cu_k, used_q=used_q, used_k=used_k,
-                          score_weight=None if score_weight is None else _score_weight(score_weight, q))
+                          score_weight=None if score_weight is None else checked_weight(score_weight, q))
     if _adds_of(more):
         extents = Extents(batch, q.shape[1], max_seqlen_q, max_seqlen_k)
-        spec, others = _extras(q, extents, spec, others, **more)
+        spec, others = extras(q, extents, spec, others, **more)
         others = others._replace(operands=tuple(_within(x, extents, *bounds) for x in others.operands))
     return Described(q, k, v, spec, others)
 
@@ -192,9 +181,9 @@ def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | Non
         right = 0
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not _is_finite(scale, "scale", "a finite float"):
+    elif not is_finite(scale, "scale", "a finite float"):
         raise ValueError(f"scale: expected a finite float; got {scale!r}")
-    if softcap is not None and not (_is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
+    if softcap is not None and not (is_finite(softcap, "softcap", "a positive finite float or None") and softcap > 0):
         raise ValueError(f"softcap: expected a positive finite float or None; got {softcap!r}")
     for name, factor in (("scale", scale), ("softcap", softcap)):
         if factor and not NARROWEST <= abs(factor) <= WIDEST:
@@ -204,13 +193,6 @@ def describe_scores(head_dim: int, causal: bool, window: Any, scale: float | Non
     return AttentionSpec(float(scale), Window(left, right), True, None if softcap is None else float(softcap),
                          precise=precise, fp32_precision=fp32_precision, hopper=settings.hopper_schedule(),
                          deterministic=settings.DETERMINISTIC or torch.are_deterministic_algorithms_enabled())
-
-
-def number(x: Any) -> Any:
-    """A scalar of NumPy, or a tensor of no dimensions that asks for no gradient, as a Python number; anything else as it is."""
-    if x is None or isinstance(x, (bool, int, float)) or getattr(x, "ndim", None) != 0 or getattr(x, "requires_grad", False):
-        return x
-    return x.item()
 
 
 def _longest(name: str, length: Any) -> Any:
@@ -230,13 +212,6 @@ def _bound(name: str, value: Any) -> Any:
         hint = "; None, not -1, leaves a side open" if value == -1 else ""
         raise ValueError(f"window: expected {name} to be a non-negative int or None; got {value!r}{hint}")
     return min(value, 2**62) if isinstance(value, int) else value
-
-
-def _is_finite(value: Any, name: str, expected: str) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected {expected}; got {value!r}")
-    finite: bool = -math.inf < value < math.inf  # type: ignore[operator]  # math.isfinite breaks graphs whose scale varies
-    return finite
 
 
 def _check_lengths(name: str, lengths: Any, q: torch.Tensor, batch: int | None = None) -> None:
@@ -260,8 +235,7 @@ def _adds_of(more: dict[str, Any]) -> bool:
     """``_adds`` for arguments that may have unexpected names, which it refuses."""
     if more.keys() <= _EXTRAS:
         return _adds(**more)
-    name = next(name for name in more if name not in _EXTRAS)
-    raise TypeError(f"unexpected argument {name!r}" + ("; packed sequences have seqused_k" if name == "key_lengths" else ""))
+    raise unexpected(more.keys() - _EXTRAS, Arguments.__annotations__, {"key_lengths": "seqused_k"})
 
 
 def _adds(*, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sinks: Any = None, dropout_p: Any = 0.0,
@@ -270,118 +244,3 @@ def _adds(*, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sinks
     if type(dropout_p) is not float or dropout_p != 0 or type(mod_args) is not tuple or mod_args:
         return True
     return any(x is not None for x in (bias, mask, alibi_slopes, sinks, score_mod, mask_mod))
-
-
-def _extras(q: torch.Tensor, extents: Extents, spec: AttentionSpec, others: OtherTensors, *,
-            bias: torch.Tensor | RelativeBias | None = None, mask: torch.Tensor | None = None,
-            alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, dropout_p: float = 0.0,
-            score_mod: ScoreMod | Bound | None = None, mask_mod: MaskMod | Bound | None = None,
-            mod_args: tuple[Any, ...] = ()) -> tuple[AttentionSpec, OtherTensors]:
-    """``spec`` and ``others`` with what a call adds to plain attention."""
-    if not isinstance(mod_args, (tuple, list)):
-        raise TypeError(f"mod_args: expected a tuple; got {type(mod_args).__name__}")
-    if mod_args and all(mod is None or isinstance(mod, Bound) for mod in (score_mod, mask_mod)):
-        raise ValueError(f"mod_args: expected none without a score_mod or mask_mod to bind them to; got {len(mod_args)}")
-    score_bounds = [mods.checked("score_mod", score_mod, tuple(mod_args), ScoreMod)]
-    if bias is not None:
-        if not isinstance(bias, (torch.Tensor, RelativeBias)):
-            raise TypeError(f"bias: expected a float tensor or a fused_attn.RelativeBias; got {bias!r}")
-        score_bounds.append(mods.BIAS(bias))
-    if alibi_slopes is not None:
-        score_bounds.append(mods.ALIBI(_slopes(alibi_slopes, extents, q)))
-    mask_bounds = [mods.checked("mask_mod", mask_mod, tuple(mod_args), MaskMod)]
-    if mask is not None:
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            raise TypeError("mask: expected a bool tensor, True where a query attends (a float one is a bias); "
-                            f"got {getattr(mask, 'dtype', mask)!r}")
-        mask_bounds.append(mods.MASK(mask))
-    operands: list[torch.Tensor] = []
-    score_mods = tuple(_member(bound, extents, q, operands) for bound in score_bounds if bound is not None)
-    mask_mods = tuple(_member(bound, extents, q, operands) for bound in mask_bounds if bound is not None)
-    if sinks is not None:
-        if not isinstance(sinks, torch.Tensor) or sinks.dtype not in FLOATS:
-            raise TypeError(f"sinks: expected a float tensor [{extents.heads}]; got {getattr(sinks, 'dtype', sinks)!r}")
-        if sinks.shape != (extents.heads,) or sinks.device != q.device:
-            raise ValueError(f"sinks: expected shape ({extents.heads},) on {q.device}; "
-                             f"got {tuple(sinks.shape)} on {sinks.device}")
-    dropout_p = number(dropout_p)
-    if not _is_finite(dropout_p, "dropout_p", "a float from 0 to 1") or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a float from 0 to 1; got {dropout_p!r}")
-    spec = spec._replace(score_mods=score_mods, mask_mods=mask_mods, dropout_p=float(dropout_p))
-    sinks = None if sinks is None else sinks.contiguous()
-    return spec, others._replace(sinks=sinks, operands=tuple(operands))
-
-
-def _score_weight(weight: Any, q: torch.Tensor) -> torch.Tensor:
-    heads, head_dim = q.shape[1], q.shape[3]
-    if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
-        raise TypeError(f"score_weight: expected a float tensor [{head_dim}] or [{heads}, {head_dim}]; "
-                        f"got {getattr(weight, 'dtype', weight)!r}")
-    if not (weight.shape == (head_dim,) or weight.shape == (heads, head_dim)) or weight.device != q.device:
-        raise ValueError(f"score_weight: expected shape ({head_dim},) or ({heads}, {head_dim}) on {q.device}; "
-                         f"got {tuple(weight.shape)} on {weight.device}")
-    return weight.contiguous().expand(heads, head_dim)
-
-
-def _slopes(slopes: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
-    if not isinstance(slopes, torch.Tensor) or slopes.dtype not in FLOATS:
-        raise TypeError(f"alibi_slopes: expected a float tensor [H] or [B, H]; got {getattr(slopes, 'dtype', slopes)!r}")
-    if not (slopes.shape == (extents.heads,) or slopes.shape == (extents.batch, extents.heads)) or slopes.device != q.device:
-        raise ValueError(f"alibi_slopes: expected shape ({extents.heads},) or ({extents.batch}, {extents.heads}) "
-                         f"on {q.device}; got {tuple(slopes.shape)} on {slopes.device}")
-    return (slopes if slopes.dim() == 2 else slopes[None])[:, :, None, None]
-
-
-def _member(bound: Bound, extents: Extents, q: torch.Tensor, operands: list[torch.Tensor]) -> Member:
-    """A bound mod as a Member of the call; its tensors are appended to ``operands``."""
-    kinds = []
-    for i, arg in enumerate(bound.args):
-        which = "score_mod" if isinstance(bound.mod, ScoreMod) else "mask_mod"
-        own = bound.mod in (mods.BIAS, mods.MASK, mods.HIDE)
-        name = bound.mod.name if own else f"{which}: argument {i} of {bound.mod.name}"
-        if isinstance(arg, RelativeBias):
-            operands.append(_relative(name, arg.values, extents, q))
-            kinds.append(RELATIVE)
-        elif isinstance(arg, torch.Tensor):
-            operand = _operand(name, arg, extents, q)
-            operands.append(operand.detach() if isinstance(bound.mod, MaskMod) else operand)  # a mask has no slope
-            kinds.append(TENSOR)
-        else:
-            # Where a compiler has an int vary, operator.index has it take the value that it has.
-            kinds.append(repr(operator.index(arg)) if isinstance(arg, numbers.Integral) else repr(float(arg)))
-    return Member(bound.mod.code, tuple(kinds), bound.mod.plain)
-
-
-def _broadcasts(size: int, full: int) -> bool:
-    return torch_private.known(size == 1) or torch_private.equal(
-        size, full, "an operand: expected a shape that broadcasts to the longest sequences")
-
-
-def _operand(name: str, x: torch.Tensor, extents: Extents, q: torch.Tensor) -> torch.Tensor:
-    """``x``, checked, as [B', H', Nq', Nk'] with each extent full or 1."""
-    if x.is_complex() or (name == "bias" and x.dtype not in FLOATS) or (x.is_floating_point() and x.dtype not in FLOATS):
-        raise TypeError(f"{name}: expected a float tensor{' (a bool one is a mask)' if name == 'bias' else ''}; got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected q's device {q.device}; got {x.device}")
-    fits = x.dim() <= 4 and all(
-        _broadcasts(size, full) for size, full in zip(reversed(x.shape), reversed(extents), strict=False))
-    if not fits:
-        raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(extents)}; got {tuple(x.shape)}")
-    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
-
-
-def _relative(name: str, values: Any, extents: Extents, q: torch.Tensor) -> torch.Tensor:
-    """The values of a relative bias, checked, as [B', H', Nq + Nk - 1]."""
-    if not isinstance(values, torch.Tensor) or values.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected RelativeBias of a float tensor; got {getattr(values, 'dtype', values)!r}")
-    differences = max(extents.n_queries + extents.n_keys - 1, 0)
-    leading = values.shape[:-1]
-    # Where a compiler does not know the lengths, n and max(n, 0) are two different sizes.
-    fits = values.dim() in (2, 3) and (
-        torch_private.known(values.shape[-1] == extents.n_queries + extents.n_keys - 1)
-        or torch_private.equal(values.shape[-1], differences, f"{name}: expected values for every k - q it has")) and all(
-        _broadcasts(size, full) for size, full in zip(reversed(leading), (extents.heads, extents.batch), strict=False))
-    if not fits or values.device != q.device:
-        raise ValueError(f"{name}: expected RelativeBias values [{extents.heads}, {differences}], one for each k - q, or "
-                         f"[{extents.batch}, ...], on {q.device}; got {tuple(values.shape)} on {values.device}")
-    return values if values.dim() == 3 else values[None]

@@ -57,11 +57,14 @@ class Code:
     arg_slopes: tuple[Any, ...] = dataclasses.field(default=(), compare=False)
     by_batch: bool = dataclasses.field(default=False, compare=False)
     by_head: bool = dataclasses.field(default=False, compare=False)
+    source: str | None = dataclasses.field(default=None, compare=False)  # the Triton text of a traced function
+    raw: bool = dataclasses.field(default=False, compare=False)  # whether it takes a query's index, and not its position
+    adds: bool = dataclasses.field(default=False, compare=False)  # whether it adds something to the score, whatever that is
 
     @property
     def has_kernel(self) -> bool:
         """Whether kernels can run it: by its own function, or as one of those that ship, whose key is their name."""
-        return self.function is not None or self.key == self.name
+        return self.function is not None or self.source is not None or self.key == self.name
 
     def __deepcopy__(self, memo: Any) -> "Code":
         return self
@@ -182,6 +185,14 @@ class MaskMod:
         return Bound(self, args)
 
 
+def of_code(kind: type, code: Code, reference: Callable[..., torch.Tensor]) -> "ScoreMod | MaskMod":
+    """The mod of a function that was traced, and is known by its text."""
+    mod: ScoreMod | MaskMod = kind(code.name, reference=reference)
+    object.__setattr__(mod, "code", _ALIVE.setdefault(code.key, code))
+    object.__setattr__(mod, "plain", _PLAIN.setdefault(code.key, Plain(code.key, reference)))
+    return mod
+
+
 def checked(name: str, mod: Any, args: tuple[Any, ...], kind: type) -> Bound | None:
     """The ``score_mod`` or ``mask_mod`` of a call, checked and bound to its arguments, or None."""
     if mod is None:
@@ -226,7 +237,8 @@ TREE = MaskMod("tree", reference=lambda q, k, h, b, args: _is_ancestor(args))
 
 # The kernels know them by name.
 for _mod in (BIAS, ALIBI, KERPLE, SOFT_TREE, MASK, HIDE, DOCUMENT, PREFIX_LM, DILATED_WINDOW, TREE):
-    object.__setattr__(_mod, "code", _ALIVE.setdefault(_mod.name, Code(_mod.name, _mod.name)))
+    _code_of = Code(_mod.name, _mod.name, adds=isinstance(_mod, ScoreMod))
+    object.__setattr__(_mod, "code", _ALIVE.setdefault(_mod.name, _code_of))
     object.__setattr__(_mod, "plain", _PLAIN.setdefault(_mod.name, Plain(_mod.name, _mod.reference)))  # type: ignore[arg-type]
 
 

@@ -180,6 +180,7 @@ def _conversions() -> list[tuple[str, str, str]]:
         *((f"cvt.{to}.{half}", f"{to} {half}", "a") for to in ("f32", "f64") for half in ("f16", "bf16")),
         *((f"cvt.rn.{half}.{source}", f"{half} {source}", "a") for source in ("f32", "f64") for half in ("f16", "bf16")),
         *((f"cvt.{rounding}.f32.f32", "f32 f32", f"(f32){function}(a)") for rounding, function in _ROUNDINGS.items()),
+        *((f"cvt.{rounding}.ftz.f32.f32", "f32 f32", f"(f32){function}(ftz(a))") for rounding, function in _ROUNDINGS.items()),
         ("cvt.sat.f32.f32", "f32 f32", "a != a || a < 0 ? 0 : a > 1 ? 1 : a"),
         ("cvt.rn.bf16x2.f32", "u32 f32 f32", "f32_bf16(a) << 16 | f32_bf16(b)"),
         ("cvt.rn.f16x2.f32", "u32 f32 f32", "f32_f16(a) << 16 | f32_f16(b)"),

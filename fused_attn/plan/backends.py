@@ -116,14 +116,17 @@ def _missing_slopes(call: Described) -> tuple[str, ...]:
     through = any(x is not None and x.requires_grad for x in (call.q, call.k, call.others.score_weight))
     for member in call.spec.score_mods:
         mod = member.code
-        slopes = mod.arg_slopes + (None,) * len(member.args)
-        if mod.function is not None and through and mod.slope is None:
+        slopes, own = mod.arg_slopes + (None,) * len(member.args), mod.function is not None or mod.source is not None
+        if own and through and mod.slope is None:
             reasons += (f"{mod.name} has no slope, which gradients need",)
         for i, kind in enumerate(member.args):
-            if kind in (TENSOR, RELATIVE) and next(operands).requires_grad:
+            if kind in (TENSOR, RELATIVE) and (operand := next(operands)).requires_grad:
                 through = True
-                if mod.function is not None and slopes[i] is None:
+                if own and slopes[i] is None:
                     reasons += (f"{mod.name} has no slope for argument {i}, which its gradient needs",)
+                elif operand.dim() > 4 and call.spec.deterministic:
+                    reasons += (f"the gradient of what {mod.name} looks up is summed by atomics, and gradients are to be equal "
+                                "to the bit",)
     return reasons
 
 

@@ -9,9 +9,10 @@ import triton.language as tl
 from fused_attn.call.layout import packed_rows
 from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Longest, Member, OtherTensors
 from fused_attn.kernels.dropout import Dropout
+from fused_attn.kernels.functions import loaded
 from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
-from fused_attn.kernels.operand import Operand
+from fused_attn.kernels.operand import Operand, Table
 from fused_attn.kernels.product import Additive
 from fused_attn.kernels.score import MODS, Mod, before_mods, one
 from fused_attn.kernels.tiles import Sequences
@@ -53,29 +54,31 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTe
     roles: list[tuple[int, int] | None] = []
     for member in spec.score_mods:
         mod = member.code
-        function, slope, arg_slopes = MODS[mod.name] if mod.function is None else (mod.function, mod.slope, mod.arg_slopes)
+        function, slope, arg_slopes, offsets = _functions(member)
         slope = one if slope is None or slope == 1.0 else slope
-        arg_slopes = tuple(one if s is None else s for s in arg_slopes)
+        arg_slopes, offsets = (tuple(one if x is None else x for x in some) for some in (arg_slopes, offsets))
         roles += [(len(score_mods), i) for i, kind in enumerate(member.args) if kind in (TENSOR, RELATIVE)]
         arguments = _arguments(member, operands, n_queries, element_size)
-        score_mods += (Mod(function, slope, arg_slopes, arguments, _order(member)),)
+        score_mods += (Mod(function, slope, arg_slopes, arguments, _order(member), tl.constexpr(mod.raw), offsets),)
     packed = others.cu_q is not None
     by_batch = packed or others.used_k is not None
     by_head = False
     keeps: tuple[Keep, ...] = ()
     for member in spec.mask_mods:
         mod = member.code
-        tensors = [operands[i] for i in range(sum(kind == TENSOR for kind in member.args))]
+        tensors = operands[: sum(kind in (TENSOR, RELATIVE) for kind in member.args)]
         by_batch = by_batch or mod.by_batch or any(x.shape[0] > 1 for x in tensors)
         by_head = by_head or mod.by_head or any(x.shape[1] > 1 for x in tensors)
         roles += [None] * len(tensors)
-        function = KEEPS[mod.name] if mod.function is None else mod.function
-        keeps += (Keep(function, _arguments(member, operands, n_queries, element_size), _order(member)),)
+        function = loaded(mod.source)["function"] if mod.source else KEEPS[mod.name] if mod.function is None else mod.function
+        arguments = _arguments(member, operands, n_queries, element_size)
+        keeps += (Keep(function, arguments, _order(member), tl.constexpr(mod.raw)),)
     extras = Extras(score_mods, keeps, _sequences(others, q, k), _dropout(spec, others), additive)
-    loaded = sum(x.element_size() for x in others.operands if x.dim() == 3 or (x.stride(2) and x.stride(3)))
-    widest = max((max(x.stride()[2:]) for x in others.operands), default=0)
+    tiled = [x for x in others.operands if x.dim() <= 4]
+    loaded_bytes = sum(x.element_size() for x in tiled if x.dim() == 3 or (x.stride(2) and x.stride(3)))
+    widest = max((max(x.stride()[2:]) for x in tiled), default=0)
     return Lowered(call._replace(extras=extras, masks_by=(by_batch, by_head), widest=widest,
-                                 loaded_bytes=loaded), tuple(roles))
+                                 loaded_bytes=loaded_bytes), tuple(roles))
 
 
 @functools.lru_cache(1024)
@@ -83,10 +86,20 @@ def _call(spec: AttentionSpec, modded: bool, batch: int, n_queries: int, n_keys:
           precision: str) -> Call:
     """The part of a call that depends on no tensor."""
     reach = n_queries + n_keys  # no bound beyond this changes anything, and with it 32 bits are enough
-    left, right = (None if bound is None else min(bound, reach) for bound in spec.window)
+    left, right = (None if bound is None else max(-reach, min(bound, reach)) for bound in spec.window)
     score_mods = before_mods(spec.scale, spec.softcap, modded, dtype)
     return Call(spec.scale, left, right, spec.offset(n_queries, n_keys), precision, batch, n_queries, n_keys,
                 Extras(score_mods) if score_mods else PLAIN)
+
+
+def _functions(member: Member) -> tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]:
+    """(function, slope, slopes of the arguments, their offsets where they are tables) of a score mod."""
+    mod = member.code
+    if mod.source:
+        found = loaded(mod.source)
+        slopes, offsets = (tuple(found.get(f"{what}_{i}") for i in range(len(member.args))) for what in ("slope", "offset"))
+        return found["function"], found["slope"], slopes, offsets
+    return (*(MODS[mod.name] if mod.function is None else (mod.function, mod.slope, mod.arg_slopes)), ())
 
 
 def _arguments(member: Member, operands: list[torch.Tensor], n_queries: int, element_size: int) -> tuple[Any, ...]:
@@ -104,9 +117,11 @@ def _order(member: Member) -> tuple[Any, ...]:
     return tuple(tl.constexpr(i) for i in range(len(member.args)))
 
 
-def _operand(x: torch.Tensor, n_queries: int, element_size: int) -> Operand:
+def _operand(x: torch.Tensor, n_queries: int, element_size: int) -> Any:
     boolean = tl.constexpr(x.dtype == torch.bool)
     x = x.view(torch.uint8) if x.dtype == torch.bool else x
+    if x.dim() > 4:
+        return (Table(x, tuple(x.shape), tuple(x.stride())),)
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     start = 0
     if x.dim() == 3:  # the value of (i, j) lies at j - i + Nq - 1

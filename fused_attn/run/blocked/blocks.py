@@ -161,14 +161,14 @@ def reference(member: Member) -> Any:
     return member.reference
 
 
-def coordinates(batch: Dense, block: Block) -> tuple[torch.Tensor, ...]:
-    """(q_pos, k_idx, head, batch) of a block, as mods take them: they broadcast to [b, h, m, n]."""
+def coordinates(batch: Dense, block: Block, raw: bool = False) -> tuple[torch.Tensor, ...]:
+    """(q_pos, k_idx, head, batch) of a block, as mods take them, that broadcast to [b, h, m, n]; ``raw``: a query's index."""
     device = batch.q.device
     rows = torch.arange(block.rows.start, block.rows.stop, device=device)[:, None]
     if batch.padded and batch.others.used_q is not None:  # positions of no query may lie outside of what mods look up
         rows = torch.minimum(rows, batch.others.used_q[:, None, None, None] - 1)
     keys = torch.arange(block.first, block.stop, device=device) if isinstance(block.keys, slice) else block.keys
-    return rows + batch.offset, keys[None, :], batch.heads[:, None, None], batch.numbers[:, None, None, None]
+    return (rows if raw else rows + batch.offset), keys[None, :], batch.heads[:, None, None], batch.numbers[:, None, None, None]
 
 
 def shape_of_window(batch: Dense, block: Block) -> tuple[int, int, int] | None:
@@ -248,11 +248,12 @@ def _four(x: torch.Tensor) -> torch.Tensor:
 
 def _kept(batch: Dense, block: Block) -> torch.Tensor:
     """Which pairs of a block attend [b', h', m', n], by everything that tells."""
-    others, where = batch.others, coordinates(batch, block)
+    others = batch.others
     keep = torch.ones(1, 1, 1, block.n_keys, dtype=torch.bool, device=batch.q.device)
     given = iter(others.operands[len(roles(batch.spec.score_mods)):])
     for member in batch.spec.mask_mods:
         mine = iter([block.of(role, next(given)) for role in roles((member,))])
+        where = coordinates(batch, block, member.code.raw)
         keep = keep & reference(member)(*where, arguments(member, mine, block, None))
     edges = list(_edges(batch, block))
     if edges:  # which may hide more in other batch entries, heads and rows than the masks do

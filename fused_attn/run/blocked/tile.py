@@ -18,7 +18,6 @@ from fused_attn.run.blocked.blocks import Block, Dense, Hidden, arguments, coord
 from fused_attn.run.blocked.dropout import Stays
 
 _LOG2_E = math.log2(math.e)
-_SUMMANDS = (mods.BIAS.code, mods.ALIBI.code, mods.KERPLE.code, mods.SOFT_TREE.code)
 
 
 class Tile(NamedTuple):
@@ -85,23 +84,27 @@ def _capped(raw: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 def summands(members: tuple[Member, ...]) -> bool:
     """Whether all of some score mods add something to the score, whatever it is."""
-    return all(member.code in _SUMMANDS for member in members)
+    return all(member.code.adds for member in members)
 
 
 def added(batch: Dense, block: Block, operands: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
     """What score mods that add something add to the scores of a block, [b', h', m', n'], of their operands cut to it."""
-    given, where = iter(operands), coordinates(batch, block)
+    given = iter(operands)
     total = torch.zeros(1, 1, 1, 1, dtype=dtype, device=batch.q.device)
     for i, member in enumerate(batch.spec.score_mods):
         found = arguments(member, given, block, dtype)
-        total = found[0] if i == 0 and member.code == mods.BIAS.code else reference(member)(total, *where, found)
+        if i == 0 and member.code == mods.BIAS.code:
+            total = found[0]
+        else:
+            total = reference(member)(total, *coordinates(batch, block, member.code.raw), found)
     return total
 
 
 def _modded(scores: torch.Tensor, operands: tuple[torch.Tensor, ...], tile: Tile) -> torch.Tensor:
     """Scores after the score mods of a call."""
-    given, where = iter(operands), coordinates(tile.batch, tile.block)
+    given = iter(operands)
     for member in tile.batch.spec.score_mods:
+        where = coordinates(tile.batch, tile.block, member.code.raw)
         found = reference(member)(scores, *where, arguments(member, given, tile.block, scores.dtype))
         scores = found.to(scores.dtype).expand(scores.shape)
     return scores
