@@ -24,6 +24,7 @@ from fused_attn.call.mods import (
     tree_intervals,
     tree_mask,
 )
+from fused_attn.checks import check_mod
 from fused_attn.emulator import emulated
 from fused_attn.inspection import AttentionStats, attention_stats, attention_weights
 from fused_attn.integrations.patch import PatchReport, patch_sdpa
@@ -49,6 +50,7 @@ __all__ = [
     "attention_stats",
     "attention_varlen",
     "attention_weights",
+    "check_mod",
     "dilated_window_mask",
     "document_mask",
     "emulated",

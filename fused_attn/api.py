@@ -262,12 +262,26 @@ def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arg
     return attention(q, k, v, **{**arguments, "backend": "reference"})
 
 
+_PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False,
             deterministic: bool | None = None, strict: bool | None = None, backend: str | None = None,
             **arguments: Any) -> Explanation:
-    """Which backend ``attention`` would run for these arguments, and every reason against the others."""
+    """Which backend ``attention`` would run for these arguments, and every reason against the others.
+
+    With ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q`` and ``max_seqlen_k`` among them, and perhaps ``seqused_q`` and
+    ``seqused_k``, the same for ``attention_varlen``. Its ``hints`` name what is likely a mistake.
+    """
     deterministic, strict = _switches(deterministic, strict)
-    call = describe.describe(q, k, v, **arguments)
+    if arguments.keys() & _PACKING:
+        if missing := [name for name in _PACKING if name not in arguments]:
+            raise TypeError(f"{missing[0]}: expected it beside {next(name for name in _PACKING if name in arguments)}")
+        cu_q, cu_k, longest_q, longest_k = (arguments.pop(name) for name in _PACKING)
+        used_q, used_k = arguments.pop("seqused_q", None), arguments.pop("seqused_k", None)
+        call = describe.describe_packed(q, k, v, cu_q, cu_k, longest_q, longest_k, used_q, used_k, **arguments)
+    else:
+        call = describe.describe(q, k, v, **arguments)
     if deterministic is not None:
         call = call._replace(spec=call.spec._replace(deterministic=deterministic))
     return backends.explain(call, return_lse, backend, strict)

@@ -359,3 +359,16 @@ def test_a_backend_named_in_the_environment_holds_for_sdpa(backend, monkeypatch,
     monkeypatch.setattr(backends.settings, "BACKEND", backend)
     scaled_dot_product_attention(*qkv(device="meta"))
     assert "triton" not in ran
+
+
+def test_explain_of_packed_sequences_and_of_likely_mistakes():
+    x, cu = torch.randn(12, 2, 16), torch.tensor([0, 5, 12], dtype=torch.int32)
+    packing = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 7, "max_seqlen_k": 7}
+    told = fused_attn.explain(x, x, x, causal=True, **packing)
+    assert told.backend == "blocked"
+    assert not told.hints
+    with pytest.raises(TypeError, match="max_seqlen_k: expected it beside cu_seqlens_q"):
+        fused_attn.explain(x, x, x, **{name: value for name, value in packing.items() if name != "max_seqlen_k"})
+    swapped = torch.randn(1, 512, 8, 64)
+    assert "hint: q has 512 heads of 8 queries" in str(fused_attn.explain(swapped, swapped, swapped))
+    assert not fused_attn.explain(*[swapped.transpose(1, 2)] * 3).hints

@@ -78,6 +78,7 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", MASKS)
 def test_block_masks_are_torchs(name):
     """The same blocks, and the same attention, whoever made the mask, dense and whole."""
@@ -95,6 +96,7 @@ def test_block_masks_are_torchs(name):
         torch.testing.assert_close(got_lse, lse.double(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_are_torchs(name):
     close(flex.flex_attention(*qkv(), score_mod=SCORES[name]), torchs.flex_attention(*qkv(), score_mod=SCORES[name]))

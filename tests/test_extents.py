@@ -89,5 +89,5 @@ def test_wide_operands_are_not_pipelined():
 def test_unknown_arguments_are_named():
     q = torch.randn(5, 2, 16)
     cu = torch.tensor([0, 5], dtype=torch.int32)
-    with pytest.raises(TypeError, match="unexpected argument 'key_lengths'; packed sequences have seqused_k"):
+    with pytest.raises(TypeError, match="unexpected argument 'key_lengths'; did you mean seqused_k"):
         attention_varlen(q, q, q, cu, cu, 5, 5, key_lengths=torch.tensor([3]))

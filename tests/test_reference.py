@@ -345,7 +345,7 @@ def test_same_arguments_as_attention():
         reference_attention(q, q, q, softcap=-1.0)
     with pytest.raises(ValueError, match="dropout_p"):
         reference_attention(q, q, q, dropout_p=1.5)
-    named = {*inspect.signature(attention).parameters} - {"q", "k", "v", "backend"}
+    named = {*inspect.signature(attention).parameters} - {"q", "k", "v", "backend", "unexpected"}
     defaults = {name: inspect.signature(attention).parameters[name].default for name in named}
     close(reference_attention(q, q, q, **defaults), reference_attention(q, q, q), 0)
     close(reference_attention(q, q, q, backend="triton"), reference_attention(q, q, q), 1e-6)

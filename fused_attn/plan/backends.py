@@ -29,7 +29,7 @@ class Explanation:
     """What ``explain`` found: the backend that would run a call, and what each other one has against it.
 
     ``reasons`` maps every backend to its reasons, empty for one that could run the call too; ``slower`` tells why blocks are
-    preferred to torch's kernel nevertheless. Within
+    preferred to torch's kernel nevertheless; ``hints`` name what is likely a mistake. Within
     ``fused_attn.hopper``, ``asked`` is the schedule asked for and ``against_asked`` maps "forward" and "backward" to what it
     has against them; a pass with reasons does not run on it. ``schedule`` names the one that runs each pass. ``safer``
     maps kernels whose tiles did not fit the card to those that they have instead, and schedules that were given up to "".
@@ -42,6 +42,7 @@ class Explanation:
     schedule: dict[str, str] = field(default_factory=dict)
     safer: dict[str, str] = field(default_factory=dict)
     slower: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
@@ -55,6 +56,7 @@ class Explanation:
         for name, config in self.safer.items():
             what = f"tiles {config}, as those of the tables do" if config else "its kernel does"
             lines.append(f"{name}: {what} not fit this card")
+        lines += [f"hint: {hint}" for hint in self.hints]
         return "\n".join(lines)
 
 
@@ -303,4 +305,17 @@ def explain(call: Described, return_lse: bool, backend: str | None, strict: bool
             against_asked = {"forward": schedules.against(schedules.FORWARD, call.spec.hopper, problem),
                              "backward": schedules.against(schedules.BACKWARD, call.spec.hopper, problem, every)}
         safer = {name: "" if config is None else config.words for name, config in problem.tiles.items()}
-    return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule, safer, against_torch_first(call))
+    return Explanation(chosen, reasons, call.spec.hopper, against_asked, schedule, safer, against_torch_first(call),
+                       hints(call))
+
+
+_FEW, _MANY = 64, 128  # no model has more heads than _MANY over sequences of fewer than _FEW tokens
+
+
+def hints(call: Described) -> tuple[str, ...]:
+    """What is likely a mistake of a call that runs nevertheless."""
+    (_, heads, n_queries, _), n_keys = call.q.shape, call.k.shape[2]
+    if call.spec.longest is None and heads > _MANY and max(n_queries, n_keys) < _FEW:
+        return (f"q has {heads} heads of {n_queries} queries: tensors are [batch, heads, tokens, head_dim], and "
+                f"[batch, tokens, heads, head_dim] wants transpose(1, 2), as fused_attn.compat.flash_attn does it",)
+    return ()

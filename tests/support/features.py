@@ -16,7 +16,7 @@ import fused_attn
 from fused_attn.call import describe
 from fused_attn.call.describe import Described
 from fused_attn.run import ops
-from support.mods import COMB, NEAR
+from support.mods import COMB, NEAR, bent, ribbed
 
 Arguments = dict[str, Any]
 Leaves = dict[str, torch.Tensor]
@@ -153,6 +153,12 @@ def _mask_mod(draw: Draw) -> Drawn:
     return {}, lambda: {"mask_mod": COMB(marks, 3)}
 
 
+def _function(draw: Draw) -> Drawn:
+    heads = draw.shape.heads
+    return {"weight": draw.normal(heads), "by_distance": draw.normal(heads, 15)}, lambda weight, by_distance: {
+        "score_mod": bent, "mod_args": (weight, by_distance)}
+
+
 def _slopes(draw: Draw) -> Drawn:
     return {"slopes": draw.normal(draw.shape.batch, draw.shape.heads).abs() / 4}, lambda slopes: {"alibi_slopes": slopes}
 
@@ -227,6 +233,8 @@ FEATURES = (
             group="mask_mod", note="a new value compiles once"),
     Feature("tree", "tree mask", MASKS, _tree, group="mask_mod", without=("lengths",)),
     Feature("mask_mod", "custom mask function", MASKS, _mask_mod, group="mask_mod"),
+    Feature("function_mask", "mask function in plain Python", MASKS, constant(mask_mod=ribbed), group="mask_mod"),
+    Feature("function", "score function in plain Python", SCORES, _function, "what a function captures", group="score_mod"),
     Feature("soft_tree", "soft tree mask", SCORES, _soft_tree, "penalty", group="score_mod", without=("lengths",)),
     Feature("score_mod", "custom score function", SCORES, _score_mod, "arguments of a function", group="score_mod"),
     Feature("sinks", "sinks", WEIGHTS, _sinks, "sinks"),

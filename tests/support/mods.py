@@ -1,5 +1,6 @@
 """Functions of one's own: a score mod and mask mods, with tensors and numbers as arguments."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -30,6 +31,16 @@ def comb(q_pos, k_idx, head, batch, args):
 @triton.jit
 def larger(q_pos, k_idx, head, batch, args):
     return args[0] > args[1]
+
+
+def bent(score, b, h, q_idx, kv_idx, weight, table):
+    """A plain score function that looks at everything: the score, a weight a head, a table by distance, a key's own number."""
+    return score + 0.5 * torch.tanh(score * weight[h]) + table[h, (kv_idx - q_idx).clamp(-7, 7) + 7] - (kv_idx % 5) * 0.1
+
+
+def ribbed(b, h, q_idx, kv_idx, *_):
+    """A plain mask function: bounds, which become a window, and what is none."""
+    return (kv_idx - q_idx <= 40) & (kv_idx - q_idx > -60) & ((q_idx + 2 * kv_idx + h) % 5 != 0)
 
 
 NEAR = fused_attn.ScoreMod("near", near, near_slope, (near_weight, None),

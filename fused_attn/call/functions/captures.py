@@ -13,7 +13,6 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType, torch.dtype, torch.device)
@@ -88,7 +87,9 @@ class _Walk:
             self.value((x.func, x.args, x.keywords), depth + 1)
         elif isinstance(x, (enum.Enum, types.BuiltinFunctionType, types.MethodDescriptorType)) or (_foreign(x) and not (
                 isinstance(x, torch.nn.Module))):
-            if not isinstance(x, (enum.Enum, types.BuiltinFunctionType, types.MethodDescriptorType, type, np.generic)):
+            # A number of NumPy's is hashable, and the array that it comes from is not.
+            if not isinstance(x, (enum.Enum, types.BuiltinFunctionType, types.MethodDescriptorType, type)) and not (
+                    kind.__module__ == "numpy" and hasattr(x, "item")):
                 raise _UnknownError
             self.key.append(x)
         elif isinstance(x, types.ModuleType):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from fused_attn import torch_private
 from fused_attn.call import mods
 from fused_attn.call.functions import running, texts
 from fused_attn.call.functions.captures import beyond_its_cells, captured
@@ -143,13 +144,13 @@ def _within_a_graph(name: str, function: Callable[..., Any], given: tuple[Any, .
     return _IN_GRAPHS[key], [x for x in (*given, *cells) if isinstance(x, torch.Tensor)]
 
 
-@torch.compiler.assume_constant_result
+@torch_private.constant_when_traced
 def _refuse(name: str, reason: str = "this one is made within the graph, or takes numbers by mod_args=") -> NoReturn:
     raise TypeError(f"{name}: within torch.compile, a function is made outside of the graph, and takes tensors by mod_args=, "
                     f"or tensors and numbers as variables of the function around it; {reason}")
 
 
-@torch.compiler.assume_constant_result
+@torch_private.constant_when_traced
 def _constant(name: str, function: Callable[..., Any], kinds: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
     """(the key of the trace of a function, the number that each of its cells holds, or None).
 

@@ -11,7 +11,8 @@ import io
 import os
 import re
 import tempfile
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_attn.call import mods
+from fused_attn.call.describe import Described
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Member, OtherTensors, TileConfig, Window
 from fused_attn.kernels import fences
@@ -173,6 +175,9 @@ def gpu_target(name: str) -> GPUTarget:
     raise ValueError(f"target: expected sm_NN or gfxNNN, such as {', '.join(COMPILED)}; got {name!r}")
 
 
+Describe: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Described]
+
+
 class Sizes(NamedTuple):
     """Of a call whose kernels are compiled: of long sequences, without storage. The emulator runs shorter ones."""
 
@@ -226,8 +231,8 @@ def _feature(name: str, sizes: Sizes, head_dim: int, element: torch.dtype) -> tu
 
 
 def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, group: int, feature: str, head_dim_v: int,
-             config: TileConfig | None, hopper: str, sizes: Sizes = LONG) -> list[Launch]:
-    """The launches of a kernel that a call makes, taken from its schedules."""
+             config: TileConfig | None, hopper: str, sizes: Sizes = LONG, described: Describe | None = None) -> list[Launch]:
+    """The launches of a kernel that a call makes, taken from its schedules; ``described`` makes one in place of ``feature``."""
     element = DTYPES[dtype]
     heads, length = sizes.heads, sizes.length
     batch = 1 if feature == "packed" else sizes.batch
@@ -240,9 +245,12 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
     if kernel == "rotary":
         angles = sizes.tensor(batch, length, head_dim // 2, dtype=torch.float32)
         return list(inspection.rotary(q, angles, angles, False, False, config))
-    fields, others = _feature(feature, sizes, head_dim, element)
-    spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields,
-                         fp32_precision=dtype if dtype.startswith("tf32") else "ieee")
+    if described is not None:
+        spec, others = described(q, k, v)[3:]
+    else:
+        fields, others = _feature(feature, sizes, head_dim, element)
+        spec = AttentionSpec(head_dim**-0.5, Window(None, 0 if causal else None), **fields,
+                             fp32_precision=dtype if dtype.startswith("tf32") else "ieee")
     whose = {"statistics": "backward", "ordered": "backward", "list": "forward"}.get(kernel, kernel)
     whose = "fused" if feature == "fused" else hopper if (whose, hopper != "pointers") == ("forward", True) else whose
     problem = Problem.of(q, k, v, spec, others, target, {} if config is None else {whose: config})
@@ -276,11 +284,12 @@ def _compile(launch: Launch, target: str) -> tuple[Any, str, float]:
 
 def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: bool, *, group: int = 4,
                    feature: str = "plain", head_dim_v: int | None = None, config: TileConfig | None = None,
-                   hopper: str = "pointers") -> list[Report]:
+                   hopper: str = "pointers", described: Describe | None = None) -> list[Report]:
     """Compiles one kernel for ``target`` as ``attention`` would launch it on long sequences, and reads the binary.
 
     One report, or two, "dk" and "dv", where the configuration gives each a launch of its own. ``feature``: of ``FEATURES``;
-    ``hopper``: of ``settings.HOPPER_SCHEDULES``, for a forward on sm_90; ``config`` stands in for the tiles of the kernel.
+    ``hopper``: of ``settings.HOPPER_SCHEDULES``, for a forward on sm_90; ``config`` stands in for the tiles of the kernel,
+    ``described`` for the feature.
     """
     driver.set_active(_NoDriver(gpu_target(target)))
     compiled: list[tuple[Launch, Any, str, float]] = []
@@ -289,7 +298,8 @@ def compile_kernel(target: str, kernel: Kernel, head_dim: int, dtype: str, causa
         knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        for launch in launches(target, kernel, head_dim, dtype, causal, group, feature, head_dim_v or head_dim, config, hopper):
+        for launch in launches(target, kernel, head_dim, dtype, causal, group, feature, head_dim_v or head_dim, config, hopper,
+                               described=described):
             compiled.append((launch, *_compile(launch, target)))
     names = ("dk", "dv") if len(compiled) == 2 else (kernel,) * len(compiled)
     return [
