@@ -53,12 +53,14 @@ def check_mod(mod: ScoreMod | MaskMod | Bound, *args: Any, n_queries: int = 40, 
     def run(backend: str) -> list[tuple[str, torch.Tensor]]:
         leaves = [x.clone().requires_grad_(derived) for x in (q, k)]
         given = [_leaf(x, device, i in learned) for i, x in enumerate(bound.args)]
-        arguments: Any = {name: bound.mod(*given), "backend": backend}
-        out = attention(leaves[0], leaves[1], v, **arguments)
-        found = [("function", out.detach())]
+        arguments: Any = {name: bound.mod(*given), "backend": backend, "return_lse": True}
+        out, lse = attention(leaves[0], leaves[1], v, **arguments)  # the LSE shows what cancels in the weights
+        lse = lse.masked_fill(lse == -torch.inf, 0)
+        found = [("function", out.detach()), ("function", lse.detach())]
         if derived:
             wanted = [("slope", x) for x in leaves] + [(f"slope of argument {i}", given[i]) for i in learned]
-            grads = torch.autograd.grad(out, [x for _, x in wanted], torch.cos(out.detach() * 3))
+            weighed = tuple(torch.cos(x.detach() * 3) for x in (out, lse))
+            grads = torch.autograd.grad((out, lse), [x for _, x in wanted], weighed, allow_unused=True, materialize_grads=True)
             found += [(what, grad) for (what, _), grad in zip(wanted, grads, strict=True)]
         return found
 

@@ -18,6 +18,31 @@ def as_score(x, score):
 
 
 @triton.jit
+def widened(x):
+    """Floats of fewer than 32 bits as such of 32."""
+    if x.dtype.primitive_bitwidth < 32:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def as_wide(number: tl.constexpr, DTYPE: tl.constexpr):
+    """A number in a type of floats, or in fp32 where that is narrower."""
+    WIDE: tl.constexpr = DTYPE if DTYPE.primitive_bitwidth >= 32 else tl.float32
+    return tl.full([], number, WIDE)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded as IEEE and torch have it; integers as fp32. Triton's own division of fp32 is off by two units."""
+    if a.dtype == tl.float64 or b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a.to(tl.float32), b.to(tl.float32))
+
+
+@triton.jit
 def sign(x):
     """-1, 0 or 1; 0 of NaN, as torch has it."""
     return ((x > 0).to(tl.int32) - (x < 0).to(tl.int32)).to(x.dtype)
@@ -113,9 +138,9 @@ def within(index, size):
     return tl.minimum(tl.maximum(index, 0), size - 1).to(tl.int64)
 
 
-NAMES = {"triton": triton, "tl": tl, **{function.__name__: function for function in (
-    as_score, sign, whole_quotient, whole_modulo, modulo, floor_quotient, to_even, log1p, expm1, power, whole_power, within,
-    tanh_of, tanh_slope)}}
+_FUNCTIONS = (as_score, widened, as_wide, quotient, sign, whole_quotient, whole_modulo, modulo, floor_quotient, to_even, log1p,
+              expm1, power, whole_power, within, tanh_of, tanh_slope)
+NAMES = {"triton": triton, "tl": tl, **{function.__name__: function for function in _FUNCTIONS}}
 
 
 @functools.lru_cache(512)

@@ -128,7 +128,7 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
             delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), place.q_first, 0.0, BLOCK_M, True)
             ds = score_gradient(p, dp, delta[:, None], dmod, extras, True)
             if KIND.scattered:
-                at = tl.broadcast_to(entry_offset(place, extras.mods, KIND.member, KIND.arg, TILE), [BLOCK_M, BLOCK_N])
+                at = tl.broadcast_to(entry_offset(ds, place, extras.mods, KIND.member, KIND.arg, TILE), [BLOCK_M, BLOCK_N])
                 tl.atomic_add(grad_ptr + at, ds, mask=ds != 0.0, sem="relaxed")
             else:
                 acc += ds

@@ -27,7 +27,7 @@ class Mod(NamedTuple):
     args: Any = ()
     order: Any = ()  # compile-time 0, 1, ..., since Triton cannot enumerate a tuple
     raw: Any = tl.constexpr(False)  # whether q_pos is to be the query's own index
-    offsets: Any = ()  # for each argument that is a Table, a function (q_pos, k_idx, head, batch, args) -> where its entry lies
+    offsets: Any = ()  # of each Table a function (score, q_pos, k_idx, head, batch, args) -> where its entry lies, by any score
 
 
 @triton.jit
@@ -156,11 +156,14 @@ def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE
 
 
 @triton.jit
-def entry_offset(place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr):
-    """Where the entries lie that pairs of a tile [BLOCK_M, BLOCK_N] look up in argument ``ARG``, a Table, of mod ``MEMBER``."""
+def entry_offset(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr):
+    """Where the entries lie that pairs of a tile [BLOCK_M, BLOCK_N] look up in argument ``ARG``, a Table, of mod ``MEMBER``.
+
+    They do not depend on ``score``, of which the type alone counts.
+    """
     q_first = place.q_first if mods[MEMBER].raw else place.q_first + place.offset
     q_pos = per_query(q_first + tl.arange(0, TILE.block_m), False)
     k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), False)
     read = [x[0] if len(x) == 1 else load_operand(x, place, None, TILE, False, True, True) for x in mods[MEMBER].args]
-    return mods[MEMBER].offsets[ARG](q_pos, k_idx, place.head, place.batch, [
+    return mods[MEMBER].offsets[ARG](score, q_pos, k_idx, place.head, place.batch, [
         mods[MEMBER].args[j][0] if len(mods[MEMBER].args[j]) == 1 else read[j] for j in mods[MEMBER].order])

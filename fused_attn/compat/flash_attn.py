@@ -18,7 +18,7 @@ __all__ = ["flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_
 def _arguments(dropout_p: float, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
                alibi_slopes: torch.Tensor | None, deterministic: bool) -> dict[str, Any]:
     """The arguments that all forms share, by their names here."""
-    if len(window_size) != 2 or any(side < -1 for side in window_size):
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or any(side < -1 for side in window_size):
         raise ValueError(f"window_size: expected (left, right), each -1 or more; got {window_size!r}")
     left, right = (None if side == -1 else side for side in window_size)
     return {"dropout_p": dropout_p, "scale": softmax_scale, "causal": causal, "softcap": softcap or None,

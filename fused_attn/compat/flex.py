@@ -4,6 +4,7 @@ Source: He et al. 2024, "Flex Attention: A Programming Model for Generating Opti
 torch.nn.attention.flex_attention.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -117,16 +118,15 @@ def _states(block_mask: BlockMask) -> torch.Tensor:
 
 def create_block_mask(mask_mod: Callable[..., Any], B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,
                       device: Any = None, BLOCK_SIZE: int | tuple[int, int] = _BLOCK, _compile: bool = False,
-                      **_: Any) -> BlockMask:
-    """torch's ``create_block_mask``, in memory linear in the lengths: the blocks are told row by row.
+                      separate_full_blocks: bool = True, compute_dq_write_order: bool = False,
+                      dq_kv_order: bool = True) -> BlockMask:
+    """torch's ``create_block_mask``, without a tensor of the size of the scores: the blocks are told row by row.
 
     ``mask_mod`` is plain Python, (b, h, q_idx, kv_idx) -> bool. What it gives is torch's own ``BlockMask``. Tiles of the
-    kernels follow from the call, whatever BLOCK_SIZE says.
+    kernels follow from the call, whatever BLOCK_SIZE and the arguments after it say.
     """
     of_query, of_key = BLOCK_SIZE if isinstance(BLOCK_SIZE, (tuple, list)) else (BLOCK_SIZE, BLOCK_SIZE)
-    device = torch.get_default_device() if device is None else torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device} is not here")
+    device = _device(device)
     sizes, rows, columns = (B or 1, H or 1), -(-Q_LEN // of_query), -(-KV_LEN // of_key)
     some = torch.zeros(*sizes, rows, columns, dtype=torch.bool, device=device)
     every = torch.zeros_like(some)
@@ -150,7 +150,21 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def create_mask(mod_fn: Callable[..., Any], B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,
                 device: Any = None) -> torch.Tensor:
-    """torch's ``create_mask``: the whole mask [B, H, Q_LEN, KV_LEN], True where a pair attends."""
-    device = torch.get_default_device() if device is None else torch.device(device)
-    extents = B or 1, H or 1, Q_LEN, KV_LEN
-    return functions.evaluated_mask(mod_fn, extents, device)(slice(0, Q_LEN))
+    """torch's ``create_mask``: the whole mask [B, H, Q_LEN, KV_LEN], True where a pair attends.
+
+    Of a score function, that is where it does not make minus infinity of a score of 0.
+    """
+    extents, mask_mod = (B or 1, H or 1, Q_LEN, KV_LEN), mod_fn
+    if len(inspect.signature(mod_fn).parameters) == 5:
+        def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            return mod_fn(q_idx * 0.0, b, h, q_idx, kv_idx) != -torch.inf
+
+    return functions.evaluated_mask(mask_mod, extents, _device(device))(slice(0, Q_LEN))
+
+
+def _device(device: Any) -> torch.device:
+    """The device asked for, or as torch's functions have it the accelerator, if there is one."""
+    if device is not None:
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator

@@ -5,9 +5,13 @@ from typing import Any
 import torch
 
 from fused_attn.api import attention
+from fused_attn.call.arguments import unexpected
 from fused_attn.plan.backends import warn_once
 
 __all__ = ["sageattn"]
+
+_ROUNDING = ("qk_quant_gran", "pv_accum_dtype", "pv_threshold", "smooth_k", "smooth_v", "qk_quant_dtype")
+_KNOWN = ("tensor_layout", "is_causal", "sm_scale", "return_lse")
 
 
 def sageattn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
@@ -20,6 +24,8 @@ def sageattn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: s
     """
     if tensor_layout not in ("HND", "NHD"):
         raise ValueError(f'tensor_layout: expected "HND" or "NHD"; got {tensor_layout!r}')
+    if unknown := quantisation.keys() - _ROUNDING:
+        raise unexpected(unknown, _KNOWN, {"scale": "sm_scale", "attn_mask": "fused_attn.attention, which has masks"})
     if quantisation:
         warn_once(f"fused_attn.compat.sageattention: {sorted(quantisation)} are ignored; nothing is quantised here")
     if tensor_layout == "NHD":

@@ -290,7 +290,8 @@ def memory_efficient_attention_forward_requires_grad(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_bias: torch.Tensor | AttentionBias | None = None,
     p: float = 0.0, scale: float | None = None, *, op: Any = None, output_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what ``memory_efficient_attention`` gives, the log-sum-exp [B, H, M]); both have gradients."""
+    """(what ``memory_efficient_attention`` gives, the log-sum-exp [B, H, M], with five dimensions [B, G * H, M]); both have
+    gradients."""
     if op is not None:
         warn_once("fused_attn.compat.xformers: op is ignored; which kernel runs follows from the call")
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -298,7 +299,8 @@ def memory_efficient_attention_forward_requires_grad(
             raise ValueError(f"{name}: expected a tensor of 3, 4 or 5 dimensions, as query has them; "
                              f"got {getattr(x, 'shape', x)!r}")
     dims, heads = query.dim(), query.shape[2:-1]
-    query, (key, value) = _four(query), (_of_groups(x) for x in (key, value))
+    shared = dims == 5 and key.stride(3) == 0 and value.stride(3) == 0  # the heads of a group have one key and value in memory
+    query, (key, value) = _four(query), (x[:, :, :, 0] if shared else _four(x) for x in (key, value))
     arguments: dict[str, Any] = {"dropout_p": p, "scale": scale}
     if isinstance(attn_bias, BlockDiagonalMask):
         out, lse = attn_bias.attend(query, key, value, **arguments)
@@ -308,8 +310,11 @@ def memory_efficient_attention_forward_requires_grad(
         if isinstance(attn_bias, AttentionBias):
             arguments |= attn_bias.band.arguments(query.shape[1] == key.shape[1])
         elif attn_bias is not None:
-            arguments["bias"] = attn_bias[:, None] if dims == 3 and attn_bias.dim() == 3 else attn_bias
-        if dims == 5 and (bias := arguments.get("bias")) is not None and bias.dim() == 5:
+            arguments["bias"] = attn_bias
+        bias = arguments.get("bias")
+        if dims == 3 and bias is not None and bias.dim() == 3:
+            arguments["bias"] = bias[:, None]
+        if dims == 5 and bias is not None and bias.dim() == 5:
             arguments["bias"] = bias.flatten(1, 2)
         out, lse = attention(*(x.transpose(1, 2) for x in (query, key, value)), return_lse=True, **arguments)
         out = out.transpose(1, 2)
@@ -320,8 +325,3 @@ def memory_efficient_attention_forward_requires_grad(
 def _four(x: torch.Tensor) -> torch.Tensor:
     """x as [B, M, heads, K]."""
     return x[:, :, None] if x.dim() == 3 else x.flatten(2, 3) if x.dim() == 5 else x
-
-
-def _of_groups(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values as [B, N, heads, K], one head a group where those of a group are one in memory."""
-    return x[:, :, :, 0] if x.dim() == 5 and x.stride(3) == 0 else _four(x)

@@ -8,7 +8,6 @@ other numbers is another one; other tensors of the same types are other operands
 
 import enum
 import functools
-import inspect
 import types
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ import torch
 
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType, torch.dtype, torch.device)
 _FOREIGN = ("torch", "numpy", "math", "builtins", "operator", "typing", "triton")  # whose functions do as they always do
-_BY_OTHER_MEANS = frozenset(("getattr", "vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__",
-                             "import_module", "__import__"))
+_BY_OTHER_MEANS = frozenset(("getattr", "hasattr", "vars", "globals", "locals", "eval", "exec", "super", "__dict__",
+                             "__getattribute__", "import_module", "__import__", "attrgetter", "itemgetter", "methodcaller"))
 _OWN_WAYS = ("__getattr__", "__getattribute__", "__getitem__", "__iter__", "__call__", "__len__", "__float__", "__index__",
              "__int__", "__bool__", "__add__", "__radd__", "__mul__", "__rmul__", "__eq__", "__contains__",
              "__torch_function__")
-_DEEPEST = 12
+_DEEPEST, _MOST = 12, 5000  # of things within things, and of things altogether
 
 
 class Captured(NamedTuple):
@@ -44,7 +43,8 @@ class _UnknownError(Exception):
 
 
 def _foreign(x: Any) -> bool:
-    return (getattr(x, "__module__", None) or "").partition(".")[0] in _FOREIGN
+    """Whether something does what it always does, wherever it is; a closure made elsewhere holds what it was given."""
+    return (getattr(x, "__module__", None) or "").partition(".")[0] in _FOREIGN and not getattr(x, "__closure__", None)
 
 
 class _Walk:
@@ -67,11 +67,13 @@ class _Walk:
         if id(x) in self.seen:
             self.key.append(("again", self.seen[id(x)]))
             return
-        if depth > _DEEPEST:
+        if depth > _DEEPEST or len(self.kept) > _MOST:
             raise _UnknownError
         self.seen[id(x)] = len(self.seen)
         self.kept.append(x)
         if isinstance(x, torch.Tensor):
+            if getattr(x, "__dict__", None):
+                raise _UnknownError  # it carries what else the function may read
             self.key.append((kind, x.dtype, x.dim()))
             self.tensors.append(x)
         elif kind is types.FunctionType:
@@ -85,13 +87,16 @@ class _Walk:
             self.value(x.__self__, depth + 1)
         elif kind is functools.partial:
             self.value((x.func, x.args, x.keywords), depth + 1)
-        elif isinstance(x, (enum.Enum, types.BuiltinFunctionType, types.MethodDescriptorType)) or (_foreign(x) and not (
-                isinstance(x, torch.nn.Module))):
-            # A number of NumPy's is hashable, and the array that it comes from is not.
-            if not isinstance(x, (enum.Enum, types.BuiltinFunctionType, types.MethodDescriptorType, type)) and not (
-                    kind.__module__ == "numpy" and hasattr(x, "item")):
-                raise _UnknownError
+        elif isinstance(x, (enum.Enum, types.MethodDescriptorType)) or (isinstance(x, type) and _foreign(x)):
             self.key.append(x)
+        elif isinstance(x, types.BuiltinFunctionType):
+            if not isinstance(x.__self__, (types.ModuleType, types.NoneType)):
+                raise _UnknownError  # a method of something
+            self.key.append(x)
+        elif kind.__module__ == "numpy" and getattr(x, "ndim", None) == 0 and hasattr(x, "item"):
+            self.key.append((kind, repr(x.item())))
+        elif _foreign(kind) and not isinstance(x, (torch.nn.Module, types.ModuleType, type)):
+            raise _UnknownError
         elif isinstance(x, types.ModuleType):
             self.key.append(x.__name__)
             if x.__name__.partition(".")[0] not in _FOREIGN:
@@ -109,7 +114,7 @@ class _Walk:
             return
         code = x.__code__
         names = _names(code)
-        if names & _BY_OTHER_MEANS:
+        if names & _BY_OTHER_MEANS or x.__dict__.keys() - {"__wrapped__"}:
             raise _UnknownError
         self.found |= names
         self.key.append(code)
@@ -133,7 +138,8 @@ class _Walk:
             found = known[name]
             if isinstance(found, (staticmethod, classmethod)):
                 found = found.__func__
-            elif inspect.isdatadescriptor(found) and not isinstance(x, types.ModuleType):
+            elif hasattr(type(found), "__get__") and not isinstance(x, types.ModuleType) and not isinstance(
+                    found, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
                 raise _UnknownError  # a property, or what stands for one
             self.key.append(name)
             self.value(found, depth + 1)
@@ -148,29 +154,33 @@ class _Walk:
             raise _UnknownError
         self.key.append(("object", type(x)))
         known = {name: y for of in reversed(own) for name, y in vars(of).items()} | vars(x)
+        if layer and (x._forward_hooks or x._forward_pre_hooks):
+            raise _UnknownError
         if layer:
             known |= {**x._parameters, **x._buffers, **x._modules}
             self.named |= {"forward"}
         self.attributes(x, known, depth)
 
 
-def beyond_its_cells(function: Any) -> str | None:
+def beyond_its_cells(function: Any, seen: tuple[Any, ...] = ()) -> str | None:
     """What a function captures that is neither a tensor, a number nor a text of its own closure, if anything."""
     if not isinstance(function, types.FunctionType):
         return f"it is a {type(function).__name__}"
-    if function.__defaults__ or function.__kwdefaults__:
-        return "it has default arguments"
+    if function in seen:
+        return None
+    if function.__defaults__ or function.__kwdefaults__ or function.__dict__:
+        return "it has default arguments, or attributes"
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         x = cell.cell_contents
         if not isinstance(x, (torch.Tensor, *_PLAIN)):
-            if isinstance(x, types.FunctionType) and not x.__closure__ and beyond_its_cells(x) is None:
+            if isinstance(x, types.FunctionType) and not x.__closure__ and beyond_its_cells(x, (*seen, function)) is None:
                 continue
             return f"it captures {name}, a {type(x).__name__}"
     names = _names(function.__code__)
     for name in sorted(names & function.__globals__.keys()):
         x = function.__globals__[name]
         if isinstance(x, types.FunctionType) and not _foreign(x):
-            if x.__closure__ or beyond_its_cells(x) is not None:
+            if x.__closure__ or beyond_its_cells(x, (*seen, function)) is not None:
                 return f"it calls the global {name}, which captures something itself"
         elif not (_foreign(x) or (isinstance(x, (types.BuiltinFunctionType, types.ModuleType)) and _foreign_module(x))):
             return f"it reads the global {name}"

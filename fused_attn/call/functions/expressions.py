@@ -1,5 +1,6 @@
 """Expressions: what a plain function computes of one score, as a graph in which equal parts are one object."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
@@ -23,22 +24,22 @@ class Expr:
     kind: Kind
 
     def __repr__(self) -> str:
-        inside = [*([repr(self.value)] if self.value is not None else []), *map(repr, self.args)]
-        return f"{self.op}({', '.join(inside)})" if inside else self.op
+        return "; ".join(linear(self))
 
 
 _ALL: "weakref.WeakValueDictionary[Any, Expr]" = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()  # two threads must not make one expression twice
 
 
 def expression(op: str, args: Iterable[Expr] = (), value: Any = None, kind: Kind = "float") -> Expr:
     """The expression of an operation."""
     args = tuple(args)
     key = op, args, kind, type(value), repr(value) if isinstance(value, float) else value  # as -0.0 == 0.0, and NaN is nothing
-    found = _ALL.get(key)
-    if found is None:
-        found = Expr()
-        found.op, found.args, found.value, found.kind = op, args, value, kind
-        found = _ALL.setdefault(key, found)
+    with _LOCK:
+        found = _ALL.get(key)
+        if found is None:
+            found = _ALL[key] = Expr()
+            found.op, found.args, found.value, found.kind = op, args, value, kind
     return found
 
 
@@ -75,6 +76,15 @@ def walk(*roots: Expr) -> Iterator[Expr]:
             seen.add(node)
             stack.append((node, True))
             stack += [(x, False) for x in reversed(node.args) if x not in seen]
+
+
+def linear(root: Expr) -> Iterator[str]:
+    """Every part of an expression once, by number: as long as the expression, however often it uses its parts."""
+    numbers: dict[Expr, int] = {}
+    for node in walk(root):
+        inside = [*([repr(node.value)] if node.value is not None else []), *(f"%{numbers[x]}" for x in node.args)]
+        numbers[node] = len(numbers)
+        yield f"%{numbers[node]} = {node.kind} {node.op}({', '.join(inside)})"
 
 
 def rebuilt(root: Expr, change: Callable[[Expr], Expr | None]) -> Expr:

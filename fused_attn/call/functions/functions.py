@@ -161,6 +161,8 @@ def _constant(name: str, function: Callable[..., Any], kinds: tuple[Any, ...]) -
     given = tuple(torch.empty((1,) * dims, dtype=dtype) for dtype, dims in kinds)
     traced, _ = _traced(name, function, given)
     _IN_GRAPHS.setdefault(traced.key, traced)
+    if len(_IN_GRAPHS) > 8 * _KEPT:
+        del _IN_GRAPHS[next(iter(_IN_GRAPHS))]  # its graph is made anew, if it is still there
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     return traced.key, tuple(x if isinstance(x, (bool, int, float)) else None for x in cells)
 
@@ -191,7 +193,7 @@ def _prepared(name: str, function: Callable[..., Any], body: Expr, steps: tuple[
     masks = name == "mask_mod"
     word = getattr(function, "__name__", type(function).__name__)
     word = word if word.isidentifier() else "function"
-    key = hashlib.sha256(f"{name} {word} {body} {steps}".encode()).hexdigest()
+    key = hashlib.sha256(f"{name} {word} {body!r} {steps}".encode()).hexdigest()
     if not masks:
         return Traced(key, steps, _mod(word, place(body), False), Bounds(), None)
     if body.kind != "bool":
@@ -218,7 +220,7 @@ def _mod(word: str, placed: Placed, masks: bool) -> Prepared:
 
 def is_plain(function: Any) -> bool:
     """Whether something is a plain function, or an object that is called like one."""
-    compiled = hasattr(function, "fn") and not isinstance(function, torch.nn.Module)  # by triton.jit
+    compiled = type(function).__module__.startswith("triton.")  # by triton.jit
     return callable(function) and not compiled and not isinstance(function, (ScoreMod, MaskMod, Bound, type))
 
 

@@ -144,7 +144,7 @@ def _one_plus(x: Expr) -> Expr:
 
 _LN2 = math.log(2)
 _ERF = 2 / math.sqrt(math.pi)
-_COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPERATIONS: dict[str, Operation] = {
     "add": Operation("{0} + {1}", "{0} + {1}", None, lambda node, da, db: plus(da, db)),
     "sub": Operation("{0} - {1}", "{0} - {1}", None, lambda node, da, db: minus(da, db)),
@@ -199,7 +199,7 @@ OPERATIONS: dict[str, Operation] = {
                      _unary(lambda node, x: times(make("exp", make("neg", make("mul", x, x))), constant(_ERF)))),
     "isnan": Operation("torch.isnan({0})", "({0} != {0})", "bool"),
     "isinf": Operation("torch.isinf({0})", "(tl.abs({0}) == float('inf'))", "bool"),
-    **{name: Operation(f"{{0}} {sign} {{1}}", f"{{0}} {sign} {{1}}", "bool") for name, sign in _COMPARED.items()},
+    **{name: Operation(f"{{0}} {sign} {{1}}", f"{{0}} {sign} {{1}}", "bool") for name, sign in COMPARED.items()},
 }
 
 

@@ -12,6 +12,7 @@ from fused_attn import saturation, torch_private
 def part(x: torch.Tensor, dims: list[Any], extents: tuple[int, ...]) -> torch.Tensor:
     """The view [B', H', Nq', Nk'] of a tensor whose dimension i is batch, head, query or key (``dims[i]`` 0 to 3), or of which
     one element is taken, (n,)."""
+    x = _wide(x)
     for i in reversed(range(len(dims))):
         if isinstance(dims[i], tuple):
             x = x.select(i, dims[i][0])
@@ -38,8 +39,14 @@ def table(x: torch.Tensor, lead: tuple[int | None, ...], inner: tuple[int, ...],
     if any(x.shape[i] == 0 for i in inner):
         raise IndexError(f"a captured tensor of shape {tuple(x.shape)} is indexed, and has no elements")
     dims = [dim for dim, of in enumerate(lead) if of is not None]
+    x = _wide(x)
     x = x if _apart(x) else x.contiguous()  # its gradient is summed in its own layout
     return _lead(x.permute(*(of for of in lead if of is not None), *inner), dims, extents)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Integers of fewer than 32 bits as such of 32, so that none wraps in one backend and not in another."""
+    return x.to(torch.int32) if x.dtype in (torch.uint8, torch.int8, torch.int16) else x
 
 
 def _apart(x: torch.Tensor) -> bool:
@@ -56,7 +63,7 @@ def look_up(x: torch.Tensor, indices: tuple[Any, ...]) -> torch.Tensor:
     """Elements of a tensor [B', H', Nq', Nk'], each index cut to what there is."""
     if x.numel() == 0:
         raise IndexError(f"a captured tensor of shape {tuple(x.shape)} is indexed, and has no elements")
-    found: torch.Tensor = x[tuple(_within(i, size) for i, size in zip(indices, x.shape, strict=True))]
+    found: torch.Tensor = _wide(x)[tuple(_within(i, size) for i, size in zip(indices, x.shape, strict=True))]
     return found[(None,) * (4 - found.dim())]
 
 

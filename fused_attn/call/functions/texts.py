@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fused_attn.call.functions.expressions import BATCH, COORDINATES, HEAD, KEY, ONE, QUERY, SCORE, ZERO, Expr, walk
-from fused_attn.call.functions.operations import OPERATIONS, derivative
+from fused_attn.call.functions.operations import COMPARED, OPERATIONS, derivative
 from fused_attn.call.functions.placing import Argument, Placed, affine, plain
 
 _COORDINATES = {BATCH: "batch", HEAD: "head", QUERY: "q_idx", KEY: "k_idx", SCORE: "score"}
@@ -85,18 +85,32 @@ class _Writer:
         if node.kind == "int" and node.op in _GROWING and self.magnitude(node) >= 2**31:
             wide = next(i for i, x in enumerate(node.args) if x.op != "constant" or i == len(args) - 1)
             args = [_Text(f"tl.cast({x.text}, tl.int64)") if i == wide else x for i, x in enumerate(args)]
-        if node.op == "div" and node.args[1].op == "constant" and node.args[0].kind == "float":
+        if node.op == "div" and not self.of_score(node):  # of indices, which floor and comparisons want to the last digit
+            template = "quotient({0}, {1})"
+            args = [_Text(f"tl.full([], {float(x.value)!r}, tl.float32)")
+                    if x.op == "constant" and math.isfinite(x.value) else text
+                    for x, text in zip(node.args, args, strict=True)]
+        elif node.op == "div" and node.args[1].op == "constant" and node.args[0].kind == "float":
             number = node.args[1].value
             if number and 2.0**-100 < abs(number) < 2.0**100:
                 template, args = "{0} * {1}", [args[0], _Text(repr(1.0 / number), number > 0)]
-        if node.kind == "float" and not _infix(template) and self.of_score(node):  # a number alone would be one of fp32
-            args = [_Text(self.typed(x)) if x.op == "constant" else text for x, text in zip(node.args, args, strict=True)]
+        # A number alone, or compared, would be one of fp32.
+        if node.op != "div" and ((node.kind == "float" and not _infix(template)) or node.op in COMPARED):
+            args = [_Text(self.typed(x, node)) if x.op == "constant" else text for x, text in zip(node.args, args, strict=True)]
         return _filled(template, args)
 
-    def typed(self, number: Expr) -> str:
-        """A number in the type of the score, where there is one."""
+    def typed(self, number: Expr, node: Expr) -> str:
+        """A number in the type of what it meets within ``node``: of the score, or in masks of an operand."""
         text = self.number(number).text
-        return f"tl.full([], {text}, score.dtype)" if number.kind == "float" else text
+        if number.kind != "float":
+            return text
+        if self.of_score(node):
+            return f"tl.full([], {text}, score.dtype)"
+        floats = [x for x in walk(node) if x.kind == "float" and x.op in ("argument", "entry")]
+        if self.scored or not floats:
+            return text
+        of = f"args[{floats[0].value}]" if floats[0].op == "argument" else f"args[{floats[0].value[0]}].ptr.dtype.element_ty"
+        return f"as_wide({text}, {of if floats[0].op == 'entry' else f'{of}.dtype'})"
 
     def of_score(self, node: Expr) -> bool:
         """Whether a part of an expression has the score's type: the score, or an operand of floats."""
@@ -114,7 +128,10 @@ class _Writer:
         if node.value == "score":
             return _Text(f"tl.cast({x.text}, score.dtype)" if self.triton else f"torch.as_tensor({x.text}).to(score.dtype)")
         name = str(node.value).removeprefix("torch.")
-        return _Text(f"tl.cast({x.text}, tl.{name})" if self.triton else f"torch.as_tensor({x.text}).to(torch.{name})")
+        text = f"tl.cast({x.text}, tl.{name})" if self.triton else f"torch.as_tensor({x.text}).to(torch.{name})"
+        if name in ("float16", "bfloat16"):  # rounded, and computed with in fp32
+            text = f"tl.cast({text}, tl.float32)" if self.triton else f"{text}.float()"
+        return _Text(text)
 
 
 def _infix(template: str) -> bool:
@@ -238,7 +255,9 @@ def _triton_leaf(masks: bool) -> Callable[[_Writer, Expr], str | None]:
             loaded = f"tl.load(args[{node.value[0]}].ptr + ({_offset(writer, node)}))"
             if node.kind == "bool":
                 return f"({loaded} != 0)"
-            return f"tl.cast({loaded}, {'tl.float32' if masks else 'score.dtype'})" if node.kind == "float" else loaded
+            if node.kind != "float":
+                return loaded
+            return f"widened({loaded})" if masks else f"tl.cast({loaded}, score.dtype)"
         return _of_coordinates(node)
 
     return leaf
@@ -269,7 +288,7 @@ def kernel(placed: Placed, masks: bool) -> Kernel:
         writer.scored = not masks
         body, = writer.write(expr)
         if expr.op == "constant" and expr not in (ZERO, ONE) and not masks:
-            body = writer.typed(expr)
+            body = f"tl.full([], {body}, score.dtype)"
         return "\n".join(("@triton.jit", f"def {name}({parameters}):", *writer.lines, f"    return {result.format(body)}", ""))
 
     where = "q_idx, k_idx, head, batch, args"
@@ -289,7 +308,7 @@ def kernel(placed: Placed, masks: bool) -> Kernel:
         if i in entries:
             writer = _Writer(True, leaf, accurate=accurate)
             writer.write(*entries[i].args)
-            parts.append("\n".join(("@triton.jit", f"def offset_{i}({where}):", *writer.lines,
+            parts.append("\n".join(("@triton.jit", f"def offset_{i}(score, {where}):", *writer.lines,
                                     f"    return {_offset(writer, entries[i])}", "")))
     return Kernel("\n\n".join(parts), tuple(has_slope))
 
