@@ -16,6 +16,7 @@ from fused_attn.compat import flash_attn, flex, sageattention, xformers
 pytestmark = pytest.mark.kernels
 
 N = 64
+SLOPES = torch.tensor([0.25, 0.5], dtype=torch.float64)
 BACKENDS = ("triton", "blocked", "reference")
 LONG_AGO, IDS = 3, torch.arange(N) // 8
 
@@ -266,3 +267,36 @@ def test_compatible_names():
     got = xformers.memory_efficient_attention(five.expand(1, 6, 2, 3, 8), five.expand(1, 6, 2, 3, 8),
                                               five.expand(1, 6, 2, 3, 8).contiguous())
     assert got.shape == (1, 6, 2, 3, 8)
+
+
+@pytest.mark.parametrize(("function", "same"), [
+    (lambda s, b, h, q, k: 2.0 * torch.tanh(s / 2.0), {"softcap": 2.0}),
+    (lambda s, b, h, q, k: torch.tanh(s / 2) * 2, {"softcap": 2.0}),
+    (lambda s, b, h, q, k: 2.0 * torch.tanh(s / 2.0) - SLOPES[h] * (q - k).abs(), {"softcap": 2.0, "alibi_slopes": SLOPES}),
+], ids=["alone", "the other way round", "with more after it"])
+def test_a_softcap_is_attentions_own(function, same):
+    """To the bit, and with gradients that cost what those of softcap= cost."""
+    q, k, v = qkv()
+    told = fused_attn.attention(q, k, v, score_mod=function, backend="blocked")
+    assert torch.equal(told, attention(q, k, v, **same, backend="blocked"))
+
+
+@pytest.mark.parametrize("function", [
+    lambda s, b, h, q, k: 2.0 * torch.tanh(s / 3.0), lambda s, b, h, q, k: 2.0 * torch.tanh(s / 2.0) + s * 0.1,
+    lambda s, b, h, q, k: -2.0 * torch.tanh(s / -2.0), lambda s, b, h, q, k: 2.0 * torch.tanh((s + 1) / 2.0)], ids=range(4))
+def test_what_is_no_softcap(function):
+    q, k, v = qkv()
+    want = torch.softmax(function(q @ k.mT / 4, *[0] * 4), -1) @ v
+    for arguments in ({"score_mod": function}, {"score_mod": [lambda s, *_: s * 1.0, function]}):
+        torch.testing.assert_close(attention(q, k, v, **arguments), want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_softcap_keeps_its_place():
+    """After another function, or after softcap=, it is one more."""
+    q, k, v = qkv()
+    capped = lambda s, *_: 2.0 * torch.tanh(s / 2.0)  # noqa: E731
+    scores = q @ k.mT / 4
+    for arguments, changed in (({"score_mod": [lambda s, *_: s * 3.0, capped]}, capped(scores * 3.0)),
+                               ({"softcap": 5.0, "score_mod": capped}, capped(5 * torch.tanh(scores / 5))),
+                               ({"score_mod": [capped, lambda s, *_: s * 3.0]}, capped(scores) * 3.0)):
+        torch.testing.assert_close(attention(q, k, v, **arguments), torch.softmax(changed, -1) @ v, rtol=1e-9, atol=1e-9)

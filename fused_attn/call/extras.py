@@ -34,14 +34,14 @@ def extras(q: torch.Tensor, extents: Extents, spec: AttentionSpec, others: Other
         raise TypeError(f"mod_args: expected a tuple; got {type(mod_args).__name__}")
     if mod_args and all(mod is None or isinstance(mod, Bound) for mod in (*_each(score_mod), *_each(mask_mod))):
         raise ValueError(f"mod_args: expected none without a score_mod or mask_mod to bind them to; got {len(mod_args)}")
-    score_bounds, _ = _bounds("score_mod", score_mod, tuple(mod_args), ScoreMod, extents, q, False)
+    score_bounds, _, cap = _bounds("score_mod", score_mod, tuple(mod_args), ScoreMod, extents, q, spec.softcap is None)
     if bias is not None:
         if not isinstance(bias, (torch.Tensor, RelativeBias)):
             raise TypeError(f"bias: expected a float tensor or a fused_attn.RelativeBias; got {bias!r}")
         score_bounds.append(mods.BIAS(bias))
     if alibi_slopes is not None:
         score_bounds.append(mods.ALIBI(_slopes(alibi_slopes, extents, q)))
-    mask_bounds, band = _bounds("mask_mod", mask_mod, tuple(mod_args), MaskMod, extents, q, spec.longest is None)
+    mask_bounds, band, _ = _bounds("mask_mod", mask_mod, tuple(mod_args), MaskMod, extents, q, spec.longest is None)
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             raise TypeError("mask: expected a bool tensor, True where a query attends (a float one is a bias); "
@@ -60,7 +60,7 @@ def extras(q: torch.Tensor, extents: Extents, spec: AttentionSpec, others: Other
     if not is_finite(dropout_p, "dropout_p", "a float from 0 to 1") or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a float from 0 to 1; got {dropout_p!r}")
     spec = spec._replace(score_mods=score_mods, mask_mods=mask_mods, dropout_p=float(dropout_p),
-                         window=_narrowed(spec, band, extents))
+                         window=_narrowed(spec, band, extents), softcap=spec.softcap if cap is None else cap)
     sinks = None if sinks is None else sinks.contiguous()
     return spec, others._replace(sinks=sinks, operands=tuple(operands))
 
@@ -72,19 +72,27 @@ def _each(mods_given: Any) -> tuple[Any, ...]:
     return tuple(mods_given) if type(mods_given) in (tuple, list) else (mods_given,)
 
 
+class _Given(NamedTuple):
+    """The functions of one argument, bound to their operands, and what of them attention has by itself: a band around the
+    diagonal that masks keep, and a softcap that comes before all else."""
+
+    bound: list[Bound]
+    band: Bounds
+    softcap: float | None
+
+
 def _bounds(name: str, given: Any, args: tuple[Any, ...], kind: type, extents: Extents, q: torch.Tensor,
-            split: bool) -> tuple[list[Bound], Bounds]:
-    """The mods of a call, bound to their arguments, and the band around the diagonal that masks keep; ``split``: it may be told
-    apart from them."""
-    found, band = [], Bounds()
-    for mod in _each(given):
+            split: bool) -> _Given:
+    """The functions of an argument; ``split``: what attention has by itself may be told apart, of scores in the first one."""
+    found, band, cap = [], Bounds(), None
+    for i, mod in enumerate(_each(given)):
         if functions.is_plain(mod):
-            bound, own = functions.bound(name, mod, args, extents, q, split)
-            band = band.within(own)
+            bound, own, own_cap = functions.bound(name, mod, args, extents, q, split and (kind is MaskMod or i == 0))
+            band, cap = band.within(own), own_cap or cap
         else:
             bound = mods.checked(name, mod, args, kind)
         found += [] if bound is None else [bound]
-    return found, band
+    return _Given(found, band, cap)
 
 
 def _narrowed(spec: AttentionSpec, band: Bounds, extents: Extents) -> Window:

@@ -38,6 +38,13 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*(_names(x) for x in inner))
 
 
+@functools.lru_cache(4096)
+def _named(code: types.CodeType) -> tuple[frozenset[str], bool]:
+    """(what a code names, whether that is all that it reads)."""
+    names = _names(code)
+    return names, not names & _BY_OTHER_MEANS
+
+
 class _UnknownError(Exception):
     """Something is captured that nobody can compare."""
 
@@ -113,10 +120,11 @@ class _Walk:
             self.key.append(x)
             return
         code = x.__code__
-        names = _names(code)
-        if names & _BY_OTHER_MEANS or x.__dict__.keys() - {"__wrapped__"}:
+        names, readable = _named(code)
+        if not readable or (x.__dict__ and x.__dict__.keys() - {"__wrapped__"}):
             raise _UnknownError
-        self.found |= names
+        if not names <= self.found:
+            self.found |= names
         self.key.append(code)
         for cell in x.__closure__ or ():
             try:
@@ -197,7 +205,8 @@ def captured(function: Callable[..., Any], given: tuple[Any, ...] = ()) -> Captu
     while True:
         walk = _Walk(named)
         try:
-            walk.value(given)
+            if given:
+                walk.value(given)
             walk.value(function)
             key = tuple(walk.key)
             hash(key)

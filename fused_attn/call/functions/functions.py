@@ -16,7 +16,7 @@ from fused_attn.call import mods
 from fused_attn.call.functions import running, texts
 from fused_attn.call.functions.captures import beyond_its_cells, captured
 from fused_attn.call.functions.expressions import BATCH, COORDINATES, HEAD, SCORE, Expr, walk
-from fused_attn.call.functions.placing import Argument, Bounds, Placed, place, window
+from fused_attn.call.functions.placing import Argument, Bounds, Placed, place, softcap, window
 from fused_attn.call.functions.trace import Reached, Step, shape_of, trace
 from fused_attn.call.functions.typed import UntraceableError
 from fused_attn.call.mods import Bound, MaskMod, RelativeBias, ScoreMod
@@ -35,20 +35,23 @@ class Prepared(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A plain function: as a whole, and as ``bounds`` and the ``rest`` of a mask that they do not tell."""
+    """A plain function: as a whole, and as ``bounds`` and the ``rest`` of a mask that they do not tell, or as a ``softcap`` and
+    what comes after it."""
 
     key: str
     steps: tuple[Step, ...]
     whole: Prepared
     bounds: Bounds
+    softcap: float | None
     rest: Prepared | None
 
 
 class Found(NamedTuple):
-    """What a function comes to in a call: a mod bound to its operands, and bounds on kv_idx - q_idx."""
+    """What a function comes to in a call: a mod bound to its operands, bounds on kv_idx - q_idx, and a softcap."""
 
     bound: Bound | None
     bounds: Bounds
+    softcap: float | None = None
 
 
 BY_SHAPE = "by shape"  # in place of a trace: there is one for each shape of the captured tensors
@@ -60,14 +63,14 @@ _IN_GRAPHS: dict[str, Traced] = {}  # what graphs are made of: torch.compile tra
 def bound(name: str, function: Callable[..., Any], given: tuple[Any, ...], extents: Sequence[int], q: torch.Tensor,
           split: bool) -> Found:
     """A plain function in a call of ``extents`` (B, H, Nq, Nk); ``name`` is ``score_mod`` or ``mask_mod``, ``given`` follow the
-    coordinates as arguments. ``split``: a mask's bounds are told apart."""
+    coordinates as arguments. ``split``: a mask's bounds, or the softcap that a score function begins with, are told apart."""
     traced, tensors = (_within_a_graph if torch.compiler.is_compiling() else _traced)(name, function, given)
     for x in tensors:
         if x.device != q.device and x.dim():
             raise ValueError(f"{name}: expected captured tensors on q's device {q.device}; got one on {x.device}")
-    prepared, bounds = (traced.rest, traced.bounds) if split else (traced.whole, Bounds())
+    prepared, bounds, cap = (traced.rest, traced.bounds, traced.softcap) if split else (traced.whole, Bounds(), None)
     if prepared is None:
-        return Found(None, bounds)
+        return Found(None, bounds, cap)
     computed: list[torch.Tensor] = []  # by the steps
     for step in traced.steps:
         result = step.function(*_real(step.args, tensors, computed), **_real(step.kwargs, tensors, computed))
@@ -82,7 +85,7 @@ def bound(name: str, function: Callable[..., Any], given: tuple[Any, ...], exten
                        for x, argument in zip(operands, prepared.arguments, strict=True)]
     if prepared.by_accuracy:
         args.append(int(q.dtype in (torch.float32, torch.float64)))
-    return Found(Bound(prepared.mod, tuple(args)), bounds)
+    return Found(Bound(prepared.mod, tuple(args)), bounds, cap)
 
 
 def _real(x: Any, tensors: Sequence[torch.Tensor], computed: Sequence[torch.Tensor]) -> Any:
@@ -195,13 +198,17 @@ def _prepared(name: str, function: Callable[..., Any], body: Expr, steps: tuple[
     word = word if word.isidentifier() else "function"
     key = hashlib.sha256(f"{name} {word} {body!r} {steps}".encode()).hexdigest()
     if not masks:
-        return Traced(key, steps, _mod(word, place(body), False), Bounds(), None)
+        cap, rest = softcap(body)
+        whole = _mod(word, place(body), False)
+        after = whole if cap is None else None if rest is SCORE else _mod(word, place(rest), False)
+        return Traced(key, steps, whole, Bounds(), cap, after)
     if body.kind != "bool":
         raise UntraceableError("a mask function returns truth values, True where a pair attends; this one returns "
                                f"{'an integer' if body.kind == 'int' else 'a number'}")
-    bounds, rest = window(body)
+    bounds, beside = window(body)
     whole = _mod(word, place(body), True)
-    return Traced(key, steps, whole, bounds, None if rest is None else whole if rest is body else _mod(word, place(rest), True))
+    after = None if beside is None else whole if beside is body else _mod(word, place(beside), True)
+    return Traced(key, steps, whole, bounds, None, after)
 
 
 def _mod(word: str, placed: Placed, masks: bool) -> Prepared:

@@ -196,3 +196,37 @@ def _around(node: Expr) -> Bounds | None:
         return None
     reach, middle = node.args[1].value - (node.op == "lt"), -form.constant * form.key
     return Bounds(middle - reach, middle + reach)
+
+
+def softcap(body: Expr) -> tuple[float | None, Expr]:
+    """(cap, what is left of a score function once cap * tanh(score / cap) is the score), or (None, ``body``).
+
+    Attention has a softcap of its own, before all functions of the score.
+    """
+    for capped in walk(body):
+        if (cap := _cap(capped)) is not None:
+            break
+    else:
+        return None, body
+
+    def without(x: Expr) -> Expr | None:
+        return SCORE if x is capped else CAPPED if x is SCORE else None
+
+    rest = rebuilt(body, without)
+    return (None, body) if CAPPED in set(walk(rest)) else (cap, rest)
+
+
+CAPPED = expression("score before the softcap")  # what nothing but the softcap may look at
+
+
+def _cap(node: Expr) -> float | None:
+    """The cap of an expression that is a softcap of the score."""
+    if node.op != "mul":
+        return None
+    number, tanh = node.args if node.args[0].op == "constant" else node.args[::-1]
+    if number.op != "constant" or tanh.op != "tanh" or not number.value > 0:
+        return None
+    inner = tanh.args[0]
+    divided = inner.op == "div" and inner.args[0] is SCORE and inner.args[1].op == "constant"
+    fits = divided and inner.args[1].value == number.value and 2.0**-126 <= number.value <= 2.0**126
+    return float(number.value) if fits else None
