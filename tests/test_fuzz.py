@@ -172,3 +172,10 @@ def test_bad_arguments_are_one_line(arguments, capsys):
     assert fuzz.main([*arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"python -m tests.fuzz: argument {arguments[0]}: expected ")
+
+
+def test_a_gradient_that_its_type_cannot_hold_is_no_error():
+    """Of 1e-10 fp16 makes 0: an operand in fp16 beside tensors in bf16, as it was drawn once."""
+    shape = Shape(batch=1, heads=1, kv_heads=1, n_queries=1, n_keys=1, dim=1, dim_v=1, layout="dense")
+    fuzzing.check(Trial(features=("sinks",), shape=shape, dtype="bf16", backend="triton", operands="fp16", return_lse=False,
+                        shift=4.0))
