@@ -164,3 +164,17 @@ def test_transforms(transform, name):
     make, factor = TRANSFORMED[name]
     got = transform(lambda x: attention(q, k, v, score_mod=make(x), backend="blocked"), x)
     torch.testing.assert_close(got, transform(lambda x: plain(q, k, v, factor(x)), x))
+
+
+def test_compiled_with_several_functions():
+    """A score and a mask function, and then others, in one process: each is found, also those that come later."""
+    gain = torch.rand(2)
+
+    def call(q, k, v, scores, mask):
+        return attention(q, k, v, score_mod=scores, mask_mod=mask)
+
+    compiled = graph(call)
+    masks = (lambda b, h, q, k: (q + k) % 3 != 0), (lambda b, h, q, k: (q - k) % 5 != 1)
+    for scores in (lambda s, b, h, q, k: s * gain[h], [lambda s, b, h, q, k: s + gain[h], lambda s, b, h, q, k: s * 0.5]):
+        for mask in masks:
+            same(compiled, call, scores, mask)

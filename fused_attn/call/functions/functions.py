@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import threading
 import traceback
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class Found(NamedTuple):
 BY_SHAPE = "by shape"  # in place of a trace: there is one for each shape of the captured tensors
 _TRACED: "OrderedDict[Hashable, Traced | str]" = OrderedDict()
 _LOCK = threading.Lock()
-_IN_GRAPHS: dict[str, Traced] = {}  # what graphs are made of: torch.compile traces into what it finds in a global variable
+_IN_GRAPHS = types.SimpleNamespace()  # what graphs are made of: torch.compile reads attributes anew, a dict once
 
 
 def bound(name: str, function: Callable[..., Any], given: tuple[Any, ...], extents: Sequence[int], q: torch.Tensor,
@@ -144,7 +145,7 @@ def _within_a_graph(name: str, function: Callable[..., Any], given: tuple[Any, .
     for x, number in zip(cells, numbers, strict=True):
         if number is not None and x != number:  # a guard of the graph, which is made anew for another number
             raise RuntimeError(f"{name}: the function captures {x}, and was traced with {number}")
-    return _IN_GRAPHS[key], [x for x in (*given, *cells) if isinstance(x, torch.Tensor)]
+    return getattr(_IN_GRAPHS, key), [x for x in (*given, *cells) if isinstance(x, torch.Tensor)]
 
 
 @torch_private.constant_when_traced
@@ -163,9 +164,10 @@ def _constant(name: str, function: Callable[..., Any], kinds: tuple[Any, ...]) -
         _refuse(name, reason)
     given = tuple(torch.empty((1,) * dims, dtype=dtype) for dtype, dims in kinds)
     traced, _ = _traced(name, function, given)
-    _IN_GRAPHS.setdefault(traced.key, traced)
-    if len(_IN_GRAPHS) > 8 * _KEPT:
-        del _IN_GRAPHS[next(iter(_IN_GRAPHS))]  # its graph is made anew, if it is still there
+    kept = vars(_IN_GRAPHS)
+    kept.setdefault(traced.key, traced)
+    if len(kept) > 8 * _KEPT:
+        del kept[next(iter(kept))]  # its graph is made anew, if it is still there
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     return traced.key, tuple(x if isinstance(x, (bool, int, float)) else None for x in cells)
 
@@ -196,7 +198,7 @@ def _prepared(name: str, function: Callable[..., Any], body: Expr, steps: tuple[
     masks = name == "mask_mod"
     word = getattr(function, "__name__", type(function).__name__)
     word = word if word.isidentifier() else "function"
-    key = hashlib.sha256(f"{name} {word} {body!r} {steps}".encode()).hexdigest()
+    key = f"of_{hashlib.sha256(f'{name} {word} {body!r} {steps}'.encode()).hexdigest()}"
     if not masks:
         cap, rest = softcap(body)
         whole = _mod(word, place(body), False)
