@@ -25,10 +25,9 @@ class Extents(NamedTuple):
 
 
 def extras(q: torch.Tensor, extents: Extents, spec: AttentionSpec, others: OtherTensors, *,
-            bias: torch.Tensor | RelativeBias | None = None, mask: torch.Tensor | None = None,
-            alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, dropout_p: float = 0.0,
-            score_mod: ScoreMod | Bound | None = None, mask_mod: MaskMod | Bound | None = None,
-            mod_args: tuple[Any, ...] = ()) -> tuple[AttentionSpec, OtherTensors]:
+           bias: torch.Tensor | RelativeBias | None = None, mask: torch.Tensor | None = None,
+           alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, dropout_p: float = 0.0,
+           score_mod: Any = None, mask_mod: Any = None, mod_args: tuple[Any, ...] = ()) -> tuple[AttentionSpec, OtherTensors]:
     """``spec`` and ``others`` with what a call adds to plain attention."""
     if not isinstance(mod_args, (tuple, list)):
         raise TypeError(f"mod_args: expected a tuple; got {type(mod_args).__name__}")
@@ -107,6 +106,7 @@ def _narrowed(spec: AttentionSpec, band: Bounds, extents: Extents) -> Window:
 
 
 def checked_weight(weight: Any, q: torch.Tensor) -> torch.Tensor:
+    """The weight of an additive score, checked, as [H, D]."""
     heads, head_dim = q.shape[1], q.shape[3]
     if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
         raise TypeError(f"score_weight: expected a float tensor [{head_dim}] or [{heads}, {head_dim}]; "

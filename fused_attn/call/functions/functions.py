@@ -188,7 +188,7 @@ def _check_signature(name: str, function: Callable[..., Any], symbols: Sequence[
 def _place(function: Callable[..., Any], error: BaseException) -> str:
     """Where in the user's code an error came up."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_PACKAGE)]
-    frames = [frame for frame in frames if f"{Path('torch')}" not in Path(frame.filename).parts] or frames
+    frames = [frame for frame in frames if "torch" not in Path(frame.filename).parts] or frames
     if not frames:
         return f" (in {getattr(function, '__qualname__', function)!s})"
     return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})"

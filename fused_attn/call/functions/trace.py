@@ -256,7 +256,7 @@ class _Tracer(TorchFunctionMode):
         return Symbol(expression("element", (base, *indices), kind=kind if len(indices) == dims else "tensor"), self)
 
     def apply(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        """The symbol of an operation; ``NotImplemented`` for what Python should try otherwise is none of its answers."""
+        """The symbol of an operation by its name here, with the arguments of the function that was called."""
         if op in ("square", "reciprocal", "relu", "softplus", "silu", "gelu"):
             return _composed(self, op, *args, **kwargs)
         if op in ("to", "type_as", *CASTS):
