@@ -52,7 +52,6 @@ def cpu_ms(call: Callable[[], Any], repeat: int = 1) -> float:
 
 def calls(device: str) -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
     """What is compared: a name -> what prepares and checks it, and gives a call for each of its passes."""
-    from benchmarks import cases
     from fused_attn.tools.bench.contest import OURS, Contest, subject_of
 
     def checked(make: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
@@ -62,6 +61,8 @@ def calls(device: str) -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
         return {which: contest.calls(which)[OURS] for which in contest.subject.passes}
 
     if device != "cpu":
+        from benchmarks import cases
+
         return {case.name: partial(checked, partial(subject_of, case, device, [])) for case in cases.timing_cases()}
     from benchmarks import cpu, host  # which has kernels interpreted
 

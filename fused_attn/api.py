@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def _switches(deterministic: bool | None, strict: bool | None) -> tuple[bool | None, bool | None]:
     """(deterministic, strict), checked."""
+    if deterministic is None and strict is None:
+        return None, None
     deterministic, strict = number(deterministic), number(strict)
     for name, value in (("deterministic", deterministic), ("strict", strict)):
         if value is not None and not isinstance(value, bool):

@@ -173,20 +173,19 @@ def _variant(launch: Launch, device: torch.device) -> Any:
     """
     found: list[Any] = [launch.kernel, launch.config, device]
     for argument, fixed in zip(launch.arguments, _specialised(launch.kernel), strict=False):
-        if isinstance(argument, torch.Tensor):
+        cls = type(argument)
+        if cls is int or cls is float:
+            if fixed or (cls is int and not -(2**31) <= argument < 2**31):
+                return None
+            found.append(cls)
+        elif isinstance(argument, torch.Tensor):
             if argument.data_ptr() % 16:
                 return None
             found.append(argument.dtype)
-        elif argument is None or isinstance(argument, Kind):
+        elif argument is None or argument is PLAIN or isinstance(argument, Kind) or _of_integers(argument):
             found.append(argument)
-        elif isinstance(argument, tuple):
-            if argument is not PLAIN and not _of_integers(argument):
-                return None
-            found.append(argument)
-        elif fixed or type(argument) not in (int, float) or (type(argument) is int and not -(2**31) <= argument < 2**31):
-            return None
         else:
-            found.append(type(argument))
+            return None
     return tuple(found)
 
 
@@ -196,7 +195,8 @@ def forget() -> None:
 
 
 def _of_integers(x: Any) -> bool:
-    return type(x) is int or x is None or (isinstance(x, tuple) and all(_of_integers(y) for y in x))
+    """Whether x is a tuple of integers, Nones and such tuples."""
+    return isinstance(x, tuple) and all(type(y) is int or y is None or _of_integers(y) for y in x)
 
 
 @functools.cache

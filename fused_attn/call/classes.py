@@ -36,6 +36,8 @@ def check_layout(name: str, x: torch.Tensor) -> None:
 def check_classes(**arguments: Any) -> None:
     """Refuses tensors whose class redefines torch's functions by ``__torch_function__``: kernels read the storage."""
     for name, argument in arguments.items():
+        if argument is None:
+            continue
         values = argument.args if isinstance(argument, Bound) else argument if isinstance(argument, tuple) else (argument,)
         for x in (y.values if isinstance(y, RelativeBias) else y for y in values):
             if isinstance(x, torch.Tensor):

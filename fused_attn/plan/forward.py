@@ -82,8 +82,7 @@ def splits(problem: Problem) -> Forward:
     parts_lse = lse.new_full(shape, float("-inf")) if problem.packed else lse.new_empty(shape)
     rows, outs, splits = q, parts.flatten(0, 1), Splits(parts.stride(0), parts_lse.stride(-4))
     if _groups_into_rows(problem, call):
-        # [B, Hkv, group, D]: the query heads of a key head as the rows of one tile, so that keys are read once.
-        rows, outs = (x[:, :, 0].unflatten(1, (k.shape[1], -1)) for x in (q, outs))
+        rows, outs = _grouped(q, k), _grouped(outs, k)
         call = call._replace(n_queries=rows.shape[2], left=None, right=None)
     config = problem._replace(call=call).config("splits")
     tiles, listing = list_launch(call, rows, k, config, keys_first=False)
@@ -111,7 +110,7 @@ def decode(problem: Problem) -> Forward:
     out, lse = problem.outputs()
     rows, outs = q, out
     if sinks is None and _groups_into_rows(problem, call):
-        rows, outs = (x[:, :, 0].unflatten(1, (k.shape[1], -1)) for x in (q, out))
+        rows, outs = _grouped(q, k), _grouped(out, k)
         call = call._replace(n_queries=rows.shape[2], left=None, right=None)
     if out.numel():
         config = problem._replace(call=call).config("splits")
@@ -119,6 +118,12 @@ def decode(problem: Problem) -> Forward:
         yield from listing
         yield forward_launch(rows, k, v, outs, lse, sinks, tiles, call, config=config)
     return out, lse, None
+
+
+def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[B, H, 1, D] as [B, Hkv, group, D]: a key head's query heads as the rows of one tile, so that keys are read once."""
+    batch, heads, _, dim = x.shape
+    return x.select(2, 0).view(batch, k.shape[1], heads // k.shape[1], dim)
 
 
 def _groups_into_rows(problem: Problem, call: Call) -> bool:

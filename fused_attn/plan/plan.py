@@ -70,20 +70,22 @@ class Plan(NamedTuple):
         Raises:
             UnfitTilesError: of pointers that are the first to ask for another variant of a kernel, which does not fit the card.
         """
+        steps, buffers, results, compiled = self
         device, begins = given[0].device, 0
         tensors = list(given)
         for x in given:
             begins |= x.data_ptr()
-        for shape, stride, dtype in self.buffers:
+        for shape, stride, dtype in buffers:
             tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        compiled = self.compiled if begins % 16 == 0 else [None] * len(self.steps)  # what torch allocates is
-        for i, (made, places, rest) in enumerate(self.steps):
+        if begins % 16:  # what torch allocates is a multiple
+            compiled = [None] * len(steps)
+        for i, (made, places, rest) in enumerate(steps):
             begin = [tensors[x] if isinstance(x, int) else None if x is None else x.of(tensors) for x in places]
-            if isinstance(made, Operation):
+            if isinstance(made, Launch):  # built anew: _replace takes twice as long
+                compiled[i] = run(Launch(made[0], made[1], (*begin, *rest), made[3]), compiled[i])
+            else:
                 made.function(*begin, *rest)
-            else:  # built anew: _replace takes twice as long
-                compiled[i] = run(Launch(made.kernel, made.programs, (*begin, *rest), made.config), compiled[i])
-        return tuple([tensors[i] for i in self.results])
+        return tuple([tensors[i] for i in results])
 
 
 def perform(made: Made) -> None:

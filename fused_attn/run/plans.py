@@ -14,7 +14,7 @@ from fused_attn import settings, torch_private
 from fused_attn.call.schema import Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec
 from fused_attn.plan import tuned
-from fused_attn.tracing import PLAIN_CLASSES, watched
+from fused_attn.tracing import watched
 
 Key: TypeAlias = tuple[Any, ...]
 _HALVES = (torch.float16, torch.bfloat16)  # how fp32 is multiplied is a setting that may change between calls
@@ -28,23 +28,25 @@ def key(q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: A
         deterministic: bool | None) -> Key | None:
     """What calls with the same plan have in common; its last entry tells whether gradients are wanted. None for a call that
     neither leaves a plan nor takes one."""
-    if not (type(q) in PLAIN_CLASSES and type(k) in PLAIN_CLASSES and type(v) in PLAIN_CLASSES) or q.dtype not in _HALVES:
+    if q is None or k is None or v is None or watched((q, k, v)) or q.is_nested or k.is_nested or v.is_nested:
+        return None
+    if q.dtype not in _HALVES or not q.dim() == k.dim() == v.dim() == 4:
         return None
     # 1, 1.0 and True are equal, and not all of them are taken.
     if not (type(causal) is bool and (scale is None or type(scale) is float) and (softcap is None or type(softcap) is float)):
         return None
     if window is not None and (type(window) is not tuple or not all(side is None or type(side) is int for side in window)):
         return None
-    if watched((q, k, v)) or q.is_nested or k.is_nested or v.is_nested or not q.dim() == k.dim() == v.dim() == 4:
-        return None
-    if q.device.type not in ("cpu", "cuda", "xpu") or torch.is_autocast_enabled(q.device.type):
+    device = q.device
+    kind = device.type
+    if kind not in ("cpu", "cuda", "xpu") or torch.is_autocast_enabled(kind):
         return None
     hopper = settings.hopper_schedule()
-    aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0 or _anywhere(hopper, q.device)
+    aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0 or _anywhere(hopper, device)
     wanted = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
     if deterministic is None:
         deterministic = settings.DETERMINISTIC or torch.are_deterministic_algorithms_enabled()
-    return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
+    return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype, device, k.device,
             v.device, causal, window, scale, softcap, backend, settings.BACKEND, settings.emulated_target(), hopper, aligned,
             deterministic, wanted)
 
@@ -70,17 +72,15 @@ def description(key: Key) -> AttentionSpec | None:
         return None
 
 
-def repeated(key: Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(out, lse) by the plan of earlier calls, or None if they left none."""
+def repeated(key: Key, *tensors: torch.Tensor) -> Any:
+    """What a plan of earlier calls gives, or None if they left none, or where a kernel turns out not to fit: then the call is
+    made anew, with safer tiles."""
     try:
         plan = _plans.get(key)
-    except TypeError:
+    except TypeError:  # an argument that cannot be hashed: the checks will report it
         return None
-    return _performed(key, plan, q, k, v) if plan else None
-
-
-def _performed(key: Key, plan: Any, *tensors: torch.Tensor) -> Any:
-    """What a plan gives, or None where a kernel turns out not to fit: then the call is made anew, with safer tiles."""
+    if not plan:
+        return None
     try:
         return plan(*tensors)
     except RuntimeError as error:
@@ -95,7 +95,7 @@ def _performed(key: Key, plan: Any, *tensors: torch.Tensor) -> Any:
 def forward(key: Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
             spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a call that is described already, by its plan where there is one."""
-    found = repeated(key, q, k, v)
+    found: tuple[torch.Tensor, torch.Tensor] | None = repeated(key, q, k, v)
     if found is not None:
         return found
     from fused_attn.run import execution  # here and below, so that the package imports without Triton
@@ -114,14 +114,11 @@ def backward(key: Key, saved: Saved, spec: AttentionSpec, needs: Needs) -> list[
     whole: Key = key, needs, *[x if x is None else (x.stride(), x.dtype) for x in saved]
     if any(x is not None and x.data_ptr() % 16 for x in saved) and not _anywhere(spec.hopper, saved.q.device):
         return None  # steps over tensors without storage would not see it
-    plan = _plans.get(whole)
-    if plan is None and _comes_again(whole):
+    if _plans.get(whole) is None and _comes_again(whole):
         from fused_attn.run import execution
 
-        plan = _plans[whole] = execution.plan_backward(saved, spec, needs) or False
-    if not plan:
-        return None
-    found = _performed(whole, plan, *[x for x in saved if x is not None])
+        _plans[whole] = execution.plan_backward(saved, spec, needs) or False
+    found = repeated(whole, *[x for x in saved if x is not None])
     if found is None:
         return None
     grads = iter(found)
