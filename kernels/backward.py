@@ -30,12 +30,9 @@ from fused_attn.kernels.sweep import (
     bounds_of,
     edge_count,
     edge_queries,
-    edge_tile,
     inner_queries,
-    inner_range,
-    inner_tile,
     listed,
-    n_edges,
+    over_keys,
     sweep_keys,
 )
 from fused_attn.kernels.tiles import (
@@ -54,7 +51,6 @@ from fused_attn.kernels.tiles import (
     scaled,
     store_rows,
     store_tile,
-    tile_of_keys,
     work_of,
     zeros,
 )
@@ -134,12 +130,14 @@ def score_gradient(p, dp, delta, dmod, extras, MASKED: tl.constexpr):
 
 
 @triton.jit
-def dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr,
-            MASKED: tl.constexpr):
+def dq_step(state, held, views, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
     """Adds what the BLOCK_N keys of ``place`` contribute to dQ, and to the gradient of an additive score's weights."""
     BLOCK_N: tl.constexpr = TILE.block_n
     ACC: tl.constexpr = KIND.acc
     PRECISION: tl.constexpr = KIND.precision
+    dq, dw = state
+    q, dout, lse, delta = held
+    k_view, v_view = views
     # [BLOCK_N, D], [BLOCK_N, DV]
     k = load_tile(k_view, place.k_first, KIND.dim, BLOCK_N, MASKED, TILE.wide)
     v = load_tile(v_view, place.k_first, KIND.dim_v, BLOCK_N, MASKED, TILE.wide)
@@ -158,7 +156,6 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
               H, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: dQ of BLOCK_M queries of one head, over the keys in their window. ``strides``: of q, k, v, dout, dq."""
     BLOCK_M: tl.constexpr = TILE.block_m
-    BLOCK_N: tl.constexpr = TILE.block_n
     D: tl.constexpr = KIND.dim
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
@@ -176,18 +173,9 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), first, 0.0, BLOCK_M, True)
     k_view = key_view(k_ptr, k_strides, work, KIND.group)
     v_view = key_view(v_ptr, v_strides, work, KIND.group)
-    dq = zeros(D, BLOCK_M, ACC)
-    dw = weight_start(extras.additive, D, ACC)
-
+    state = zeros(D, BLOCK_M, ACC), weight_start(extras.additive, D, ACC)
     sweep = sweep_keys(tiles, work, rule, H, Nq, Nk, TILE)
-    inner_first, inner_stop = inner_range(sweep)
-    for i in tl.range(inner_first, inner_stop, 1 if len(tiles) > 0 else BLOCK_N, disable_licm=TILE.disable_licm):
-        place = tile_of_keys(work, inner_tile(sweep, i, BLOCK_N))
-        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND, TILE, False)
-    for i in tl.range(0, n_edges(sweep, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
-        place = tile_of_keys(work, edge_tile(sweep, i, BLOCK_N))
-        dq, dw = dq_step(dq, dw, q, dout, lse, delta, k_view, v_view, place, rule, extras, KIND, TILE, True)
-
+    dq, dw = over_keys(dq_step, state, (q, dout, lse, delta), (k_view, v_view), work, sweep, rule, extras, KIND, TILE)
     store_tile(query_view(dq_ptr, dq_strides, work), first, scaled(dq, rule.scale), D, BLOCK_M, TILE.wide)
     weight_finish(dw, rule.scale, extras.additive, D)
 

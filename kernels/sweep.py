@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fused_attn.kernels.tiles import tile_of_keys
+
 
 class Bounds(NamedTuple):
     """A range of indices: tiles in [inner_lo, inner_hi) are kept whole and need no mask; those in [lo, inner_lo) and
@@ -178,3 +180,20 @@ def edge_queries(sweep, i, kv_head, n_steps, GROUP: tl.constexpr, BLOCK_M: tl.co
     else:
         head, tile = folded(edge_count(sweep.bounds[0], BLOCK_M), i, kv_head, GROUP)
         return head, edge_start(sweep.bounds[0], tile, BLOCK_M)
+
+
+@triton.jit
+def over_keys(STEP: tl.constexpr, state, held, views, work, sweep, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr):
+    """``state`` after ``STEP`` has taken every tile of keys of a program, first those that need no mask, then those that do.
+
+    ``STEP`` is a jit function (state, held, views, place, rule, extras, KIND, TILE, MASKED) -> state; ``held`` is what it reads
+    of the program's queries, and ``views`` what it loads tiles of keys from.
+    """
+    BLOCK_N: tl.constexpr = TILE.block_n
+    STRIDE: tl.constexpr = 1 if len(sweep.row) > 0 else BLOCK_N
+    first, stop = inner_range(sweep)
+    for i in tl.range(first, stop, STRIDE, disable_licm=TILE.disable_licm):
+        state = STEP(state, held, views, tile_of_keys(work, inner_tile(sweep, i, BLOCK_N)), rule, extras, KIND, TILE, False)
+    for i in tl.range(0, n_edges(sweep, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
+        state = STEP(state, held, views, tile_of_keys(work, edge_tile(sweep, i, BLOCK_N)), rule, extras, KIND, TILE, True)
+    return state
