@@ -114,6 +114,34 @@ def is_batched(x: torch.Tensor) -> bool:
     return _dispatch_keys is not None and bool(_dispatch_keys(x).has("Batched"))
 
 
+# Take the dimension off that the older vmap of a level has put on tensors, to the front, and put it on.
+_remove_batch: Callable[..., torch.Tensor] | None = _private("_remove_batch_dim", None)
+_add_batch: Callable[..., torch.Tensor] | None = _private("_add_batch_dim", None)
+_enter_vmap: Callable[[], int] | None = _private("_C._vmapmode_increment_nesting", None)
+_leave_vmap: Callable[[], int] | None = _private("_C._vmapmode_decrement_nesting", None)
+
+
+def unbatched(x: torch.Tensor) -> torch.Tensor:
+    """A batch that ``is_grads_batched`` made, as a tensor with one more dimension in front; raises where torch shows none."""
+    if _remove_batch is None or _add_batch is None or _enter_vmap is None or _leave_vmap is None:
+        raise NotImplementedError("fused_attn: this torch does not show batched gradients; torch.func.vmap works")
+    return _remove_batch(x, _level(), 0, 0)
+
+
+def batched(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The inverse of ``unbatched``, for a batch that lies in ``dim``."""
+    assert _add_batch is not None
+    return _add_batch(x, dim, _level())
+
+
+def _level() -> int:
+    """Of the innermost of the older vmaps."""
+    assert _enter_vmap is not None
+    assert _leave_vmap is not None
+    _enter_vmap()
+    return _leave_vmap()
+
+
 # Whether a transform of torch.func has wrapped a tensor.
 _is_wrapped: Callable[[torch.Tensor], bool] = _private("_C._functorch.is_functorch_wrapped_tensor", lambda x: True)
 

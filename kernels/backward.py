@@ -24,19 +24,8 @@ from fused_attn.kernels.operand import per_query
 from fused_attn.kernels.product import Additive, products, pulled, weight_finish, weight_start, weight_step
 from fused_attn.kernels.score import apply_mods
 from fused_attn.kernels.softmax import LOG2E, load_lse, lse_views
-from fused_attn.kernels.sweep import (
-    Bounds,
-    Sweep,
-    bounds_of,
-    edge_count,
-    edge_queries,
-    inner_queries,
-    listed,
-    over_keys,
-    sweep_keys,
-)
+from fused_attn.kernels.sweep import over_keys, over_queries, sweep_keys, sweep_queries
 from fused_attn.kernels.tiles import (
-    Place,
     add_tile,
     inner,
     key_view,
@@ -95,18 +84,15 @@ def delta_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, strides, H, Nq
 
 
 @triton.jit
-def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
-            KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr, MASKED: tl.constexpr):
-    """(P of a tile from its raw scores, the derivative of the mods as in ``apply_mods``), in either orientation.
+def weights_of(score, lse, place, rule, extras, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr, MASKED: tl.constexpr):
+    """P of a tile from its scores, which are raw where there are no mods, and natural logits where there are.
 
     ``lse`` is what ``load_lse`` returned for the tile's queries.
     """
     of_query = per_query(lse[0], KEYS_FIRST)
     if len(extras.mods) == 0:
-        dmod = 1.0
-        p = tl.exp2(raw * (rule.scale * LOG2E) - of_query)
+        p = tl.exp2(score * (rule.scale * LOG2E) - of_query)
     else:
-        score, dmod = apply_mods(raw * rule.scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
         exponent = (score - of_query) * LOG2E
         if len(lse) > 1:
             exponent -= per_query(lse[1], KEYS_FIRST)
@@ -117,7 +103,17 @@ def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constex
     if len(extras.mods) > 0 and (MASKED or len(extras.additive) > 0):
         # A user's function may give anything for the zeros past the last query, and sums over queries include them.
         p = tl.where(of_query == float("inf"), 0.0, p)
-    return p, dmod
+    return p
+
+
+@triton.jit
+def weights(raw, lse, place, rule, extras, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
+            KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr, MASKED: tl.constexpr):
+    """(P of a tile from its raw scores, the derivative of the mods as in ``apply_mods``), in either orientation."""
+    score, dmod = raw, 1.0
+    if len(extras.mods) > 0:
+        score, dmod = apply_mods(raw * rule.scale, place, extras.mods, MEMBER, ARG, TILE, KEYS_FIRST, TAIL_Q, MASKED)
+    return weights_of(score, lse, place, rule, extras, TILE, KEYS_FIRST, MASKED), dmod
 
 
 @triton.jit
@@ -180,8 +176,39 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, strides
     weight_finish(dw, rule.scale, extras.additive, D)
 
 
+class QueryViews(NamedTuple):
+    """What a program of keys reads of one query head, and where it adds to dQ."""
+
+    q: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    dq: Any
+
+
+class QuerySources(NamedTuple):
+    """Where a program of keys finds its QueryViews: ``pointers`` to q, dout, lse, delta and dq, the ``strides`` of
+    ``dkv_kernel``, its work, the number of query heads, and Nq."""
+
+    pointers: Any
+    strides: Any
+    work: Any
+    H: Any
+    Nq: Any
+
+
 @triton.jit
-def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+def query_views(sources, head, extras, FUSED: tl.constexpr):
+    """The QueryViews of one query head."""
+    pointers, strides, work, H, Nq = sources
+    own = of_head(work, head, H)
+    return QueryViews(query_view(pointers[0], strides[0], own), query_view(pointers[1], strides[3], own),
+                      lse_views(pointers[2], extras, own, Nq), query_rows(pointers[3], extras.sequences, own, Nq),
+                      query_view(pointers[4], strides[6], own) if FUSED else 0)
+
+
+@triton.jit
+def dkv_step(state, held, sources, place, rule, extras, KIND: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
     """Adds what the BLOCK_M queries of ``place`` contribute to dK and dV; if fused, also what the keys contribute to their dQ.
 
     Tiles are transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands straight from registers.
@@ -189,6 +216,9 @@ def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE:
     BLOCK_M: tl.constexpr = TILE.block_m
     ACC: tl.constexpr = KIND.acc
     PRECISION: tl.constexpr = KIND.precision
+    dk, dv = state
+    k, v = held
+    views = query_views(sources, place.head, extras, KIND.fused)
     # [BLOCK_M, D], [BLOCK_M, DV]
     q = load_tile(views.q, place.q_first, KIND.dim, BLOCK_M, MASKED, TILE.wide)
     lse = load_lse(views.lse, place.q_first, extras, BLOCK_M, MASKED)
@@ -215,26 +245,6 @@ def dkv_step(dk, dv, k, v, views, place, rule, extras, KIND: tl.constexpr, TILE:
     return dk, dv
 
 
-class QueryViews(NamedTuple):
-    """What a program of keys reads of one query head, and where it adds to dQ."""
-
-    q: Any
-    dout: Any
-    lse: Any
-    delta: Any
-    dq: Any
-
-
-@triton.jit
-def query_views(pointers, strides, extras, work, head, H, Nq, FUSED: tl.constexpr):
-    """The QueryViews of one query head for a program of keys. ``pointers`` are those to q, dout, lse, delta and dq; ``strides``
-    are those of ``dkv_kernel``."""
-    own = of_head(work, head, H)
-    return QueryViews(query_view(pointers[0], strides[0], own), query_view(pointers[1], strides[3], own),
-                      lse_views(pointers[2], extras, own, Nq), query_rows(pointers[3], extras.sequences, own, Nq),
-                      query_view(pointers[4], strides[6], own) if FUSED else 0)
-
-
 @triton.jit(do_not_specialize=["Hkv", "Nq", "Nk", "offset", "left", "right"])
 def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dq_ptr, strides,
                Hkv, Nq, Nk, offset, left, right, scale: tl.float64, extras, tiles, KIND: tl.constexpr, TILE: tl.constexpr):
@@ -244,17 +254,15 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     whether dq [B, H, Nq, D], zeros in the accumulator's type, is to receive dQ without its factor ``scale``. What is not wanted
     is None.
     """
-    BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     D: tl.constexpr = KIND.dim
     DV: tl.constexpr = KIND.dim_v
     ACC: tl.constexpr = KIND.acc
-    GROUP: tl.constexpr = KIND.group
     _, k_strides, v_strides, _, dk_strides, dv_strides, _ = strides
     work = work_of(tl.program_id(0), Nk, Hkv, Nq, Nk, offset, extras.sequences, BLOCK_N, False)
-    first, kv_head, n_keys = work.first, work.head, work.n_keys
+    first = work.first
     if len(extras.sequences.cu_k) + len(extras.sequences.used_k) > 0:
-        if first >= n_keys:
+        if first >= work.n_keys:
             return
     rule = Rule(side(left), side(right), scale.to(ACC))
     # [BLOCK_N, D], [BLOCK_N, DV]
@@ -264,34 +272,12 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
     dk = zeros(D, BLOCK_N, ACC) if KIND.need_dk else 0
     dv = zeros(DV, BLOCK_N, ACC) if KIND.need_dv else 0
 
-    n_steps = tl.cdiv(Nq, BLOCK_M)
-    if len(tiles) > 0:
-        sweep = listed(tiles, work.batch, kv_head, Hkv, first // BLOCK_N, tl.cdiv(Nk, BLOCK_N), n_steps * GROUP)
-        n_inner = sweep.row[0].n_full
-        n_edge = sweep.row[0].n_partial
-    else:
-        # Key k sees the queries whose position lies in [k - right, k + left]: the same window with its sides swapped.
-        bounds = bounds_of(first - work.offset, work.n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
-        # Keys past the end only make rows of dK and dV that are never stored. But dQ sums over keys, and there a weight that
-        # should be 0 is exp(0 - LSE), infinite for an LSE below -88; and a mod may read an operand there. In both cases every
-        # tile with such keys is masked.
-        if KIND.fused or len(extras.mods) > 0:
-            inner_hi = tl.where(first + BLOCK_N > n_keys, bounds.inner_lo, bounds.inner_hi)
-            bounds = Bounds(bounds.lo, bounds.inner_lo, inner_hi, bounds.hi)
-        sweep = Sweep((bounds,), ())
-        n_inner = (bounds.inner_hi - bounds.inner_lo) // BLOCK_M * GROUP
-        n_edge = edge_count(bounds, BLOCK_M) * GROUP
+    # Keys past the end only make rows of dK and dV that are never stored. But dQ sums over keys, and there a weight that should
+    # be 0 is exp(0 - LSE), infinite for an LSE below -88; and a mod may read an operand there.
+    swept = sweep_queries(tiles, work, rule, Hkv, Nq, Nk, KIND.fused or len(extras.mods) > 0, KIND.group, TILE)
     pointers = q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr if KIND.fused else 0
-    for i in tl.range(0, n_inner, disable_licm=TILE.disable_licm):
-        head, q_first = inner_queries(sweep, i, kv_head, n_steps, GROUP, BLOCK_M)
-        place = Place(work.batch, head, q_first, first, work.offset, work.n_queries, n_keys)
-        views = query_views(pointers, strides, extras, work, head, Hkv * GROUP, Nq, KIND.fused)
-        dk, dv = dkv_step(dk, dv, k, v, views, place, rule, extras, KIND, TILE, False)
-    for i in tl.range(0, n_edge, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
-        head, q_first = edge_queries(sweep, i, kv_head, n_steps, GROUP, BLOCK_M)
-        place = Place(work.batch, head, q_first, first, work.offset, work.n_queries, n_keys)
-        views = query_views(pointers, strides, extras, work, head, Hkv * GROUP, Nq, KIND.fused)
-        dk, dv = dkv_step(dk, dv, k, v, views, place, rule, extras, KIND, TILE, True)
+    sources = QuerySources(pointers, strides, work, Hkv * KIND.group, Nq)
+    dk, dv = over_queries(dkv_step, (dk, dv), (k, v), sources, work, swept, rule, extras, Nq, KIND, TILE)
 
     if KIND.need_dk:
         store_tile(key_view(dk_ptr, dk_strides, work, 1), first, scaled(dk, rule.scale), D, BLOCK_N, TILE.wide)

@@ -9,6 +9,7 @@ Where the operand is too small to occupy a GPU, the walk is cut into parts whose
 import functools
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,11 +17,13 @@ import triton.language as tl
 
 from fused_attn.call.spec import Kind, TileConfig
 from fused_attn.kernels.backward import score_gradient, weights
+from fused_attn.kernels.backward_tangent import Pair, load_statistics, rows_of, second_step
 from fused_attn.kernels.dropout import dropout_keep
 from fused_attn.kernels.launch import Call, Launch, accumulator, fit_offsets, with_lse
 from fused_attn.kernels.product import products
 from fused_attn.kernels.score import entry_offset
 from fused_attn.kernels.softmax import load_lse, lse_views
+from fused_attn.kernels.tangent import step_along, tile_along, view_along
 from fused_attn.kernels.tiles import (
     Work,
     inner,
@@ -61,15 +64,32 @@ def split_index(index, Own: tl.constexpr, extent, own, walked):
         return tl.cast(walked % extent, tl.int32), own, walked // extent
 
 
+@triton.jit
+def ds_tangent(q, k, v, dout, work, place, rule, extras, second, Nq, KIND: tl.constexpr, TILE: tl.constexpr):
+    """dS' of a tile, times the argument's slope."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    k_t, v_t = view_along(second[1].k, work, KIND.group), view_along(second[1].v, work, KIND.group)
+    pairs = (Pair(q, tile_along(second[1].q, work, place.q_first, KIND.dim, BLOCK_M, True, TILE)),
+             Pair(k, step_along(k_t, place.k_first, KIND.dim, BLOCK_N, True, TILE)),
+             Pair(dout, tile_along(second[1].dout, work, place.q_first, KIND.dim_v, BLOCK_M, True, TILE)),
+             Pair(v, step_along(v_t, place.k_first, KIND.dim_v, BLOCK_N, True, TILE)))
+    known = load_statistics(rows_of(second[0], extras, work, Nq), place.q_first, extras, BLOCK_M, True)
+    _, _, _, ds_t = second_step(pairs[0], pairs[1], pairs[2], pairs[3], known, place, rule, extras, second[1], KIND.member,
+                                KIND.arg, KIND, TILE, False, True, True)
+    return ds_t
+
+
 @triton.jit(do_not_specialize=["B", "H", "Nq", "Nk", "offset", "left", "right", "n_parts"])
 def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_ptr, strides,
-                        B, H, Nq, Nk, offset, left, right, scale: tl.float64, extras, n_parts,
+                        B, H, Nq, Nk, offset, left, right, scale: tl.float64, extras, n_parts, second,
                         KIND: tl.constexpr, TILE: tl.constexpr):
     """One program: one tile of the gradient of an operand, or of one part of its sum; ``KIND`` is an OperandKind.
 
     The program walks the dimensions along which the operand does not differ. grad is [parts, B', H', Nq', Nk'], with extent 1
     in those. For an operand that differs along diagonals it is [parts, differences, H', B', BLOCK, BLOCK]: for each
-    difference of first key and first query the sum of all tiles that have it, which ``diagonal_sums`` finishes.
+    difference of first key and first query the sum of all tiles that have it, which ``diagonal_sums`` finishes. ``second`` is
+    (), or for the tangent of the gradient (pointers of a Rows, Along).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -116,17 +136,20 @@ def operand_grad_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, grad_
         if alive:
             q = load_tile(query_view(q_ptr, q_strides, work), place.q_first, D, BLOCK_M, True, TILE.wide)
             k = load_tile(key_view(k_ptr, k_strides, work, KIND.group), place.k_first, D, BLOCK_N, True, TILE.wide)
-            # [BLOCK_M, BLOCK_N]
-            raw = products(q, k, head, extras.additive, KIND)
-            lse = load_lse(lse_views(lse_ptr, extras, work, Nq), place.q_first, extras, BLOCK_M, True)
-            p, dmod = weights(raw, lse, place, rule, extras, KIND.member, KIND.arg, TILE, False, True, True)
             dout = load_tile(query_view(dout_ptr, dout_strides, work), place.q_first, DV, BLOCK_M, True, TILE.wide)
             v = load_tile(key_view(v_ptr, v_strides, work, KIND.group), place.k_first, DV, BLOCK_N, True, TILE.wide)
-            dp = inner(dout, v, ACC, PRECISION)
-            if len(extras.dropout) > 0:
-                dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
-            delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), place.q_first, 0.0, BLOCK_M, True)
-            ds = score_gradient(p, dp, delta[:, None], dmod, extras, True)
+            if len(second) > 0:
+                ds = ds_tangent(q, k, v, dout, work, place, rule, extras, second, Nq, KIND, TILE)
+            else:
+                # [BLOCK_M, BLOCK_N]
+                raw = products(q, k, head, extras.additive, KIND)
+                lse = load_lse(lse_views(lse_ptr, extras, work, Nq), place.q_first, extras, BLOCK_M, True)
+                p, dmod = weights(raw, lse, place, rule, extras, KIND.member, KIND.arg, TILE, False, True, True)
+                dp = inner(dout, v, ACC, PRECISION)
+                if len(extras.dropout) > 0:
+                    dp = tl.where(dropout_keep(extras.dropout, place, TILE, False), dp * extras.dropout.factor, 0.0)
+                delta = load_rows(query_rows(delta_ptr, extras.sequences, work, Nq), place.q_first, 0.0, BLOCK_M, True)
+                ds = score_gradient(p, dp, delta[:, None], dmod, extras, True)
             if KIND.scattered:
                 at = tl.broadcast_to(entry_offset(ds, place, extras.mods, KIND.member, KIND.arg, TILE), [BLOCK_M, BLOCK_N])
                 tl.atomic_add(grad_ptr + at, ds, mask=ds != 0.0, sem="relaxed")
@@ -178,13 +201,13 @@ def diagonal_sums(tiles: torch.Tensor, n_queries: int, n_keys: int) -> torch.Ten
 
 
 def operand_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
-                     delta: torch.Tensor, operand: torch.Tensor, member: int, arg: int, call: Call, *,
-                     config: TileConfig) -> Generator[Launch, None, torch.Tensor]:
+                     delta: torch.Tensor, operand: torch.Tensor, member: int, arg: int, call: Call, *, config: TileConfig,
+                     second: tuple[Any, ...] = ()) -> Generator[Launch, None, torch.Tensor]:
     """The gradient of argument ``arg`` of mod ``member``, in the shape and type of ``operand``: yields the launch that fills it
     in parts, and returns their sum.
 
     ``operand`` is [B', H', Nq', Nk'], each the full extent or 1, or [B', H', Nq + Nk - 1] for values by k - q; with more
-    dimensions it is a table, of which the mod looks up entries.
+    dimensions it is a table, of which the mod looks up entries. ``second``: (Rows, Along), for the tangent of the gradient.
     """
     scattered, relative = operand.dim() > 4, operand.dim() == 3
     heads = q.shape[1]
@@ -213,9 +236,10 @@ def operand_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: to
     else:
         grad = torch.empty((parts, *operand.shape), dtype=operand.dtype if parts == 1 else sums, device=q.device)
     lse, call = with_lse(call, lse)
+    second = (second[0]._replace(lse=lse), second[1]) if second else ()
     args = (
         q, k, v, dout, lse, delta, grad, call.strides(q, k, v, dout), call.batch, heads, call.n_queries, call.n_keys,
-        call.offset, call.left, call.right, call.scale, call.extras, parts,
+        call.offset, call.left, call.right, call.scale, call.extras, parts, second,
         operand_kind(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision, member, arg,
                      (*own, relative), scattered),
     )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.kernels.softmax import LOG2E
-from fused_attn.kernels.tiles import head_columns, inner, outer, rest_columns
+from fused_attn.kernels.tiles import head_columns, inner, inner_tangent, outer, rest_columns
 
 
 class Additive(NamedTuple):
@@ -92,6 +92,43 @@ def products(a, b, head, additive, KIND: tl.constexpr):
             weight = weight_block(additive, head, HEAD, rest_columns(D), D, ACC)
             score += tl.sum(tanh_block(a[1], b[1], ACC) * weight[None, None, :], 2)
         return score
+
+
+@triton.jit
+def pushed_block(a, a_t, b, b_t, additive, weight_t, head, raw, BLOCK: tl.constexpr, FIRST_COL: tl.constexpr,
+                 KIND: tl.constexpr):
+    """``raw`` plus what a block of columns contributes to the tangent of the additive scores of two tiles."""
+    ACC: tl.constexpr = KIND.acc
+    D: tl.constexpr = KIND.dim
+    COLS: tl.constexpr = a[BLOCK].shape[1]
+    if len(a_t) + len(b_t) > 0:
+        slope = tanh_slope(sums_block(a[BLOCK], b[BLOCK], ACC))
+        slope *= weight_block(additive, head, FIRST_COL, COLS, D, ACC)[None, None, :]
+        if len(a_t) > 0:
+            raw += tl.sum(slope * a_t[BLOCK].to(ACC)[:, None, :], 2)
+        if len(b_t) > 0:
+            raw += tl.sum(slope * b_t[BLOCK].to(ACC)[None, :, :], 2)
+    if len(weight_t) > 0:
+        along = weight_block(weight_t[0], head, FIRST_COL, COLS, D, ACC)
+        raw += tl.sum(tanh_block(a[BLOCK], b[BLOCK], ACC) * along[None, None, :], 2)
+    return raw
+
+
+@triton.jit
+def pushed(a, a_t, b, b_t, head, additive, weight_t, KIND: tl.constexpr):
+    """The tangent of ``products(a, b)``: [rows of a, rows of b]. ``a_t`` and ``b_t`` are the tangents of the tiles, or (), and
+    ``weight_t`` is (Additive,) of the tangent of the additive score's weights, or ()."""
+    ACC: tl.constexpr = KIND.acc
+    PRECISION: tl.constexpr = KIND.precision
+    ROWS: tl.constexpr = a[0].shape[0]
+    COLS: tl.constexpr = b[0].shape[0]
+    if len(additive) == 0:
+        return inner_tangent(a, a_t, b, b_t, ROWS, COLS, ACC, PRECISION)
+    else:
+        raw = pushed_block(a, a_t, b, b_t, additive, weight_t, head, tl.zeros([ROWS, COLS], ACC), 0, 0, KIND)
+        if len(a) > 1:
+            raw = pushed_block(a, a_t, b, b_t, additive, weight_t, head, raw, 1, head_columns(KIND.dim), KIND)
+        return raw
 
 
 @triton.jit

@@ -27,6 +27,9 @@ class Mod(NamedTuple):
     args: Any = ()
     order: Any = ()  # compile-time 0, 1, ..., since Triton cannot enumerate a tuple
     raw: Any = tl.constexpr(False)  # whether q_pos is to be the query's own index
+    # Second derivatives, () where all are 0: (by the score twice, by it and each argument, by each pair of arguments), where a
+    # derivative is (jit function with the parameters of a slope,), or () for 0.
+    curves: Any = ()
     offsets: Any = ()  # of each Table a function (score, q_pos, k_idx, head, batch, args) -> where its entry lies, by any score
 
 
@@ -54,6 +57,14 @@ def softcap(score, q_pos, k_idx, head, batch, args):
 def softcap_slope(score, modded, q_pos, k_idx, head, batch, args):
     CAP: tl.constexpr = args[0]
     return tanh_slope(score * (1.0 / CAP))
+
+
+@triton.jit
+def softcap_curve(score, modded, q_pos, k_idx, head, batch, args):
+    CAP: tl.constexpr = args[0]
+    ACCURATE: tl.constexpr = args[1]
+    x = score * (1.0 / CAP)
+    return tanh_of(x, ACCURATE) * tanh_slope(x) * (-2.0 / CAP)
 
 
 @triton.jit
@@ -97,6 +108,19 @@ def kerple_by_r2(score, modded, q_pos, k_idx, head, batch, args):
 
 
 @triton.jit
+def kerple_by_both(score, modded, q_pos, k_idx, head, batch, args):
+    distance = tl.abs(q_pos - k_idx).to(score.dtype)
+    return -distance / (1.0 + args[1] * distance)
+
+
+@triton.jit
+def kerple_by_r2_twice(score, modded, q_pos, k_idx, head, batch, args):
+    distance = tl.abs(q_pos - k_idx).to(score.dtype)
+    part = distance / (1.0 + args[1] * distance)
+    return args[0] * part * part
+
+
+@triton.jit
 def soft_tree(score, q_pos, k_idx, head, batch, args):
     """score - penalty where key k is no ancestor of query q, args = (enter of q, enter of k, leave of k, penalty).
 
@@ -120,6 +144,11 @@ MODS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "soft_tree": (soft_tree, one, (one, one, one, soft_tree_penalty)),
 }
 
+# Those of them whose second derivatives are not all 0: see ``Mod.curves``.
+CURVES: dict[str, Any] = {
+    "kerple": ((), ((), ()), (((), (kerple_by_both,)), ((kerple_by_both,), (kerple_by_r2_twice,)))),
+}
+
 
 def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: torch.dtype) -> tuple[Mod, ...]:
     """The mods that the scale and softcap of a call need; ``others``: whether more mods follow. A new softcap compiles once."""
@@ -127,7 +156,8 @@ def before_mods(scale: float, softcap_value: float | None, others: bool, dtype: 
         # What the cheap form loses, about 2**-23 of the cap, shows in fp32 and fp64, and in fp16 and bf16 under a huge cap.
         accurate = dtype in (torch.float32, torch.float64) or softcap_value > 256
         constants = ((tl.constexpr(float(softcap_value)),), (tl.constexpr(accurate),))
-        return (Mod(softcap, softcap_slope, (), constants, (tl.constexpr(0), tl.constexpr(1))),)
+        order = (tl.constexpr(0), tl.constexpr(1))
+        return (Mod(softcap, softcap_slope, (), constants, order, curves=((softcap_curve,), (), ())),)
     return () if scale > 0 or others else (Mod(identity, one),)
 
 
@@ -153,6 +183,75 @@ def apply_mods(score, place, mods, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE
                 mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
         score = modded
     return score, dmod
+
+
+@triton.jit
+def tangent_of(x, offset_of, score, place, TILE: tl.constexpr, KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr,
+               TAIL_K: tl.constexpr):
+    """The tangent of an argument at a tile: that of an Operand, or of a table, (pointer,), at ``offset_of``."""
+    if len(x) == 1:
+        return tl.load(x[0] + offset_of).to(score.dtype)
+    else:
+        return load_operand(x, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
+
+
+@triton.jit
+def derived(FUNCTION: tl.constexpr, score, modded, q_pos, k_idx, place, mods, MEMBER: tl.constexpr, read):
+    """What a slope of mod MEMBER gives, or a second derivative; ``read`` holds the values of its arguments."""
+    return FUNCTION(score, modded, q_pos, k_idx, place.head, place.batch, [
+        mods[MEMBER].args[j][0] if len(mods[MEMBER].args[j]) == 1 else read[j] for j in mods[MEMBER].order])
+
+
+@triton.jit
+def push_mods(score, score_t, place, mods, along, MEMBER: tl.constexpr, ARG: tl.constexpr, TILE: tl.constexpr,
+              KEYS_FIRST: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr):
+    """``apply_mods`` with tangents: (modded score, its tangent, derivative, tangent of the derivative), the last of which is
+    right where mods have all their ``curves``.
+
+    ``along`` has for every mod a tuple of its arguments' tangents: an Operand, (pointer,) to what lies like a Table, or () for
+    one that does not move. It is () where none of any mod does.
+    """
+    k_idx = per_key(place.k_first + tl.arange(0, TILE.block_n), KEYS_FIRST)
+    dmod = 1.0
+    dmod_t = 0.0
+    for i in tl.static_range(len(mods)):
+        q_first = place.q_first if mods[i].raw else place.q_first + place.offset
+        q_pos = per_query(q_first + tl.arange(0, TILE.block_m), KEYS_FIRST)
+        read = [x[0] if len(x) == 1 else load_operand(x, place, score.dtype, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
+                for x in mods[i].args]
+        modded = mods[i].function(score, q_pos, k_idx, place.head, place.batch, [
+            mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
+        slope = derived(mods[i].slope, score, modded, q_pos, k_idx, place, mods, i, read)
+        modded_t = score_t * slope
+        slope_t = 0.0
+        if i == MEMBER:  # from here on the derivative by this argument, and not by the score
+            dmod = derived(mods[i].arg_slopes[ARG], score, modded, q_pos, k_idx, place, mods, i, read)
+            if len(mods[i].curves) > 0 and len(mods[i].curves[1][ARG]) > 0:
+                dmod_t += score_t * derived(mods[i].curves[1][ARG][0], score, modded, q_pos, k_idx, place, mods, i, read)
+        elif len(mods[i].curves) > 0 and len(mods[i].curves[0]) > 0:
+            slope_t += score_t * derived(mods[i].curves[0][0], score, modded, q_pos, k_idx, place, mods, i, read)
+        if len(along) > 0:
+            for n in tl.static_range(len(along[i])):
+                if len(along[i][n]) > 0:
+                    at = 0
+                    if len(along[i][n]) == 1:
+                        at = mods[i].offsets[n](score, q_pos, k_idx, place.head, place.batch, [
+                            mods[i].args[j][0] if len(mods[i].args[j]) == 1 else read[j] for j in mods[i].order])
+                    arg_t = tangent_of(along[i][n], at, score, place, TILE, KEYS_FIRST, TAIL_Q, TAIL_K)
+                    modded_t += arg_t * derived(mods[i].arg_slopes[n], score, modded, q_pos, k_idx, place, mods, i, read)
+                    if len(mods[i].curves) > 0:
+                        if i == MEMBER:
+                            if len(mods[i].curves[2][ARG][n]) > 0:
+                                dmod_t += arg_t * derived(mods[i].curves[2][ARG][n][0], score, modded, q_pos, k_idx, place,
+                                                          mods, i, read)
+                        elif len(mods[i].curves[1][n]) > 0:
+                            slope_t += arg_t * derived(mods[i].curves[1][n][0], score, modded, q_pos, k_idx, place, mods,
+                                                       i, read)
+        if i > MEMBER:
+            dmod_t = dmod_t * slope + dmod * slope_t
+            dmod = dmod * slope
+        score, score_t = modded, modded_t
+    return score, score_t, dmod, dmod_t
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fused_attn.kernels.tiles import tile_of_keys
+from fused_attn.kernels.tiles import Place, tile_of_keys
 
 
 class Bounds(NamedTuple):
@@ -196,4 +196,47 @@ def over_keys(STEP: tl.constexpr, state, held, views, work, sweep, rule, extras,
         state = STEP(state, held, views, tile_of_keys(work, inner_tile(sweep, i, BLOCK_N)), rule, extras, KIND, TILE, False)
     for i in tl.range(0, n_edges(sweep, BLOCK_N), num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
         state = STEP(state, held, views, tile_of_keys(work, edge_tile(sweep, i, BLOCK_N)), rule, extras, KIND, TILE, True)
+    return state
+
+
+@triton.jit
+def sweep_queries(tiles, work, rule, Hkv, Nq, Nk, WHOLE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """(the sweep of the BLOCK_N keys of a program over the queries of their group, how many tiles need no mask, how many do).
+
+    Key k sees the queries whose position lies in [k - right, k + left]: the same window with its sides swapped. WHOLE: every
+    tile with keys past the end is masked.
+    """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    if len(tiles) > 0:
+        row, n_columns = work.first // BLOCK_N, tl.cdiv(Nq, BLOCK_M) * GROUP
+        sweep = listed(tiles, work.batch, work.head, Hkv, row, tl.cdiv(Nk, BLOCK_N), n_columns)
+        return sweep, sweep.row[0].n_full, sweep.row[0].n_partial
+    else:
+        bounds = bounds_of(work.first - work.offset, work.n_queries, rule.right, rule.left, BLOCK_N, BLOCK_M)
+        if WHOLE:
+            inner_hi = tl.where(work.first + BLOCK_N > work.n_keys, bounds.inner_lo, bounds.inner_hi)
+            bounds = Bounds(bounds.lo, bounds.inner_lo, inner_hi, bounds.hi)
+        n_inner = (bounds.inner_hi - bounds.inner_lo) // BLOCK_M * GROUP
+        return Sweep((bounds,), ()), n_inner, edge_count(bounds, BLOCK_M) * GROUP
+
+
+@triton.jit
+def over_queries(STEP: tl.constexpr, state, held, sources, work, swept, rule, extras, Nq, KIND: tl.constexpr,
+                 TILE: tl.constexpr):
+    """``state`` after ``STEP`` has taken every tile of queries of every head of a program's group; ``swept`` is what
+    ``sweep_queries`` returned. STEP is as in ``over_keys``; ``held`` is what it reads of the program's keys, and ``sources``
+    where it finds the queries of a head."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    GROUP: tl.constexpr = KIND.group
+    sweep, n_inner, n_edge = swept
+    n_steps = tl.cdiv(Nq, BLOCK_M)
+    for i in tl.range(0, n_inner, disable_licm=TILE.disable_licm):
+        head, q_first = inner_queries(sweep, i, work.head, n_steps, GROUP, BLOCK_M)
+        place = Place(work.batch, head, q_first, work.first, work.offset, work.n_queries, work.n_keys)
+        state = STEP(state, held, sources, place, rule, extras, KIND, TILE, False)
+    for i in tl.range(0, n_edge, num_stages=TILE.edge_stages, disable_licm=TILE.disable_licm):
+        head, q_first = edge_queries(sweep, i, work.head, n_steps, GROUP, BLOCK_M)
+        place = Place(work.batch, head, q_first, work.first, work.offset, work.n_queries, work.n_keys)
+        state = STEP(state, held, sources, place, rule, extras, KIND, TILE, True)
     return state

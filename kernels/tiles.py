@@ -309,12 +309,25 @@ def row_products(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def inner(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T of two tiles: [rows of a, rows of b]."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
+def inner(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr, acc=None):
+    """a b^T of two tiles, added to ``acc`` where that is given: [rows of a, rows of b]."""
+    product = tl.dot(a[0], tl.trans(b[0]), acc, input_precision=PRECISION, out_dtype=ACC)
     if len(a) > 1:
         product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION, out_dtype=ACC)
     return product
+
+
+@triton.jit
+def inner_tangent(a, a_t, b, b_t, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The tangent of a b^T [ROWS, COLS], given those of the two tiles; () for a tile that does not move."""
+    if len(a_t) > 0 and len(b_t) > 0:
+        return inner(a, b_t, ACC, PRECISION, inner(a_t, b, ACC, PRECISION))
+    elif len(a_t) > 0:
+        return inner(a_t, b, ACC, PRECISION)
+    elif len(b_t) > 0:
+        return inner(a, b_t, ACC, PRECISION)
+    else:
+        return tl.zeros([ROWS, COLS], ACC)
 
 
 @triton.jit

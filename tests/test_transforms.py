@@ -74,17 +74,6 @@ def tangent(function):
 
 Q, K, V = qkv()
 MISSING = {  # what is asked, and what the error says
-    "vmap": (lambda: torch.vmap(lambda q: attention(q, K, V, backend="triton"))(Q[None]), "vmap"),
-    "vmap of grad": (lambda: torch.vmap(torch.func.grad(lambda q: loss(q, K, V, {})))(Q[None]), "vmap"),
-    "jacrev": (lambda: torch.func.jacrev(lambda q: attention(q, K, V, backend="triton"))(Q), "vmap"),
-    "jacobian": (lambda: torch.autograd.functional.jacobian(
-        lambda q: attention(q, K, V, backend="triton"), Q, vectorize=True), "is_grads_batched and vectorised jacobians"),
-    "second": (lambda: torch.func.grad(lambda q: torch.func.grad(lambda q: loss(q, K, V, {}))(q).sum())(Q),
-               "second derivatives"),
-    "jvp": (lambda: torch.func.jvp(lambda q: loss(q, K, V, {}), (Q,), (Q,)), "forward mode AD"),
-    "forward AD": (lambda: tangent(lambda q: attention(q, K, V, backend="triton")), "forward mode AD"),
-    "forward AD of rotary": (lambda: tangent(
-        lambda q: fused_attn.apply_rotary(q, torch.ones(5, 4), torch.ones(5, 4), backend="triton")), "forward AD over backend"),
     "forward AD of weights": (lambda: tangent(lambda q: fused_attn.attention_weights(q, K, backend="triton")),
                               "forward AD over backend"),
     "forward AD of statistics": (lambda: tangent(lambda q: fused_attn.attention_stats(q, K, backend="triton").entropy),
@@ -99,15 +88,6 @@ def test_what_is_missing_says_so(name):
     run, message = MISSING[name]
     with pytest.raises((NotImplementedError, ValueError), match=message):
         run()
-
-
-@pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("which", [0, 1], ids=["out", "lse"])
-def test_batched_gradients_say_so(which, create_graph):
-    q = Q.clone().requires_grad_()
-    out = attention(q, K, V, backend="triton", return_lse=True)[which]
-    with pytest.raises(NotImplementedError, match="is_grads_batched and vectorised jacobians"):
-        torch.autograd.grad(out, q, out.new_ones(3, *out.shape), is_grads_batched=True, create_graph=create_graph)
 
 
 LOAD = """

@@ -44,6 +44,49 @@ class Saved(NamedTuple):
     lse: torch.Tensor
 
 
+class Forwarded(NamedTuple):
+    """What a tangent of the forward is given beside directions, others and spec: the forward's tensors and what it made."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    residual: MaybeTensor
+    lse: torch.Tensor
+
+
+class Directions(NamedTuple):
+    """The tangents of a call's tensors: None for one that does not move, and an empty tensor for such an operand."""
+
+    q_t: MaybeTensor
+    k_t: MaybeTensor
+    v_t: MaybeTensor
+    sinks_t: MaybeTensor
+    score_weight_t: MaybeTensor
+    operands_t: tuple[torch.Tensor, ...]
+
+    def flat(self) -> tuple[Any, ...]:
+        """The single tensors, then those of the operands: the form in which an autograd Function takes them."""
+        *single, operands = self
+        return (*single, *operands)
+
+    @classmethod
+    def of(cls, flat: Iterable[Any]) -> "Directions":
+        """The inverse of ``flat``."""
+        q_t, k_t, v_t, sinks_t, weight_t, *operands = flat
+        return cls(q_t, k_t, v_t, sinks_t, weight_t, tuple(operands))
+
+
+class Moved(NamedTuple):
+    """What a tangent of the backward is given beside saved, directions, others and spec: the tangents of out and LSE, and those
+    of their gradients, None where these do not move."""
+
+    out_t: torch.Tensor
+    lse_t: torch.Tensor
+    dout_t: MaybeTensor
+    dlse_t: MaybeTensor
+
+
 class Needs(NamedTuple):
     """Which gradients a backward is asked for."""
 
@@ -127,3 +170,5 @@ class Signature:
 FORWARD = Signature(Inputs, OtherTensors, AttentionSpec)
 INSPECTION = Signature(Pair, OtherTensors, AttentionSpec)
 BACKWARD = Signature(Saved, OtherTensors, AttentionSpec, Needs)
+TANGENT = Signature(Forwarded, Directions, OtherTensors, AttentionSpec)
+BACKWARD_TANGENT = Signature(Saved, Moved, Directions, OtherTensors, AttentionSpec, Needs)

@@ -34,7 +34,7 @@ Backward: TypeAlias = Generator[Made, None, Gradients]
 
 def gluon(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     """Five products in one kernel that is written warp by warp, for sm_90."""
-    dq, dk, dv = _empty(problem, needs)
+    dq, dk, dv = empties(problem, needs)
     lse = as_rows(saved.lse, problem.q, problem.packed)
     delta = yield from hopper.gluon_backward(problem, saved, lse, dq, dk, dv)
     dsinks = _sinks_gradient(lse, delta, problem.others.sinks) if needs.dsinks else None
@@ -64,9 +64,9 @@ def fused(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     q, k, v, call = problem.q, problem.k, problem.v, problem.call
     config = problem.fused_config()
     assert config is not None
-    dq, dk, dv = _empty(problem, needs)
+    dq, dk, dv = empties(problem, needs)
     lse = as_rows(saved.lse, q, problem.packed)
-    delta = yield from _delta(problem, saved, lse)
+    delta = yield from row_delta(problem, saved, lse)
     total = like(q, q.shape[3], accumulates(q))
     yield Operation(torch.Tensor.zero_, (total,))
     if k.numel():
@@ -80,12 +80,12 @@ def separate(problem: Problem, saved: Saved, needs: Needs) -> Backward:
     """Seven products, deterministic to the bit: dQ by queries, dK and dV by keys, then the gradients of operands."""
     q, k, v, call, others = problem.q, problem.k, problem.v, problem.call, problem.others
     dout = saved.dout
-    dq, dk, dv = _empty(problem, needs)
+    dq, dk, dv = empties(problem, needs)
     lse = as_rows(saved.lse, q, problem.packed)
     delta, _ = with_lse(call, lse)  # a placeholder: where only dV is wanted, delta is not read
     dsinks = dscore_weight = None
     if needs.dq or needs.dk or needs.dsinks or needs.dscore_weight or any(needs.doperands):
-        delta = yield from _delta(problem, saved, lse)
+        delta = yield from row_delta(problem, saved, lse)
         if needs.dsinks:
             dsinks = _sinks_gradient(lse, delta, others.sinks)
     if (needs.dq or needs.dscore_weight) and q.numel():
@@ -129,7 +129,7 @@ def _scaled(x: torch.Tensor, out: torch.Tensor, factor: float) -> None:
     torch.mul(x, factor, out=out)
 
 
-def _empty(problem: Problem, needs: Needs) -> tuple[Any, Any, Any]:
+def empties(problem: Problem, needs: Needs) -> tuple[Any, Any, Any]:
     """dq, dk and dv, to be filled; None for one that is not wanted."""
     wanted = (problem.q, needs.dq), (problem.k, needs.dk), (problem.v, needs.dv)
     dq, dk, dv = (like(x, x.shape[3]) if need else None for x, need in wanted)
@@ -140,7 +140,7 @@ def _empty(problem: Problem, needs: Needs) -> tuple[Any, Any, Any]:
     return dq, dk, dv
 
 
-def _delta(problem: Problem, saved: Saved, lse: torch.Tensor) -> Generator[Launch, None, torch.Tensor]:
+def row_delta(problem: Problem, saved: Saved, lse: torch.Tensor) -> Generator[Launch, None, torch.Tensor]:
     """rowsum(dO * O) - dLSE [B, H, Nq]."""
     q, call, config = problem.q, problem.call, problem.config("delta")
     delta = rows_like(q, problem.packed)

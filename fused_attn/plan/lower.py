@@ -7,6 +7,7 @@ import torch
 import triton.language as tl
 
 from fused_attn.call.layout import packed_rows
+from fused_attn.call.schema import Directions
 from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Longest, Member, OtherTensors
 from fused_attn.kernels.dropout import Dropout
 from fused_attn.kernels.functions import loaded
@@ -14,7 +15,8 @@ from fused_attn.kernels.launch import PLAIN, Call, Extras
 from fused_attn.kernels.mask import KEEPS, Keep
 from fused_attn.kernels.operand import Operand, Table
 from fused_attn.kernels.product import Additive
-from fused_attn.kernels.score import MODS, Mod, before_mods, one
+from fused_attn.kernels.score import CURVES, MODS, Mod, before_mods, one
+from fused_attn.kernels.tangent import Along
 from fused_attn.kernels.tiles import Sequences
 from fused_attn.targets import target_of
 
@@ -57,9 +59,11 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTe
         function, slope, arg_slopes, offsets = _functions(member)
         slope = one if slope is None or slope == 1.0 else slope
         arg_slopes, offsets = (tuple(one if x is None else x for x in some) for some in (arg_slopes, offsets))
+        curves = _curves(member)
         roles += [(len(score_mods), i) for i, kind in enumerate(member.args) if kind in (TENSOR, RELATIVE)]
         arguments = _arguments(member, operands, n_queries, element_size)
-        score_mods += (Mod(function, slope, arg_slopes, arguments, _order(member), tl.constexpr(mod.raw), offsets),)
+        score_mods += (Mod(function, slope, arg_slopes, arguments, _order(member), tl.constexpr(mod.raw), curves,
+                           offsets),)
     packed = others.cu_q is not None
     by_batch = packed or others.used_k is not None
     by_head = False
@@ -81,6 +85,24 @@ def lower(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTe
                                  loaded_bytes=loaded_bytes), tuple(roles))
 
 
+def lower_along(call: Call, spec: AttentionSpec, along: Directions, sinks: torch.Tensor | None, element_size: int,
+                dout_t: torch.Tensor | None = None) -> Along:
+    """The tangents of a lowered call as kernels take them; ``element_size`` is that of q."""
+    q, k, v, dout = (() if x is None else (x, *call.strides(x)) for x in (*along[:3], dout_t))
+    weight = () if along.score_weight_t is None else (_additive(along.score_weight_t),)
+    operands, moving = iter(along.operands_t), any(x.numel() for x in along.operands_t)
+    own = [((),) * len(mod.args) for mod in call.extras.mods[: len(call.extras.mods) - len(spec.score_mods)]]
+    of_mods = [tuple(_moving(next(operands), call.n_queries, element_size) if kind in (TENSOR, RELATIVE) else ()
+                     for kind in member.args) for member in spec.score_mods]
+    return Along(q, k, v, () if along.sinks_t is None else (sinks, along.sinks_t), weight, (*own, *of_mods) if moving else (),
+                 dout)
+
+
+def _moving(x: torch.Tensor, n_queries: int, element_size: int) -> Any:
+    """The tangent of an operand as ``push_mods`` takes it."""
+    return () if not x.numel() else (x,) if x.dim() > 4 else _operand(x, n_queries, element_size)
+
+
 @functools.lru_cache(1024)
 def _call(spec: AttentionSpec, modded: bool, batch: int, n_queries: int, n_keys: int, dtype: torch.dtype,
           precision: str) -> Call:
@@ -100,6 +122,21 @@ def _functions(member: Member) -> tuple[Any, Any, tuple[Any, ...], tuple[Any, ..
         slopes, offsets = (tuple(found.get(f"{what}_{i}") for i in range(len(member.args))) for what in ("slope", "offset"))
         return found["function"], found["slope"], slopes, offsets
     return (*(MODS[mod.name] if mod.function is None else (mod.function, mod.slope, mod.arg_slopes)), ())
+
+
+def _curves(member: Member) -> tuple[Any, ...]:
+    """The second derivatives of a score mod, as in ``score.Mod``."""
+    mod = member.code
+    if not mod.source:
+        return CURVES.get(mod.name, ()) if mod.function is None else ()
+    found, n = loaded(mod.source), range(len(member.args))
+
+    def by(*of: int) -> tuple[Any, ...]:
+        name = "_".join(("curve", *map(str, sorted(of))))
+        return (found[name],) if name in found else ()
+
+    curves = by(), tuple(by(i) for i in n), tuple(tuple(by(i, j) for j in n) for i in n)
+    return curves if any(name.startswith("curve") for name in found) else ()
 
 
 def _arguments(member: Member, operands: list[torch.Tensor], n_queries: int, element_size: int) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ from fused_attn.call.spec import TileConfig as T
 from fused_attn.targets import TARGETS, target_of
 
 Kernel = Literal["forward", "splits", "combine", "delta", "dq", "dkv", "operand_grad", "list", "rotary",
-                 "statistics", "backward", "ordered", "fused"]
+                 "statistics", "backward", "ordered", "fused", "tangent", "dq_tangent",
+                 "dkv_tangent"]
 
 _CDNA = (("matrix_instr_nonkdim", 16),)  # 16x16 matrix instructions: the default 32x32 ones fit 64-row tiles badly
 _CDNA2 = (*_CDNA, ("waves_per_eu", 2))
@@ -99,6 +100,22 @@ _HEAVY: dict[str, dict[str, dict[int, T]]] = {
 }
 _HEAVY["sm_120"] = _HEAVY["sm_86"]
 
+# Of the kernels that hold tangents beside their tiles: no more than 64 bytes of spill, none of them in a loop. Head dims past
+# these take the smallest tiles, and so do targets that are not listed.
+_TANGENTS: dict[str, dict[str, dict[int, T]]] = {
+    "sm_80": {
+        "tangent": {64: T(128, 64, 8, 2), 128: T(64, 32, 8, 2, edge_stages=1)},
+        "dq_tangent": {64: T(128, 32, 8, 2, edge_stages=1), 128: T(64, 32, 8, 1)},
+        "dkv_tangent": {64: T(32, 64, 4, 1), 128: T(32, 64, 8, 1)},
+    },
+    "sm_90": {
+        "tangent": {64: T(128, 64, 8, 2, edge_stages=1), 128: T(128, 32, 8, 2, edge_stages=1)},
+        "dq_tangent": {64: T(128, 32, 8, 2, edge_stages=1), 128: T(128, 32, 8, 1)},
+        "dkv_tangent": {64: T(32, 128, 8, 1), 128: T(16, 64, 4, 1, separate=True)},
+    },
+}
+_TANGENTS["sm_100"] = _TANGENTS["sm_90"]
+
 # Head dims beyond 256, up to those of latent attention (576 for keys, 512 for values), where shared memory has room for
 # 32 rows of everything, and where it has not.
 _WIDE: dict[str, T] = {"forward": T(32, 32, 8, 1), "dq": T(32, 32, 8, 1), "dkv": T(32, 32, 8, 1, separate=True)}
@@ -157,6 +174,9 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
     if kernel == "operand_grad":  # square, for the sums along diagonals
         large = widest <= (128 if arch in ("sm_90", "sm_100") else 64) and not arch.startswith("gfx11")
         return T(64, 64, 8, 1) if large else T(32, 32, 4, 1)
+    if kernel in ("tangent", "dq_tangent", "dkv_tangent"):
+        table = _TANGENTS.get(target_of(arch).tables, {}).get(kernel, {})
+        return next((table[width] for width in sorted(table) if widest <= width), T(16, 16, 4, 1))
     width = served(kernel, head_dim, head_dim_v, arch)
     shipped = _table(arch)[kernel][width]
     lean: T = _HEAVY.get(target_of(arch).tables, {}).get(kernel, {}).get(width, shipped)

@@ -1,5 +1,5 @@
 """Gradients of the kernels, and of blocks: thin autograd Functions over the ops, and what the ops do where autograd reaches
-them. This is the kernels' only file with a ``ctx``."""
+them. What differentiates more than once, or otherwise than backwards, is in ``transforms``."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from fused_attn import torch_private
 from fused_attn.call.describe import Described
 from fused_attn.call.schema import FORWARD, Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
-from fused_attn.run import ops, plans
+from fused_attn.run import ops, plans, transforms
 from fused_attn.run.blocked import derivatives
 
 _drawing = threading.RLock()
@@ -29,11 +29,11 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, residual, lse, *others)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return out, _rounded(lse)
+        return out, transforms.rounded(lse)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, dout, dlse)
+        return transforms.gradients(ctx, dout, dlse)
 
 
 class RepeatedAttention(torch.autograd.Function):
@@ -58,112 +58,9 @@ class RepeatedAttention(torch.autograd.Function):
         saved = Saved(dout, dlse, q, k, v, out, None, lse)
         grads = plans.backward(ctx.key, saved, ctx.spec, needs)
         if grads is None:
-            made = _differentiated(ctx.spec, needs, saved, *NO_OTHERS.flat())
+            made = transforms.differentiated(ctx.spec, needs, saved, *NO_OTHERS.flat())
             grads = [grad if need else None for grad, need in zip(made, needs[:3], strict=False)]
         return None, None, *grads
-
-
-def _rounded(lse: torch.Tensor) -> torch.Tensor:
-    """The LSE [B, H, Nq] without the rest that it may come with (``layout.lse_like``)."""
-    return lse if lse.dim() == 3 else lse[0]
-
-
-class TransformedAttention(torch.autograd.Function):
-    """``Attention`` as torch.func takes it: with a ``setup_context``, and with the whole LSE and the residual, which it saves,
-    among its outputs.
-
-    It costs the host four times as much, so calls outside of transforms do without it.
-    """
-
-    @staticmethod
-    def forward(spec: AttentionSpec, *tensors: Any) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, *others = tensors
-        return ops.forward(q, k, v, OtherTensors.of(others), spec)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        spec, q, k, v, *others = inputs
-        out, lse, residual = output
-        if residual is not None:
-            ctx.mark_non_differentiable(residual)
-        ctx.spec = spec
-        ctx.save_for_backward(q, k, v, out, residual, lse, *others)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, dout, None if dlse is None else _rounded(dlse))
-
-    @staticmethod
-    def vmap(*_: Any) -> Any:
-        ops.refuse_batches()
-
-
-def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The backward of ``Attention``: a gradient, or None, for each argument of its forward."""
-    q, k, v, out, residual, lse, *others = ctx.saved_tensors
-    if dout is None:
-        dout = out.new_zeros(()).expand_as(out)
-    _, of_q, of_k, of_v, *of_others = ctx.needs_input_grad
-    of: Any = OtherTensors.of(of_others)
-    needs = Needs(of_q, of_k, of_v, of.sinks, of.score_weight, of.operands)
-    dq, dk, dv, dsinks, dscore_weight, *doperands = _differentiated(
-        ctx.spec, needs, Saved(dout, dlse, q, k, v, out, residual, lse), *others)
-    grads = OtherTensors(sinks=dsinks, score_weight=dscore_weight, operands=tuple(doperands)).flat()
-    return tuple(grad if need else None for grad, need in zip((None, dq, dk, dv, *grads), ctx.needs_input_grad, strict=True))
-
-
-def _differentiated(spec: AttentionSpec, needs: Needs, saved: Saved, *others: Any) -> tuple[torch.Tensor, ...]:
-    """Calls ``run_backward``. With create_graph=True the gradients must not pass for constants: a second derivative raises."""
-    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    backward = AttentionBackward.apply if differentiable else run_backward
-    grads: tuple[torch.Tensor, ...] = backward(spec, needs, *saved, *others)
-    return grads
-
-
-def run_backward(spec: AttentionSpec, needs: Needs, *tensors: Any) -> tuple[torch.Tensor, ...]:
-    """The backward with its gradients of operands one by one, as a Function's outputs must be; ``tensors``: what is saved,
-    then others, flat."""
-    rest = iter(tensors)
-    saved = Saved(*[next(rest) for _ in Saved._fields])
-    *grads, doperands = ops.backward(saved, OtherTensors.of(rest), spec, needs)
-    return *grads, *doperands
-
-
-class AttentionBackward(torch.autograd.Function):
-    """The backward as a node of its own: by blocks it is differentiable, on the kernels differentiating it is a clear error."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-        return run_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.spec, ctx.needs, *tensors = inputs
-        if ctx.spec.blocked:
-            ctx.save_for_backward(*tensors)
-            ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def vmap(*_: Any) -> Any:
-        ops.refuse_batches()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        if not ctx.spec.blocked:
-            _refuse_second()
-        tensors, n = ctx.saved_tensors, len(Saved._fields)
-        saved = Saved(*tensors[:n])
-        *of_sources, of_dout, of_dlse = derivatives.second(ctx.spec, OtherTensors.of(tensors[n:]), saved[2:5], ctx.needs,
-                                                           saved[:2], cotangents)
-        of_q, of_k, of_v, *of_others = of_sources
-        none: Any = None  # the derivatives by out and LSE are in those by what they are made of
-        return None, None, *Saved(of_dout, of_dlse, of_q, of_k, of_v, none, None, none), *of_others
-
-
-def _refuse_second(*_: Any) -> Any:
-    raise NotImplementedError("fused_attn: second derivatives of backend 'triton' are not built yet; "
-                              "backend='blocked' has them")
 
 
 def repeated(key: plans.Key, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -185,12 +82,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
         return derivatives.attention(q, k, v, spec, others)
     sources = (q, k, v, *others.flat())
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
-    # Forward AD gets torch's own clear error from the Function, before the op's guard would raise.
-    transformed = torch_private.transforms_active()
+    transformed = torch_private.transforms_active() or torch_private.forward_mode()
     exported = torch.compiler.is_exporting()  # a program of ops, which are differentiable themselves where it runs
-    if exported or (not wanted and not transformed and not torch_private.forward_mode()):
+    if exported or (not wanted and not transformed):
         out, lse, _ = ops.forward(q, k, v, others, spec)
-        return out, _rounded(lse)
+        return out, transforms.rounded(lse)
     if transformed and torch.compiler.is_compiling():  # torch.compile gives the Function a ctx, which it does not take
         raise NotImplementedError("fused_attn: torch.func within torch.compile is not built yet for backend 'triton'; take the "
                                   "transform without torch.compile, or backend='reference'")
@@ -198,9 +94,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     distinct: list[Any] = []
     for x in sources:
         distinct.append(x.view_as(x) if x is not None and any(x is y for y in distinct) else x)
-    function = TransformedAttention if transformed else Attention
+    function = transforms.Attention if transformed else Attention
     out, lse, *_ = function.apply(spec, *distinct)
-    return out, _rounded(lse)
+    return out, transforms.rounded(lse)
 
 
 def blocked(call: Described, with_lse: bool, by_seed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,22 +139,33 @@ class TransformedRotary(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, cos, sin, *turn = inputs
         ctx.save_for_backward(cos, sin)
+        ctx.save_for_forward(cos, sin)
+        ctx.set_materialize_grads(False)
         ctx.turn = turn
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return Rotary.backward(ctx, dout)
+    def backward(ctx: Any, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return (None,) * 5 if dout is None else Rotary.backward(ctx, dout)
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: torch.Tensor | None, cos_t: Any, sin_t: Any, *_: Any) -> torch.Tensor | None:
+        if cos_t is not None or sin_t is not None:
+            raise NotImplementedError("fused_attn: rotary positions on the kernels have no tangent by cos and sin; "
+                                      "backend='torch' has it")
+        (cos, sin), (interleaved, back) = ctx.saved_tensors, ctx.turn
+        return None if x_t is None else rotary(x_t, cos, sin, interleaved, back)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False) -> torch.Tensor:
     """x [B, H, N, D] turned by the kernel, with cos and sin [B, N, pairs]."""
-    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting():
+    transformed = torch_private.transforms_active() or torch_private.forward_mode()
+    if ((torch.is_grad_enabled() and x.requires_grad) or transformed) and not torch.compiler.is_exporting():
         return _rotary(x, cos, sin, interleaved, back)
     return ops.rotary(x, cos, sin, interleaved, back)
 
 
 def _rotary(*arguments: Any) -> torch.Tensor:
-    function = TransformedRotary if torch_private.transforms_active() else Rotary
+    function = TransformedRotary if torch_private.transforms_active() or torch_private.forward_mode() else Rotary
     result: torch.Tensor = function.apply(*arguments)
     return result
 
@@ -288,7 +195,7 @@ class Recomputed(torch.autograd.Function):
 
 def _forward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     (q, k, v), others, spec = FORWARD.records(arguments)
-    out, lse, residual = TransformedAttention.apply(spec, q, k, v, *others.flat())
+    out, lse, residual = transforms.Attention.apply(spec, q, k, v, *others.flat())
     return out, lse, ops.some(residual, out)
 
 
@@ -304,8 +211,8 @@ def _refuse_gradients(*_: Any) -> Any:
 
 
 _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
-    "forward": _forward_op, "rotary": _rotary_op, "backward": _refuse_second, "statistics": _refuse_gradients,
-    "weights": _refuse_gradients}
+    "forward": _forward_op, "rotary": _rotary_op, "backward": transforms.refuse_raw, "tangent": transforms.refuse_raw,
+    "backward_tangent": transforms.refuse_raw, "statistics": _refuse_gradients, "weights": _refuse_gradients}
 
 
 def _at_autograd(name: str, below_autograd: Callable[[], Any]) -> Callable[..., Any]:

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from fused_attn.call.layout import Statistics
-from fused_attn.call.schema import Needs, Saved
+from fused_attn.call.schema import Directions, Forwarded, Moved, Needs, Saved
 from fused_attn.call.spec import NO_OTHERS, AttentionSpec, OtherTensors
 from fused_attn.kernels.launch import UnfitTilesError
+from fused_attn.plan import backward_tangent as of_backward
 from fused_attn.plan import inspection, schedules
+from fused_attn.plan import tangent as of_forward
 from fused_attn.plan.plan import Made, Plan, finish, plan, unstored
 from fused_attn.plan.problem import Problem
 
@@ -55,6 +57,25 @@ def backward(saved: Saved, spec: AttentionSpec, others: OtherTensors, needs: Nee
     """(dq, dk, dv, dsinks, dscore_weight, [of each operand]), None for every gradient that nobody asked for."""
     call = saved.q, saved.k, saved.v, spec, others
     return _finish(call, lambda problem: schedules.of_backward(problem, needs).steps(problem, saved, needs))
+
+
+def tangent(made: Forwarded, along: Directions, spec: AttentionSpec,
+            others: OtherTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tangents of out [B, H, Nq, Dv] and LSE [B, H, Nq]."""
+    call = made.q, made.k, made.v, spec, _with_rows_of_tables(others)
+    return _finish(call, lambda problem: of_forward.steps(problem, made, along))
+
+
+def backward_tangent(saved: Saved, moved: Moved, along: Directions, spec: AttentionSpec, others: OtherTensors,
+                     needs: Needs) -> tuple[Any, ...]:
+    """The tangents of what ``backward`` returns."""
+    call = saved.q, saved.k, saved.v, spec, _with_rows_of_tables(others)
+    return _finish(call, lambda problem: of_backward.steps(problem, saved, moved, along, needs))
+
+
+def _with_rows_of_tables(others: OtherTensors) -> OtherTensors:
+    """``others`` with tables that are contiguous, as their tangents are."""
+    return others._replace(operands=tuple(x.contiguous() if x.dim() > 4 else x for x in others.operands))
 
 
 def statistics(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, others: OtherTensors) -> Statistics:

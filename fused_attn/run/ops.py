@@ -17,14 +17,38 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fused_attn import torch_private
 from fused_attn.call.describe import Described
-from fused_attn.call.layout import Statistics, check_rotary, keeps_residual, like, like_statistics, like_weights, lse_like
-from fused_attn.call.schema import BACKWARD, FORWARD, INSPECTION, Inputs, Needs, Pair, Saved
+from fused_attn.call.layout import (
+    Statistics,
+    check_rotary,
+    keeps_residual,
+    like,
+    like_statistics,
+    like_weights,
+    lse_like,
+    rows_like,
+)
+from fused_attn.call.schema import (
+    BACKWARD,
+    BACKWARD_TANGENT,
+    FORWARD,
+    INSPECTION,
+    TANGENT,
+    Directions,
+    Forwarded,
+    Inputs,
+    Moved,
+    Needs,
+    Pair,
+    Saved,
+)
 from fused_attn.call.spec import AttentionSpec, OtherTensors
 from fused_attn.tracing import watched
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
 LIBRARY.define(f"forward({FORWARD.text}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(f"backward({BACKWARD.text}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])")
+LIBRARY.define(f"backward_tangent({BACKWARD_TANGENT.text}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])")
+LIBRARY.define(f"tangent({TANGENT.text}) -> (Tensor, Tensor)")
 LIBRARY.define(f"statistics({INSPECTION.text}) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(f"weights({INSPECTION.text}) -> Tensor")
 LIBRARY.define("seed(Tensor like) -> Tensor")
@@ -60,6 +84,26 @@ def backward(saved: Saved, others: OtherTensors, spec: AttentionSpec, needs: Nee
         return made
     grads: tuple[Any, ...] = _OPS.backward.default(*BACKWARD.flat(saved, others, spec, needs))
     return grads
+
+
+def tangent(made: Forwarded, along: Directions, others: OtherTensors,
+            spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tangents of out and LSE along those of what they were made of."""
+    if not watched((*made, *others.flat(), *along.flat())):
+        found: tuple[torch.Tensor, torch.Tensor] = _runner(spec).tangent(made, along, spec, others)
+        return found
+    moved: tuple[torch.Tensor, torch.Tensor] = _OPS.tangent.default(*TANGENT.flat(made, along, others, spec))
+    return moved
+
+
+def backward_tangent(saved: Saved, moved: Moved, along: Directions, others: OtherTensors, spec: AttentionSpec,
+                     needs: Needs) -> tuple[Any, ...]:
+    """The tangents of what ``backward`` returns."""
+    if not watched((*saved, *moved, *along.flat(), *others.flat())):
+        made: tuple[Any, ...] = _runner(spec).backward_tangent(saved, moved, along, spec, others, needs)
+        return made
+    found: tuple[Any, ...] = _OPS.backward_tangent.default(*BACKWARD_TANGENT.flat(saved, moved, along, others, spec, needs))
+    return found
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
@@ -129,7 +173,17 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
     saved, others, spec, needs = BACKWARD.records(arguments)
-    *grads, doperands = _runner(spec).backward(saved, spec, _in_rows(others), needs)
+    return _each(_runner(spec).backward(saved, spec, _in_rows(others), needs), saved, others)
+
+
+def _backward_tangent(*arguments: Any) -> tuple[Any, ...]:
+    saved, moved, along, others, spec, needs = BACKWARD_TANGENT.records(arguments)
+    return _each(_runner(spec).backward_tangent(saved, moved, along, spec, _in_rows(others), needs), saved, others)
+
+
+def _each(gradients: tuple[Any, ...], saved: Saved, others: OtherTensors) -> tuple[Any, ...]:
+    """Gradients as an op returns them."""
+    *grads, doperands = gradients
     whose = saved.q, saved.k, saved.v, saved.lse, saved.lse
     return (*(some(grad, x) for grad, x in zip(grads, whose, strict=True)),
             [some(grad, x) for grad, x in zip(doperands, others.operands, strict=True)])
@@ -137,6 +191,15 @@ def _backward(*arguments: Any) -> tuple[Any, ...]:
 
 def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
     saved, others, _, needs = BACKWARD.records(arguments)
+    return _fakes(saved, others, needs)
+
+
+def _backward_tangent_fake(*arguments: Any) -> tuple[Any, ...]:
+    saved, _, _, others, _, needs = BACKWARD_TANGENT.records(arguments)
+    return _fakes(saved, others, needs)
+
+
+def _fakes(saved: Saved, others: OtherTensors, needs: Needs) -> tuple[Any, ...]:
     q, k, v, lse = saved.q, saved.k, saved.v, saved.lse
     sinks, weight = others.sinks, others.score_weight
     dscore_weight = weight.new_empty(weight.shape) if weight is not None and needs.dscore_weight else lse.new_empty(0)
@@ -146,6 +209,17 @@ def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
     # A gradient that is not wanted is an empty tensor: an op's outputs are fixed in number.
     grads = (like(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((q, needs.dq), (k, needs.dk), (v, needs.dv)))
     return *grads, dsinks, dscore_weight, doperands
+
+
+def _tangent(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    made, along, others, spec = TANGENT.records(arguments)
+    moved: tuple[torch.Tensor, torch.Tensor] = _runner(spec).tangent(made, along, spec, _in_rows(others))
+    return moved
+
+
+def _tangent_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    made, _, others, _ = TANGENT.records(arguments)
+    return like(made.q, made.v.shape[3]), rows_like(made.q, others.cu_q is not None)
 
 
 def _rotary(*arguments: Any) -> torch.Tensor:
@@ -243,6 +317,8 @@ def _weights_fake(*arguments: Any) -> torch.Tensor:
 
 
 for _name, _run, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake),
+                           ("tangent", _tangent, _tangent_fake),
+                           ("backward_tangent", _backward_tangent, _backward_tangent_fake),
                            ("statistics", _statistics, _statistics_fake), ("weights", _weights, _weights_fake),
                            ("rotary", _rotary, _rotary_fake)):
     torch.library.impl(LIBRARY, _name, "CompositeExplicitAutograd")(_run)

@@ -220,7 +220,7 @@ def _mod(word: str, placed: Placed, masks: bool) -> Prepared:
     looked_up = {x.value[0]: x for x in walk(placed.body) if x.op == "entry"}
     where = placed.uses | {x for entry in looked_up.values() for x in entry.args}
     slopes = tuple(f"slope_{i}" if has else None for i, has in enumerate(kernel.has_slope))
-    code = mods.Code(f"{word}_{digest}", word, by_batch=masks and BATCH in where, by_head=masks and HEAD in where,
+    code = mods.Code(f"{word}_{digest}", word, by_batch=BATCH in where, by_head=masks and HEAD in where,
                      source=kernel.source, raw=True, slope="slope", arg_slopes=slopes, adds=not masks and texts.adds(placed))
     mod = mods.of_code(MaskMod if masks else ScoreMod, code, running.loaded(plain, "reference"))
     return Prepared(mod, running.loaded(texts.operands(placed.arguments), "operands"), placed.arguments,

@@ -280,6 +280,7 @@ class Kernel(NamedTuple):
 def kernel(placed: Placed, masks: bool) -> Kernel:
     """The text of ``function``; of a score function also of ``slope``, and of ``slope_i`` for each argument i of floats, with
     ``offset_i``, the place in it that belongs to a pair, where it is a table. One that is looked up by the score has neither.
+    Second derivatives that are not 0 are ``curve``, by the score, ``curve_i`` and, for i <= j, ``curve_i_j``.
     """
     leaf, accurate = _triton_leaf(masks), f"args[{len(placed.arguments)}]"
 
@@ -310,6 +311,13 @@ def kernel(placed: Placed, masks: bool) -> Kernel:
             writer.write(*entries[i].args)
             parts.append("\n".join(("@triton.jit", f"def offset_{i}(score, {where}):", *writer.lines,
                                     f"    return {_offset(writer, entries[i])}", "")))
+    slopes = [("curve", derivative(placed.body, SCORE))]
+    slopes += [(f"curve_{i}", derivative(placed.body, leaves[i])) for i, has in enumerate(has_slope) if has]
+    for name, slope in slopes:
+        found = [("", derivative(slope, SCORE))] if name == "curve" else []
+        first = int(name.removeprefix("curve_")) if name != "curve" else 0
+        found += [(f"_{i}", derivative(slope, leaves[i])) for i in range(first, len(has_slope)) if has_slope[i]]
+        parts += [text(f"{name}{more}", f"score, modded, {where}", expr, "{}") for more, expr in found if expr is not ZERO]
     return Kernel("\n\n".join(parts), tuple(has_slope))
 
 

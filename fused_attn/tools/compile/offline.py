@@ -21,11 +21,11 @@ from triton.runtime import driver
 
 from fused_attn.call import mods
 from fused_attn.call.describe import Described
-from fused_attn.call.schema import Needs, Saved
+from fused_attn.call.schema import Directions, Forwarded, Moved, Needs, Saved
 from fused_attn.call.spec import RELATIVE, TENSOR, AttentionSpec, Member, OtherTensors, TileConfig, Window
 from fused_attn.kernels import fences
 from fused_attn.kernels.launch import Launch, options_of
-from fused_attn.plan import inspection, schedules
+from fused_attn.plan import backward_tangent, inspection, schedules, tangent
 from fused_attn.plan.plan import launches_of
 from fused_attn.plan.problem import Problem
 from fused_attn.plan.tiles import MAX_ADDITIVE, Kernel, against
@@ -257,17 +257,36 @@ def launches(target: str, kernel: Kernel, head_dim: int, dtype: str, causal: boo
     first = hopper if hopper != "pointers" else "splits" if feature == "decode" else "pointers"
     steps = schedules.named(schedules.FORWARD, first).steps(problem)
     found, (out, lse, residual) = launches_of(steps)
-    if kernel not in ("list", "forward", "splits", "combine"):
+    if kernel.endswith("tangent"):
+        found = _tangent_launches(kernel, problem, Forwarded(q, k, v, out, residual, lse))
+    elif kernel not in ("list", "forward", "splits", "combine"):
         second = "gluon" if hopper == "gluon" else "fused" if feature == "fused" else "separate"
         if (second == "gluon" and max(head_dim, head_dim_v) > 128) or (second == "fused" and not problem.fused_config()):
             return []
-        needs = Needs(True, True, True, others.sinks is not None, others.score_weight is not None,
-                      tuple(x.is_floating_point() for x in others.operands))
+        needs = _every_need(others)
         saved = Saved(out, None, q, k, v, out, residual, lse)
         found, _ = launches_of(schedules.named(schedules.BACKWARD, second).steps(problem, saved, needs))
     name = {"splits": "forward"}.get(kernel, kernel) + "_kernel"
     of_kernel = [launch for launch in found if launch.name == name]
-    return of_kernel if kernel == "dkv" else of_kernel[:1]
+    return of_kernel if kernel.startswith("dkv") else of_kernel[:1]
+
+
+def _every_need(others: OtherTensors) -> Needs:
+    return Needs(True, True, True, others.sinks is not None, others.score_weight is not None,
+                 tuple(x.is_floating_point() for x in others.operands))
+
+
+def _tangent_launches(kernel: Kernel, problem: Problem, made: Forwarded) -> list[Launch]:
+    """The launches of the tangent of a forward, or of a backward whose dout does not move, along everything else."""
+    others = problem.others
+    operands = tuple(x if x.is_floating_point() else made.q.new_empty(0) for x in others.operands)
+    along = Directions(made.q, made.k, made.v, others.sinks, others.score_weight, operands)
+    if kernel == "tangent":
+        return launches_of(tangent.steps(problem, made, along))[0]
+    lse_t = made.lse if made.lse.dim() == 3 else made.lse[0]
+    steps = backward_tangent.steps(problem, Saved(made.out, None, *made), Moved(made.out, lse_t, None, None), along,
+                                   _every_need(others))
+    return launches_of(steps)[0]
 
 
 def _compile(launch: Launch, target: str) -> tuple[Any, str, float]:
