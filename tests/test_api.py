@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.autograd.forward_ad as fwd_ad
 
 import fused_attn
 from fused_attn import (
@@ -21,7 +20,6 @@ from fused_attn import (
     attention_varlen,
     explain,
     reference,
-    reference_attention,
     scaled_dot_product_attention,
 )
 from fused_attn.plan import backends
@@ -77,21 +75,24 @@ def test_arguments_of_attention_varlen():
         assert f"{name}:" in attention_varlen.__doc__ or f"{name}, " in attention_varlen.__doc__, f"{name} is not documented"
 
 
-# --- derivatives that are not built: refused, never silently constant ---
+# --- derivatives beyond the first (tests/test_second_derivatives.py, tests/test_forward_ad.py have the rest) ---
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("loss", [lambda out, lse: out.sum(), lambda out, lse: out.square().sum(), lambda out, lse: lse.sum()],
                          ids=["constant dO", "dO with a gradient", "LSE"])
-def test_double_backward_is_refused(loss):
-    inputs = qkv(grad=True)
-    first = torch.autograd.grad(loss(*attention(*inputs, return_lse=True, backend="triton")), inputs, create_graph=True,
-                                materialize_grads=True)
-    plain = torch.autograd.grad(loss(*attention(*inputs, return_lse=True, backend="triton")), inputs)
-    for grad, same in zip(first, plain, strict=True):
-        assert torch.equal(grad, same)
-        with pytest.raises(NotImplementedError, match=r"(?i)fused_attn.*second derivatives.*blocked"):
-            torch.autograd.grad(grad.sum(), inputs, retain_graph=True)
+def test_double_backward(loss):
+    """With create_graph the first derivative is what it is without, and the second is the reference's."""
+    inputs, found = qkv(grad=True), []
+    for backend in ("triton", "reference"):
+        first = torch.autograd.grad(loss(*attention(*inputs, return_lse=True, backend=backend)), inputs, create_graph=True,
+                                    materialize_grads=True)
+        plain = torch.autograd.grad(loss(*attention(*inputs, return_lse=True, backend=backend)), inputs, materialize_grads=True)
+        assert all(map(torch.equal, first, plain))
+        total = torch.stack([grad.sin().sum() for grad in first]).sum()
+        found.append(torch.autograd.grad(total, inputs, materialize_grads=True))
+    for got, want in zip(*found, strict=True):
+        close(got, want)
 
 
 @pytest.mark.kernels
@@ -105,64 +106,6 @@ def test_double_backward_of_a_compiled_call_is_refused():
 
     with pytest.raises(REFUSAL):
         second_derivative()
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("wrt", [0, 1, 2])
-def test_forward_mode_is_refused(wrt, grad):
-    inputs = list(qkv(grad=grad))
-    with fwd_ad.dual_level():
-        inputs[wrt] = fwd_ad.make_dual(inputs[wrt], torch.ones_like(inputs[wrt]))
-        with pytest.raises(REFUSAL, match=r"(?i)forward|jvp"):
-            attention(*inputs, backend="triton")
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("wrt", [0, 1, 2])
-def test_functional_jvp_is_refused(wrt):
-    inputs = list(qkv())
-
-    def call(x):
-        return attention(*inputs[:wrt], x, *inputs[wrt + 1:], backend="triton")
-
-    with pytest.raises(REFUSAL, match=r"(?i)forward|jvp|setup_context"):
-        torch.func.jvp(call, (inputs[wrt],), (torch.ones_like(inputs[wrt]),))
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
-def test_functional_gradients_are_right_or_refused(transform):
-    q, k, v = qkv()
-
-    def gradient(backend):
-        grad = torch.func.grad(lambda q: attention(q, k, v, backend=backend).sin().sum())
-        return grad(q) if transform == "grad" else torch.vmap(grad)(torch.stack([q, 2 * q]))
-
-    expected = gradient("reference")
-    try:
-        actual = gradient("triton")
-    except REFUSAL as error:
-        assert "setup_context" in str(error) or "fused_attn" in str(error)  # noqa: PT017
-    else:
-        close(actual, expected)
-
-
-@pytest.mark.kernels
-def test_vmap_is_right_or_refused():
-    q, k, v = qkv()
-    stacked = torch.stack([q, 2 * q, -q]).requires_grad_()
-    copy = stacked.detach().clone().requires_grad_()
-    expected = torch.stack([reference_attention(q, k, v) for q in copy])
-    expected.sin().sum().backward()
-    try:
-        out = torch.vmap(lambda q: attention(q, k, v, backend="triton"))(stacked)
-        out.sin().sum().backward()
-    except REFUSAL:
-        return
-    close(out, expected)
-    assert stacked.grad is not None, "the gradient is silently lost"
-    close(stacked.grad, copy.grad)
 
 
 # --- the choice of a backend ---

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.features import FEATURES, Call, Shape, covering
-from support.seconds import WAYS, second
+from support.seconds import LACK_SECOND, TORCH_LACKS, WAYS, second
 from torch.autograd import forward_ad
 
 import fused_attn
@@ -11,12 +11,8 @@ from fused_attn import attention
 
 pytestmark = pytest.mark.kernels
 SMALL = Shape(n_queries=37, n_keys=37)
-WITHOUT = {  # a feature -> what is said where it has no second derivatives on the kernels
-    "additive": "second derivatives of an additive score", "score_mod": "near: a mod written by hand has no second derivatives",
-}
-NESTED = "nested"  # torch has no transform of nested tensors, and no second derivative of their making
-TAKEN = [feature.name for feature in FEATURES if feature.name not in (*WITHOUT, NESTED)]
-PAIRS = [names for names in covering(3) if not {*names} & {*WITHOUT, NESTED, "dims_576"}]
+TAKEN = [feature.name for feature in FEATURES if feature.name not in (*LACK_SECOND, TORCH_LACKS)]
+PAIRS = [names for names in covering(3) if not {*names} & {*LACK_SECOND, TORCH_LACKS, "dims_576"}]
 
 
 def check(names, way, dtype=torch.float64):
@@ -43,10 +39,10 @@ def test_features_together(names, way):
     check(names, way)
 
 
-@pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.parametrize("name", LACK_SECOND)
 def test_what_has_no_second_derivatives_says_so(name):
     inputs = Call((name,), SMALL).draw(torch.float64)
-    with pytest.raises(NotImplementedError, match=WITHOUT[name]):
+    with pytest.raises(NotImplementedError, match=LACK_SECOND[name]):
         second(inputs, "triton", "vjp of vjp")
 
 
@@ -70,6 +66,7 @@ def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_torch_checks_every_derivative():
     """torch's own checks: by finite differences, batched, forward over backward."""
     inputs = [normal(1, 1, n, 2).requires_grad_() for n in (2, 3, 3)]

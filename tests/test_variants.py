@@ -6,6 +6,7 @@ import torch
 from support import oracle
 from support.features import BY_NAME, FEATURES, Call, Inputs, Shape
 from support.guard import is_poison
+from support.seconds import LACK_SECOND, TORCH_LACKS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
@@ -314,15 +315,25 @@ def test_the_mean_of_v_costs_no_digits_when_precise():
 @pytest.mark.parametrize("name", [
     feature.name if feature.gradients or feature.shape.get("layout") else pytest.param(feature.name, marks=pytest.mark.slow)
     for feature in FEATURES if feature.name not in WIDE])
-def test_second_derivatives_are_an_error(name):
+def test_second_derivatives_by_each_tensor_alone(name):
     inputs: Inputs = Call((name,), Shape(1, n_queries=17, n_keys=17)).draw(torch.float64)
-    for of in inputs.leaves:
+    lacks = "_nested_tensor" if name == TORCH_LACKS else LACK_SECOND.get(name)  # nested: torch cannot derive their making twice
+
+    def second(of, backend):
         leaves = {**inputs.leaves, of: inputs.leaves[of].detach().requires_grad_()}
-        out, lse = inputs.attention(leaves, "triton")
-        first, = torch.autograd.grad(out.sum() + lse.nan_to_num(0, 0, 0).sum(), leaves[of], create_graph=True)
-        # Nested tensors end in torch's own error, since torch cannot differentiate their making twice.
-        with pytest.raises(NotImplementedError, match="_nested_tensor" if name == "nested" else "second derivatives"):
-            first.sum().backward()
+        torch.manual_seed(1)
+        out, lse = inputs.attention(leaves, backend)
+        loss = (out * inputs.dout).sin().sum() + lse.nan_to_num(0, 0, 0).sin().sum()
+        first, = torch.autograd.grad(loss, leaves[of], create_graph=True)
+        return torch.autograd.grad(first.sin().sum(), leaves[of])[0]
+
+    for of in inputs.leaves:
+        if lacks is not None:
+            with pytest.raises(NotImplementedError, match=lacks):
+                second(of, "triton")
+        else:
+            want = second(of, "reference")
+            torch.testing.assert_close(second(of, "triton"), want, rtol=1e-10, atol=1e-11 * max(1.0, want.abs().max().item()))
 
 
 def test_one_tensor_may_play_two_parts():

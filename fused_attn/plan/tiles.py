@@ -100,18 +100,23 @@ _HEAVY: dict[str, dict[str, dict[int, T]]] = {
 }
 _HEAVY["sm_120"] = _HEAVY["sm_86"]
 
-# Of the kernels that hold tangents beside their tiles: no more than 64 bytes of spill, none of them in a loop. Head dims past
-# these take the smallest tiles, and so do targets that are not listed.
-_TANGENTS: dict[str, dict[str, dict[int, T]]] = {
+# Of the kernels that hold tangents beside their tiles, where a bias, a mask or dropout takes registers too and where not: at
+# most 64 bytes of spill in plain attention, none of them in a loop. Head dims past these take the smallest tiles, and so do
+# targets that are not listed.
+_TANGENTS: dict[str, dict[str, dict[int, tuple[T, T]]]] = {
     "sm_80": {
-        "tangent": {64: T(128, 64, 8, 2), 128: T(64, 32, 8, 2, edge_stages=1)},
-        "dq_tangent": {64: T(128, 32, 8, 2, edge_stages=1), 128: T(64, 32, 8, 1)},
-        "dkv_tangent": {64: T(32, 64, 4, 1), 128: T(32, 64, 8, 1)},
+        "tangent": {64: (T(128, 64, 8, 2), T(128, 32, 8, 2, edge_stages=1)),
+                    128: (T(64, 32, 8, 2, edge_stages=1), T(64, 32, 8, 1))},
+        "dq_tangent": {64: (T(128, 32, 8, 2, edge_stages=1), T(64, 32, 8, 2, edge_stages=1)),
+                       128: (T(64, 32, 8, 1), T(32, 32, 4, 1))},
+        "dkv_tangent": {64: (T(32, 64, 4, 1, wide=True), T(32, 64, 8, 1)),
+                        128: (T(32, 64, 8, 1), T(16, 64, 4, 1, separate=True))},
     },
     "sm_90": {
-        "tangent": {64: T(128, 64, 8, 2, edge_stages=1), 128: T(128, 32, 8, 2, edge_stages=1)},
-        "dq_tangent": {64: T(128, 32, 8, 2, edge_stages=1), 128: T(128, 32, 8, 1)},
-        "dkv_tangent": {64: T(32, 128, 8, 1), 128: T(16, 64, 4, 1, separate=True)},
+        "tangent": {64: (T(128, 64, 8, 2, edge_stages=1), T(128, 32, 8, 1)),
+                    128: (T(128, 32, 8, 2, edge_stages=1), T(32, 32, 4, 1))},
+        "dq_tangent": {64: (T(128, 32, 8, 2, edge_stages=1),) * 2, 128: (T(128, 32, 8, 1), T(32, 32, 4, 1))},
+        "dkv_tangent": {64: (T(32, 128, 8, 1), T(16, 64, 4, 1)), 128: (T(16, 64, 4, 1, separate=True), T(16, 32, 4, 1))},
     },
 }
 _TANGENTS["sm_100"] = _TANGENTS["sm_90"]
@@ -176,7 +181,7 @@ def choose(kernel: Kernel, head_dim: int, head_dim_v: int, dtype: torch.dtype, a
         return T(64, 64, 8, 1) if large else T(32, 32, 4, 1)
     if kernel in ("tangent", "dq_tangent", "dkv_tangent"):
         table = _TANGENTS.get(target_of(arch).tables, {}).get(kernel, {})
-        return next((table[width] for width in sorted(table) if widest <= width), T(16, 16, 4, 1))
+        return next((table[width][heavy] for width in sorted(table) if widest <= width), T(16, 16, 4, 1))
     width = served(kernel, head_dim, head_dim_v, arch)
     shipped = _table(arch)[kernel][width]
     lean: T = _HEAVY.get(target_of(arch).tables, {}).get(kernel, {}).get(width, shipped)

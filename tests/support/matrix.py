@@ -6,6 +6,7 @@
 from pathlib import Path
 
 from support.features import FAMILIES, FEATURES, Feature
+from support.seconds import LACK_SECOND, TORCH_LACKS
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "support-matrix.md", ROOT / "README.md"
@@ -14,6 +15,14 @@ START, END = "<!-- support matrix -->\n", "<!-- end -->\n"
 
 def gradients(feature: Feature) -> str:
     return "q, k, v" + (f", {feature.gradients}" if feature.gradients else "")
+
+
+def derivatives(feature: Feature) -> tuple[str, ...]:
+    """Of the columns JVP, VJP∘VJP, JVP∘VJP, VJP∘JVP and vmap; torch has none of them for nested tensors."""
+    if feature.name == TORCH_LACKS:
+        return ("-",) * 5
+    second = "error" if feature.name in LACK_SECOND else "✓"
+    return "✓", second, second, second, "✓"
 
 
 def page() -> str:
@@ -25,12 +34,17 @@ def page() -> str:
         "call) meets in one: values and gradients against the reference in fp64, through the output and the LSE, under the",
         "memory guard, and fp16, bf16 and fp32 within the limits of [numerics.md](numerics.md).",
         "",
-        "| | forward | gradient of | dtypes | packed | second derivatives | |",
-        "|---|---|---|---|---|---|---|",
+        "The columns of derivatives are the kernels': of the forward by forward mode (JVP), and the three ways to a second",
+        "derivative, each by every tensor that has a gradient, tested against the reference in fp64; `vmap` goes over all of",
+        "them. What they lack is an error by name, and `backend=\"blocked\"` has it ([derivatives.md](derivatives.md)).",
+        "",
+        "| | forward | gradient of | dtypes | packed | JVP | VJP∘VJP | JVP∘VJP | VJP∘JVP | vmap | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for feature in FEATURES:
         packed = "✓" if feature.packed else "-"
-        lines.append(f"| {feature.title} | ✓ | {gradients(feature)} | {feature.dtypes} | {packed} | error | {feature.note} |")
+        told = " | ".join(derivatives(feature))
+        lines.append(f"| {feature.title} | ✓ | {gradients(feature)} | {feature.dtypes} | {packed} | {told} | {feature.note} |")
     return "\n".join([*lines, ""])
 
 

@@ -7,6 +7,11 @@ import torch
 
 from support.features import Inputs
 
+LACK_SECOND = {  # a feature -> what is said where it has no second derivatives on the kernels
+    "additive": "second derivatives of an additive score", "score_mod": "near: a mod written by hand has no second derivatives",
+}
+TORCH_LACKS = "nested"  # torch has no transform of nested tensors, and no second derivative of their making
+
 Result = dict[str, torch.Tensor]
 
 
