@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fused_attn.call.schema import BACKWARD, FORWARD, INSPECTION
+from fused_attn.call.schema import BACKWARD, BACKWARD_TANGENT, FORWARD, INSPECTION, TANGENT
 from fused_attn.call.spec import AttentionSpec, Longest, MaybeTensor, OtherTensors, attention_flops, kept_pairs
 from fused_attn.run import ops  # noqa: F401  # which are counted
 
@@ -41,17 +41,33 @@ def _lengths(cu: MaybeTensor, used: MaybeTensor, batch: int, longest: int) -> li
 
 def _forward(*arguments: Any, **_: Any) -> int:
     (q, k, v), others, spec = FORWARD.records(arguments)
-    pairs = _pairs(q, k, others, spec)
-    return attention_flops(1, q.shape[1], pairs, q.shape[3], v.shape[3], products_qk=1, products_v=1)
+    return _of_call(q, k, v, others, spec, products_qk=1, products_v=1)
 
 
 def _backward(*arguments: Any, **_: Any) -> int:
     saved, others, spec, needs = BACKWARD.records(arguments)
-    pairs = _pairs(saved.q, saved.k, others, spec)
-    products_qk = 1 + needs.dq + needs.dk
-    products_v = int(needs.dq or needs.dk) + needs.dv
-    heads, head_dim, head_dim_v = saved.q.shape[1], saved.q.shape[3], saved.v.shape[3]
-    return attention_flops(1, heads, pairs, head_dim, head_dim_v, products_qk=products_qk, products_v=products_v)
+    return _of_call(saved.q, saved.k, saved.v, others, spec, products_qk=1 + needs.dq + needs.dk,
+                    products_v=int(needs.dq or needs.dk) + needs.dv)
+
+
+def _tangent(*arguments: Any, **_: Any) -> int:
+    made, along, others, spec = TANGENT.records(arguments)
+    q_t, k_t, v_t = (int(x is not None) for x in along[:3])
+    return _of_call(made.q, made.k, made.v, others, spec, products_qk=1 + q_t + k_t, products_v=1 + v_t)
+
+
+def _backward_tangent(*arguments: Any, **_: Any) -> int:
+    saved, moved, along, others, spec, needs = BACKWARD_TANGENT.records(arguments)
+    q_t, k_t, v_t, dout_t = (int(x is not None) for x in (*along[:3], moved.dout_t))
+    products_qk = 1 + q_t + k_t + needs.dq * (1 + k_t) + needs.dk * (1 + q_t)
+    products_v = 1 + dout_t + v_t + needs.dv * (1 + dout_t)
+    return _of_call(saved.q, saved.k, saved.v, others, spec, products_qk=products_qk, products_v=products_v)
+
+
+def _of_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: OtherTensors, spec: AttentionSpec, *, products_qk: int,
+             products_v: int) -> int:
+    return attention_flops(1, q.shape[1], _pairs(q, k, others, spec), q.shape[3], v.shape[3], products_qk=products_qk,
+                           products_v=products_v)
 
 
 def _inspection(*arguments: Any, **_: Any) -> int:
@@ -61,7 +77,8 @@ def _inspection(*arguments: Any, **_: Any) -> int:
 
 
 def _register(counter: ModuleType) -> None:
-    formulas = {"forward": _forward, "backward": _backward, "statistics": _inspection, "weights": _inspection}
+    formulas = {"forward": _forward, "backward": _backward, "tangent": _tangent, "backward_tangent": _backward_tangent,
+                "statistics": _inspection, "weights": _inspection}
     for name, formula in formulas.items():
         counter.register_flop_formula(getattr(torch.ops.fused_attn, name), get_raw=True)(formula)
 

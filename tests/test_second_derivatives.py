@@ -116,6 +116,34 @@ def test_batched_gradients(which, create_graph):
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-12)
 
 
+def test_batches_of_second_gradients():
+    """The older vmap over a gradient of a gradient, and over one of a tangent."""
+    q, k, v = (normal(1, 2, n, 4) for n in (5, 7, 7))
+    found = []
+    for backend in ("triton", "reference"):
+        x, t = q.clone().requires_grad_(), q.cos().requires_grad_()
+        grad, = torch.autograd.grad(attention(x, k, v, backend=backend).sin().sum(), x, create_graph=True)
+        rate = torch.func.jvp(lambda q, b=backend: attention(q, k, v, backend=b), (x,), (t,))[1]
+        several = torch.stack([q, q.cos()])
+        found.append((*torch.autograd.grad(grad, x, several, is_grads_batched=True),
+                      *torch.autograd.grad(rate, (x, t), several, is_grads_batched=True)))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-12)
+
+
+def test_flops_count_the_products():
+    """Of a full call, 2 D FLOPs a pair and product: two in the forward, five in its tangent; in the backward five, and in its
+    tangent ten where dout does not move, each counted once though two kernels make some of them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q = normal(1, 2, 5, 4)
+    product = 2 * 4 * 2 * 25
+    for function, products in ((lambda q: attention(q, q, q, backend="triton"), 2 + 5),
+                               (torch.func.grad(lambda q: attention(q, q, q, backend="triton").sum()), 2 + 5 + 5 + 10)):
+        with FlopCounterMode(display=False) as counter:
+            torch.func.jvp(function, (q,), (q,))
+        assert counter.get_total_flops() == products * product, counter.get_total_flops() / product
+
+
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 def test_vectorised_jacobians(strategy):
     q, k, v = (normal(1, 2, n, 4) for n in (5, 7, 7))

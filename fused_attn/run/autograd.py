@@ -19,7 +19,7 @@ _drawing = threading.RLock()
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) of fused attention, differentiable once in q, k, v, sinks, score weight and operands, through both."""
+    """(out, lse) of fused attention, differentiable in q, k, v, sinks, score weight and operands, through both."""
 
     @staticmethod
     def forward(ctx: Any, spec: AttentionSpec, *tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,8 +222,8 @@ def _at_autograd(name: str, below_autograd: Callable[[], Any]) -> Callable[..., 
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         tensors += [x for group in args if isinstance(group, (list, tuple)) for x in group if isinstance(x, torch.Tensor)]
         if any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
-            raise NotImplementedError("fused_attn: forward AD over backend 'triton' is not built yet; "
-                                      "backend='blocked' has it")
+            raise NotImplementedError("fused_attn: forward AD over backend 'triton' is not built for this op, that of an "
+                                      "exported program or of weights or statistics; fused_attn.attention has it")
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return _DIFFERENTIABLE[name](*args)
         with below_autograd():

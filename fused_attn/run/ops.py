@@ -283,8 +283,8 @@ def _draws_one_by_one() -> bool:
 
 
 def refuse_batches(*_: Any) -> Any:
-    raise NotImplementedError("fused_attn: vmap, and with it is_grads_batched and vectorised jacobians, is not built yet for "
-                              "backend 'triton'; under torch.func, backend='blocked' has vmap")
+    raise NotImplementedError("fused_attn: the raw ops, those of an exported program and of weights and statistics among them, "
+                              "have no vmap; fused_attn.attention has it")
 
 
 def _rotary_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:

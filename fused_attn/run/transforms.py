@@ -95,7 +95,7 @@ class Tangent(torch.autograd.Function):
             found = differentiated(ctx.spec, needs, saved, *others)
             dalong = [x if need else None for x, need in zip(found, of_along, strict=True)]
         needs = _needs(of_made[:3], OtherTensors.of(of_others))
-        found = BackwardTangent.apply(ctx.spec, needs, *saved, out_t, lse_t, None, None, *along, *others)
+        found = _backward_tangent(ctx.spec, needs, saved, Moved(out_t, lse_t, None, None), along, others)
         dq, dk, dv, dothers = _by_inputs(found, needs, len(others))
         return None, dq, dk, dv, None, None, None, *dalong, *dothers
 
@@ -139,10 +139,10 @@ class Backward(torch.autograd.Function):
         if all(x is None for x in given):
             return (None,) * (2 + len(ctx.saved_tensors))
         along = _directions(given[:3], OtherTensors(given[3], given[4], operands=tuple(given[5:])), others)
-        out_t, lse_t = Tangent.apply(ctx.spec, *saved[2:], *along.flat(), *others)
+        out_t, lse_t = batching.applied(Tangent, (ctx.spec,), (*saved[2:], *along.flat(), *others))
         of = ctx.needs_input_grad[2:]
         needs = _needs(of[2:5], OtherTensors.of(of[_SAVED:]))
-        found = BackwardTangent.apply(ctx.spec, needs, *saved, out_t, lse_t, None, None, *along.flat(), *others)
+        found = _backward_tangent(ctx.spec, needs, saved, Moved(out_t, lse_t, None, None), along.flat(), others)
         dq, dk, dv, dothers = _by_inputs(found, needs, len(others))
         dlse = lse_t if saved.dlse is not None and of[1] else None
         return None, None, *Saved(out_t if of[0] else none, dlse, dq, dk, dv, none, None, none), *dothers
@@ -155,10 +155,9 @@ class Backward(torch.autograd.Function):
         dout_t, dlse_t, q_t, k_t, v_t, out_t, _, lse_t = tangents[:_SAVED]
         along = _directions((q_t, k_t, v_t), OtherTensors.of(tangents[_SAVED:]), others)
         if out_t is None or lse_t is None:
-            out_t, lse_t = Tangent.apply(ctx.spec, *saved[2:], *along.flat(), *others)
-        needs = ctx.needs
-        found = BackwardTangent.apply(ctx.spec, needs, *saved, out_t, rounded(lse_t), dout_t, dlse_t, *along.flat(), *others)
-        return _wanted(found, needs)
+            out_t, lse_t = batching.applied(Tangent, (ctx.spec,), (*saved[2:], *along.flat(), *others))
+        moved = Moved(out_t, rounded(lse_t), dout_t, dlse_t)
+        return _wanted(_backward_tangent(ctx.spec, ctx.needs, saved, moved, along.flat(), others), ctx.needs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: AttentionSpec, needs: Needs, *tensors: Any) -> Any:
@@ -204,6 +203,11 @@ class BackwardTangent(torch.autograd.Function):
         return batching.vmapped(BackwardTangent, batch, info.batch_size, dims, (spec, needs), tensors)
 
 
+def _backward_tangent(spec: AttentionSpec, needs: Needs, saved: Saved, moved: Moved, along: Sequence[Any],
+                      others: Sequence[Any]) -> tuple[Any, ...]:
+    return batching.applied(BackwardTangent, (spec, needs), (*saved, *moved, *along, *others))
+
+
 def gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The backward of a forward's Function: a gradient, or None, for each of its arguments."""
     q, k, v, out, residual, lse, *others = ctx.saved_tensors
@@ -219,7 +223,7 @@ def gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 def differentiated(spec: AttentionSpec, needs: Needs, saved: Saved, *others: Any) -> tuple[Any, ...]:
     """``run_backward``, as a node of its own wherever somebody may differentiate it."""
     watched = torch.is_grad_enabled() or torch_private.transforms_active() or torch_private.forward_mode()
-    if not torch.compiler.is_compiling() and (watched or batching.has_older(saved)):
+    if not torch.compiler.is_compiling() and (watched or batching.has_older(saved[:2])):
         return batching.applied(Backward, (spec, needs), (*saved, *others))
     return run_backward(spec, needs, *saved, *others)
 
@@ -243,7 +247,9 @@ def refuse_raw(*_: Any) -> Any:
 
 
 def _refuse_third() -> Any:
-    raise NotImplementedError("fused_attn: third derivatives are not built for backend 'triton'; backend='blocked' has them")
+    raise NotImplementedError("fused_attn: third derivatives are not built for backend 'triton'; backend='blocked' has them. "
+                              "Where this asks for a second one: leave the level of forward AD before the backward, and take "
+                              "torch.autograd.functional.vhp in place of hvp")
 
 
 def _refuse_tangents() -> Any:
