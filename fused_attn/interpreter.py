@@ -1,9 +1,9 @@
 """Repairs of Triton's CPU interpreter, so that what it computes is what a GPU would.
 
 Under TRITON_INTERPRET=1 kernels run as NumPy code. Unrepaired, bfloat16 arithmetic works on raw bit patterns, casts to it
-truncate instead of rounding to nearest even, NumPy >= 2.4 breaks loops with run-time bounds on Triton 3.6, and a Python
-float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be converted inside it, and one that is not
-declared keeps digits that a GPU rounds away. NumPy also warns of infinities and NaN where a GPU computes on in silence (a
+truncate instead of rounding to nearest even, truth values carry the type of what was compared, NumPy >= 2.4 breaks loops with
+run-time bounds on Triton 3.6, and a Python float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be
+converted inside it, and one that is not declared keeps digits that a GPU rounds away. NumPy also warns of infinities and NaN where a GPU computes on in silence (a
 padded row that is never stored may hold them). Two thirds of the time goes into work whose results nobody looks at. A function
 that a kernel calls must see triton.language in its module, which the compiler does not require. While a kernel runs,
 triton.language itself is patched, for the whole process: two launches at once would leave it so for good.
@@ -51,7 +51,9 @@ def repair() -> None:
 
     def binary_op_bf16(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         if not is_bf16(lhs):
-            return binary_op(self, lhs, rhs, op)
+            found = binary_op(self, lhs, rhs, op)
+            # A comparison's result is of the type of what it compares, by which a scalar one is spread over a tile.
+            return handle(found.data, tl.int1) if found.data.dtype == np.bool_ else found
         result = op(values(lhs), values(rhs))
         return handle(result, tl.int1) if result.dtype == np.bool_ else handle(fp32_to_bf16(result), tl.bfloat16)
 

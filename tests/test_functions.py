@@ -220,6 +220,7 @@ Q_ID, K_ID, FLAGS, INTEGERS = labels(NQ), labels(NK), labels(NK) > 2, labels(NQ,
 CAPTURED = {
     "h": (lambda s, b, h, q, k: s * BY_HEAD[h], BY_HEAD),
     "ALiBi": (lambda s, b, h, q, k: s - BY_HEAD[h] * (q - k).abs(), BY_HEAD),
+    "exponent": (lambda s, b, h, q, k: (s * s + 1.0) ** BY_HEAD[h], BY_HEAD),
     "exp outside": (lambda s, b, h, q, k: s - BY_HEAD.exp()[h] * (q - k), BY_HEAD),
     "exp inside": (lambda s, b, h, q, k: s - BY_HEAD[h].exp() * (q - k), BY_HEAD),
     "b, h": (lambda s, b, h, q, k: s * BH[b, h], BH),
