@@ -3,10 +3,11 @@
 Under TRITON_INTERPRET=1 kernels run as NumPy code. Unrepaired, bfloat16 arithmetic works on raw bit patterns, casts to it
 truncate instead of rounding to nearest even, truth values carry the type of what was compared, NumPy >= 2.4 breaks loops with
 run-time bounds on Triton 3.6, and a Python float reaches the kernel without a type, so that ``scale: tl.float64`` cannot be
-converted inside it, and one that is not declared keeps digits that a GPU rounds away. NumPy also warns of infinities and NaN where a GPU computes on in silence (a
-padded row that is never stored may hold them). Two thirds of the time goes into work whose results nobody looks at. A function
-that a kernel calls must see triton.language in its module, which the compiler does not require. While a kernel runs,
-triton.language itself is patched, for the whole process: two launches at once would leave it so for good.
+converted inside it, and one that is not declared keeps digits that a GPU rounds away. NumPy also warns of infinities and NaN
+where a GPU computes on in silence (a padded row that is never stored may hold them). Two thirds of the time goes into work
+whose results nobody looks at. A function that a kernel calls must see triton.language in its module, which the compiler does
+not require. While a kernel runs, triton.language itself is patched, for the whole process: two launches at once would leave it
+so for good.
 """
 
 import dataclasses
