@@ -200,6 +200,6 @@ def tangent_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch
         heads, call.n_queries, call.n_keys, call.offset, call.left, call.right, call.scale, call.extras, along, tiles,
         kind_of(heads // k.shape[1], q.shape[3], v.shape[3], accumulator(q.dtype), call.precision),
     )
-    moving = [x[0] for x in along[:3] if x]
+    moving = [x for x in (residual, *(x[0] for x in along[:3] if x)) if x is not None]
     return Launch(tangent_kernel, programs(call.n_queries, config.block_m, call.batch * heads), args,
                   fit_offsets(config, call, q, k, v, out, out_t, *moving))

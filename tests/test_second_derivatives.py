@@ -200,3 +200,19 @@ def test_rotary_moves_along():
     torch.testing.assert_close(got, want)
     with pytest.raises(NotImplementedError, match="no tangent by cos and sin"):
         torch.func.jvp(lambda cos: fused_attn.apply_rotary(x, cos, sin, backend="triton"), (cos,), (cos,))
+
+
+def test_wide_tangents_of_operands_get_wide_offsets():
+    """A tile's 32-bit offsets would overflow along a tangent whose rows lie far apart, however its operand lies."""
+    from fused_attn.call.schema import Directions
+    from fused_attn.kernels.launch import WIDEST_STRIDE
+    from fused_attn.plan import tangent
+    from fused_attn.plan.problem import Problem
+
+    inputs = Call(("bias_pairs",), SMALL).draw(torch.float64)
+    q, k, v, spec, others = inputs.described(inputs.leaves)
+    call = Problem.of(q, k, v, spec, others).call
+    bias, = others.operands
+    for stride in (37, WIDEST_STRIDE):
+        moved = torch.empty_strided(bias.shape, (0, 0, stride, 1), device="meta")
+        assert tangent.widened(call, Directions(None, None, None, None, None, (moved,))).widest == stride

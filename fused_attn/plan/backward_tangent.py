@@ -16,7 +16,7 @@ from fused_attn.plan.backward import Gradients
 from fused_attn.plan.lower import lower_along
 from fused_attn.plan.plan import Made
 from fused_attn.plan.problem import Problem
-from fused_attn.plan.tangent import check_slopes, in_rows
+from fused_attn.plan.tangent import check_slopes, in_rows, widened
 
 
 def steps(problem: Problem, saved: Saved, moved: Moved, along: Directions, needs: Needs) -> Generator[Made, None, Gradients]:
@@ -25,7 +25,8 @@ def steps(problem: Problem, saved: Saved, moved: Moved, along: Directions, needs
     Raises:
         NotImplementedError: a mod has no second derivatives, or the score is additive.
     """
-    q, k, v, call, others, packed = problem.q, problem.k, problem.v, problem.call, problem.others, problem.packed
+    q, k, v, others, packed = problem.q, problem.k, problem.v, problem.others, problem.packed
+    call = widened(problem.call, along)
     check_slopes(problem, along, second=True)
     dq, dk, dv = backward.empties(problem, needs)
     lse, lse_t = as_rows(saved.lse, q, packed), as_rows(moved.lse_t, q, packed)

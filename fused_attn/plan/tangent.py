@@ -7,7 +7,7 @@ import torch
 from fused_attn.call.layout import as_rows, like, rows_like
 from fused_attn.call.schema import Directions, Forwarded
 from fused_attn.call.spec import RELATIVE, TENSOR
-from fused_attn.kernels.launch import Launch
+from fused_attn.kernels.launch import Call, Launch
 from fused_attn.kernels.tangent import tangent_launch
 from fused_attn.kernels.tile_list import list_launch
 from fused_attn.plan.lower import lower_along
@@ -20,7 +20,7 @@ def steps(problem: Problem, made: Forwarded, along: Directions) -> Generator[Lau
     Raises:
         NotImplementedError: a mod has no slope for what moves.
     """
-    q, k, v, call = problem.q, problem.k, problem.v, problem.call
+    q, k, v, call = problem.q, problem.k, problem.v, widened(problem.call, along)
     check_slopes(problem, along)
     out_t, lse_t = like(q, v.shape[3]), rows_like(q, problem.packed)
     if problem.packed:  # no program writes the rows that belong to no sequence
@@ -42,6 +42,11 @@ def in_rows(along: Directions) -> Directions:
     return along._replace(sinks_t=None if sinks is None else sinks.contiguous(),
                           score_weight_t=weight if weight is None or weight.stride(-1) == 1 else weight.contiguous(),
                           operands_t=tuple(x.contiguous() if x.dim() > 4 else x for x in along.operands_t))
+
+
+def widened(call: Call, along: Directions) -> Call:
+    """``call`` with the strides of the operands' tangents among those that offsets inside a tile must hold."""
+    return call._replace(widest=max((call.widest, *(max(x.stride()[2:]) for x in along.operands_t if 3 <= x.dim() <= 4))))
 
 
 def check_slopes(problem: Problem, along: Directions, second: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Writes expressions down: as PyTorch, for operands and for the backends in plain PyTorch, and as Triton, for the kernels."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -311,13 +312,12 @@ def kernel(placed: Placed, masks: bool) -> Kernel:
             writer.write(*entries[i].args)
             parts.append("\n".join(("@triton.jit", f"def offset_{i}(score, {where}):", *writer.lines,
                                     f"    return {_offset(writer, entries[i])}", "")))
-    slopes = [("curve", derivative(placed.body, SCORE))]
-    slopes += [(f"curve_{i}", derivative(placed.body, leaves[i])) for i, has in enumerate(has_slope) if has]
-    for name, slope in slopes:
-        found = [("", derivative(slope, SCORE))] if name == "curve" else []
-        first = int(name.removeprefix("curve_")) if name != "curve" else 0
-        found += [(f"_{i}", derivative(slope, leaves[i])) for i in range(first, len(has_slope)) if has_slope[i]]
-        parts += [text(f"{name}{more}", f"score, modded, {where}", expr, "{}") for more, expr in found if expr is not ZERO]
+    by = {"": SCORE, **{f"_{i}": leaves[i] for i, has in enumerate(has_slope) if has}}
+    slopes = {name: derivative(placed.body, x) for name, x in by.items()}
+    for first, second in itertools.combinations_with_replacement(by, 2):
+        curve = derivative(slopes[first], by[second])
+        if curve is not ZERO:
+            parts.append(text(f"curve{first}{second}", f"score, modded, {where}", curve, "{}"))
     return Kernel("\n\n".join(parts), tuple(has_slope))
 
 
